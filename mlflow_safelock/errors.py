@@ -1,0 +1,130 @@
+"""Every exception this package raises, as one tree.
+
+::
+
+    SafelockError
+    ├── LockError
+    │   ├── LockFormatError            the file is not a lock file we read
+    │   ├── LockValidationError        it is one, and what it says cannot be a lock
+    │   └── LockMismatchError          a sound lock, but not for this model
+    ├── ForgeError
+    │   ├── PreferenceDataError        preference pairs that cannot be used
+    │   └── AnswerTokensError          the answer's last tokens cannot be found
+    ├── ApplyError
+    │   ├── AlphaError                 not a usable strength
+    │   ├── AlreadyLockedError         the push would be added twice
+    │   ├── UnsupportedArchitectureError  heads cannot be found, or a checkpoint cannot carry the biases
+    │   └── CheckpointError            a checkpoint folder that cannot be read, written or confirmed
+    ├── SourceError                    the fine-tune behind a locked model cannot be reached
+    ├── VerificationError              something is not what its receipt says
+    ├── PolicyError                    a policy file that cannot be used
+    ├── PromotionRefused               the gate said no
+    ├── LedgerError                    the ledger cannot be read or written
+    ├── RecipeError                    a recipe that cannot be used
+    └── EvaluationError                something that cannot be measured
+"""
+
+from __future__ import annotations
+
+
+class SafelockError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        cause: What is wrong, as a sentence, with the values that show it.
+        next_step: What to do about it, as a sentence; empty where there is nothing to say.
+    """
+
+    def __init__(self, cause: str, *, next_step: str = "") -> None:
+        super().__init__(cause, next_step)
+        self.cause = cause
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        return f"{self.cause} {self.next_step}".strip()
+
+
+class LockError(SafelockError):
+    """Something is wrong with a lock."""
+
+
+class LockFormatError(LockError):
+    """A file that is not a lock file, or not one that this version reads."""
+
+
+class LockValidationError(LockError):
+    """A lock whose contents cannot be right: norms, stds, indices, metadata."""
+
+
+class LockMismatchError(LockError):
+    """A sound lock that does not fit the model, base or recipe it is used with."""
+
+
+class ForgeError(SafelockError):
+    """A lock cannot be forged."""
+
+
+class PreferenceDataError(ForgeError):
+    """Preference pairs that cannot be read or used."""
+
+
+class AnswerTokensError(ForgeError):
+    """The last tokens of an answer cannot be found in its rendered chat."""
+
+
+class ApplyError(SafelockError):
+    """A lock cannot be applied."""
+
+
+class AlphaError(ApplyError):
+    """An alpha that is not a finite number other than zero."""
+
+
+class AlreadyLockedError(ApplyError):
+    """The model or checkpoint carries a lock already."""
+
+
+class UnsupportedArchitectureError(ApplyError):
+    """The model's attention heads cannot be found, or its checkpoint format cannot carry a lock."""
+
+
+class CheckpointError(ApplyError):
+    """A checkpoint folder cannot be read, cannot be written, or did not reload as it should."""
+
+
+class SourceError(SafelockError):
+    """The fine-tune that a locked model points to cannot be reached or read."""
+
+
+class VerificationError(SafelockError):
+    """A file, lock or model is not what the receipt says."""
+
+
+class PolicyError(SafelockError):
+    """A policy file that cannot be read or is not valid."""
+
+
+class PromotionRefused(SafelockError):
+    """The gate refused a promotion; the registry is as it was.
+
+    Args:
+        reason: Machine-readable reason code, such as ``missing_lock``.
+        cause: What is wrong, as a sentence.
+        next_step: What to do about it, as a sentence.
+    """
+
+    def __init__(self, reason: str, cause: str, *, next_step: str = "") -> None:
+        super().__init__(cause, next_step=next_step)
+        self.reason = reason
+
+
+class LedgerError(SafelockError):
+    """The ledger cannot be read, or cannot be appended to."""
+
+
+class RecipeError(SafelockError):
+    """A recipe that cannot be found, read or run."""
+
+
+class EvaluationError(SafelockError):
+    """Something that cannot be measured."""

@@ -1,0 +1,171 @@
+"""MLflow flavor of a locked fine-tune: ``mlflow.pyfunc.load_model`` gives the model with the lock applied.
+
+Nothing here hands out an unlocked model: the folder, the lock, the source and the biases in place are checked
+before a model is returned, and any difference raises.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.models.model import ModelInfo
+from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
+
+from mlflow_safelock.apply import apply_lock
+from mlflow_safelock.errors import SourceError
+from mlflow_safelock.flavors.environment import default_conda_env, default_pip_requirements
+from mlflow_safelock.flavors.overlay import FLAVOR_NAME, SOURCE_OPTION, Overlay, read_overlay, write_overlay
+from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import LocalArtifacts, LockReference, check_fingerprint
+
+__all__ = [
+    "FLAVOR_NAME",
+    "get_default_conda_env",
+    "get_default_pip_requirements",
+    "load_model",
+    "log_model",
+    "save_model",
+]
+
+
+def get_default_pip_requirements() -> list[str]:
+    """What an environment needs in order to load a locked model, besides what the fine-tune needs."""
+    return default_pip_requirements()
+
+
+def get_default_conda_env() -> dict[str, Any]:
+    """The same as a conda environment."""
+    return default_conda_env()
+
+
+def save_model(
+    lock: SafetyLock,
+    path: str | Path,
+    source_uri: str,
+    alpha: float | None = None,
+    mlflow_model: Model | None = None,
+) -> None:
+    """Save the overlay of a fine-tune that was logged with ``mlflow.transformers``.
+
+    Args:
+        lock: The lock of the fine-tune's base model.
+        path: Folder to write; it must not exist, or be empty.
+        source_uri: Any MLflow model URI of the fine-tune, or its folder.
+        alpha: Strength; the lock's default where it is not given.
+        mlflow_model: MLflow's description of the model, where it is being logged.
+
+    Raises:
+        SourceError: The source cannot be reached, or is not a model of ``mlflow.transformers``.
+        ApplyError: The lock cannot be applied to it.
+    """
+    folder = Path(path)
+    strength = lock.metadata.default_alpha if alpha is None else alpha
+    source = _fetch(source_uri)
+    _locked_implementation(source, lock, strength, {})
+    _validate_and_prepare_target_save_path(str(folder))
+    write_overlay(
+        folder,
+        LocalArtifacts(source),
+        source_uri,
+        lock,
+        LockReference(digest=lock.digest, base_model=lock.base_model, model=None, version=None),
+        strength,
+        None,
+        mlflow_model,
+    )
+
+
+def log_model(
+    lock: SafetyLock,
+    name: str = "locked_model",
+    *,
+    source_uri: str,
+    alpha: float | None = None,
+    **kwargs: Any,
+) -> ModelInfo:
+    """Log the overlay of a fine-tune; further arguments are those of ``mlflow.models.Model.log``.
+
+    Raises:
+        SourceError: The source cannot be reached, or is not a model of ``mlflow.transformers``.
+        ApplyError: The lock cannot be applied to it.
+    """
+    return Model.log(
+        artifact_path=None,
+        name=name,
+        flavor=sys.modules[__name__],
+        lock=lock,
+        source_uri=source_uri,
+        alpha=alpha,
+        **kwargs,
+    )
+
+
+def load_model(model_uri: str, dst_path: str | None = None, *, source: str | None = None) -> Any:
+    """Load a locked model as a ``transformers`` pipeline with the lock applied.
+
+    Args:
+        model_uri: Any MLflow model URI of a locked model, or its folder.
+        dst_path: Existing folder to download the locked model to.
+        source: Local copy of the fine-tune, used in place of a download; it must have the fingerprint.
+
+    Raises:
+        VerificationError: Something is not what the receipt says.
+        SourceError: The fine-tune cannot be reached.
+    """
+    folder = _download_artifact_from_uri(artifact_uri=model_uri, output_path=dst_path)
+    return _load_pyfunc(folder, {SOURCE_OPTION: source}).get_raw_model()
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Any:
+    """What ``mlflow.pyfunc.load_model`` calls."""
+    options = dict(model_config or {})
+    copy = options.pop(SOURCE_OPTION, None)
+    overlay = read_overlay(LocalArtifacts(Path(path)))
+    source = fetch_source(overlay, copy)
+    return _locked_implementation(source, overlay.lock, overlay.receipt.predicate.alpha, options)
+
+
+def fetch_source(overlay: Overlay, copy: str | None = None) -> Path:
+    """The folder of an overlay's fine-tune, downloaded where no local copy is named, and checked.
+
+    Raises:
+        SourceError: It cannot be reached.
+        VerificationError: It has not the fingerprint that the receipt names.
+    """
+    reference = overlay.receipt.predicate.source
+    folder = _fetch(reference.uri) if copy is None else Path(copy)
+    check_fingerprint(reference.fingerprint, LocalArtifacts(folder))
+    return folder
+
+
+def _fetch(uri: str) -> Path:
+    try:
+        return Path(_download_artifact_from_uri(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        raise SourceError(
+            f"The fine-tune behind the locked model cannot be reached at {uri}: {error}.",
+            next_step="Name a local copy with model_config={'safelock_source': ...}, or write a standalone "
+            "folder where it can be reached: safelock export.",
+        ) from error
+
+
+def _locked_implementation(source: Path, lock: SafetyLock, alpha: float, options: Mapping[str, Any]) -> Any:
+    """MLflow's own pyfunc implementation of the fine-tune, locked."""
+    model = Model.load(str(source))
+    loader = model.flavors.get("python_function", {}).get("loader_module")
+    if loader != "mlflow.transformers":
+        raise SourceError(
+            f"The fine-tune at {source} is loaded by {loader}, not by mlflow.transformers.",
+            next_step="Log it with mlflow.transformers.log_model.",
+        )
+    implementation = mlflow.transformers._load_pyfunc(str(source), dict(options) or None)
+    handle = apply_lock(implementation.get_raw_model().model, lock, alpha)
+    handle.verify()
+    return implementation

@@ -1,0 +1,209 @@
+"""The overlay: a locked model of some tens of kilobytes that points to its unlocked source.
+
+Its folder holds ``MLmodel`` (the fine-tune's own signature, and this package as its loader), the lock, the
+receipt, the fine-tune's input example and its environment with this package added. It carries no
+``transformers`` flavor, since its weights, which it does not hold, are unlocked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow.models import Model
+from mlflow.models.model import MLMODEL_FILE_NAME
+
+from mlflow_safelock.errors import SourceError, VerificationError
+from mlflow_safelock.flavors.environment import default_pip_requirements, pinned, write_environment
+from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE
+from mlflow_safelock.formats import lock_from_bytes, lock_to_bytes
+from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import (
+    ArtifactReader,
+    LockReference,
+    Promotion,
+    Receipt,
+    ReceiptPredicate,
+    SourceReference,
+    take_fingerprint,
+)
+
+FLAVOR_NAME = "safelock_locked_model"
+LOADER_MODULE = "mlflow_safelock.flavors.locked_model"
+RECEIPT_FILE = "receipt.json"
+SOURCE_OPTION = "safelock_source"
+"""Key of ``model_config`` that names a local copy of the source."""
+
+COPIED_FROM_SOURCE = ("input_example.json", "serving_input_example.json")
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """An overlay that was read and found whole.
+
+    Attributes:
+        receipt: What it states.
+        lock: The lock it carries, with the digest that the receipt names.
+    """
+
+    receipt: Receipt
+    lock: SafetyLock
+
+
+def write_overlay(
+    folder: Path,
+    source: ArtifactReader,
+    source_uri: str,
+    lock: SafetyLock,
+    lock_reference: LockReference,
+    alpha: float,
+    promotion: Promotion | None,
+    mlflow_model: Model | None = None,
+) -> Receipt:
+    """Write the overlay of ``source`` into an empty folder and return its receipt.
+
+    Args:
+        folder: Existing, empty folder.
+        source: The fine-tune's artifacts, an MLflow model folder.
+        source_uri: Where a consumer will find them.
+        lock: The lock.
+        lock_reference: Where the lock comes from.
+        alpha: Strength.
+        promotion: The gate's decision; ``None`` for an overlay saved by hand.
+        mlflow_model: MLflow's description of a model that is being logged; otherwise the fine-tune's own.
+
+    Raises:
+        SourceError: The source is not an MLflow model, or cannot be read.
+    """
+    fingerprint = take_fingerprint(source)
+    own = read_mlmodel(source)
+    paths = {file.path for file in source.files()}
+    for name in COPIED_FROM_SOURCE:
+        if name in paths:
+            (folder / name).write_bytes(source.read(name))
+    (folder / LOCK_FILE).write_bytes(lock_to_bytes(lock))
+    environment = _write_source_environment(folder, source, paths)
+    model = _describe(own, mlflow_model)
+    model.add_flavor(
+        "python_function",
+        loader_module=LOADER_MODULE,
+        python_version=own["flavors"]["python_function"].get("python_version"),
+        env=environment,
+        config={**(own["flavors"]["python_function"].get("config") or {}), SOURCE_OPTION: None},
+    )
+    model.add_flavor(FLAVOR_NAME, base_model=lock.base_model, lock_digest=lock.digest, alpha=float(alpha))
+    model.save(str(folder / MLMODEL_FILE_NAME))
+    receipt = Receipt.about(
+        ReceiptPredicate(
+            source=SourceReference(uri=source_uri, fingerprint=fingerprint),
+            lock=lock_reference,
+            alpha=float(alpha),
+            carrier="overlay",
+            promotion=promotion,
+            files={path.name: _sha256(path.read_bytes()) for path in sorted(folder.iterdir())},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            tools={name: version(name) for name in ("mlflow-safelock", "mlflow", "transformers", "torch")},
+        )
+    )
+    (folder / RECEIPT_FILE).write_bytes(receipt.to_bytes())
+    return receipt
+
+
+def read_overlay(overlay: ArtifactReader) -> Overlay:
+    """Read an overlay and check its own files, its lock and its receipt against each other.
+
+    Raises:
+        VerificationError: A file is missing or changed, or the lock is not the one of the receipt.
+    """
+    try:
+        receipt = Receipt.parse(overlay.read(RECEIPT_FILE), origin=f"{overlay.location}/{RECEIPT_FILE}")
+    except SourceError as error:
+        raise VerificationError(
+            f"There is no receipt at {overlay.location}.", next_step="Promote the version again."
+        ) from error
+    stated = receipt.predicate.files
+    for name in (MLMODEL_FILE_NAME, LOCK_FILE):
+        if name not in stated:
+            raise VerificationError(f"The receipt at {overlay.location} says nothing about {name!r}.")
+    for name, sha256 in stated.items():
+        try:
+            data = overlay.read(name)
+        except SourceError as error:
+            raise VerificationError(
+                f"The locked model's file {name!r} is missing at {overlay.location}."
+            ) from error
+        if _sha256(data) != sha256:
+            raise VerificationError(
+                f"The locked model's file {name!r} at {overlay.location} is not the one of its receipt.",
+                next_step="Promote the version again.",
+            )
+    lock = lock_from_bytes(overlay.read(LOCK_FILE), origin=f"{overlay.location}/{LOCK_FILE}")
+    reference = receipt.predicate.lock
+    if lock.digest != reference.digest or lock.base_model != reference.base_model:
+        raise VerificationError(
+            f"The lock at {overlay.location} is {lock.digest} for {lock.base_model}, and the receipt names "
+            f"{reference.digest} for {reference.base_model}."
+        )
+    return Overlay(receipt, lock)
+
+
+def read_mlmodel(reader: ArtifactReader) -> dict[str, Any]:
+    """The MLmodel file of a model folder, as plain values.
+
+    Raises:
+        SourceError: There is none, or it is not one with a pyfunc flavor.
+    """
+    try:
+        values: Any = yaml.safe_load(reader.read(MLMODEL_FILE_NAME))
+    except (SourceError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"There is no readable {MLMODEL_FILE_NAME} file at {reader.location}.",
+            next_step="Log the model with mlflow.transformers.log_model.",
+        ) from error
+    flavors = values.get("flavors") if isinstance(values, dict) else None
+    if not isinstance(flavors, dict) or not isinstance(flavors.get("python_function"), dict):
+        raise SourceError(
+            f"The {MLMODEL_FILE_NAME} file at {reader.location} has no python_function flavor.",
+            next_step="Log the model with mlflow.transformers.log_model.",
+        )
+    return dict(values)
+
+
+def _describe(own: Mapping[str, Any], mlflow_model: Model | None) -> Model:
+    """The fine-tune's description without its flavors, or a new one with its signature and input example."""
+    source = Model.from_dict(dict(own))
+    source.flavors = {}
+    if mlflow_model is None:
+        return source
+    mlflow_model.signature = source.signature
+    mlflow_model.saved_input_example_info = source.saved_input_example_info
+    return mlflow_model
+
+
+def _write_source_environment(folder: Path, source: ArtifactReader, paths: set[str]) -> dict[str, str]:
+    """The fine-tune's environment with this package in it, or this package's own where it has none."""
+    names = {"requirements.txt", "conda.yaml", "python_env.yaml"}
+    if not names <= paths:
+        return write_environment(folder, default=default_pip_requirements())
+    wanted = pinned("mlflow-safelock")
+    requirements = source.read("requirements.txt").decode().splitlines()
+    (folder / "requirements.txt").write_text("\n".join([*requirements, wanted]) + "\n")
+    (folder / "python_env.yaml").write_bytes(source.read("python_env.yaml"))
+    conda = yaml.safe_load(source.read("conda.yaml"))
+    for dependency in conda.get("dependencies", []):
+        if isinstance(dependency, dict) and isinstance(dependency.get("pip"), list):
+            dependency["pip"].append(wanted)
+    (folder / "conda.yaml").write_text(yaml.safe_dump(conda, sort_keys=False))
+    if "constraints.txt" in paths:
+        (folder / "constraints.txt").write_bytes(source.read("constraints.txt"))
+    return {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

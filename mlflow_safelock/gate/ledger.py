@@ -1,0 +1,172 @@
+"""The ledger: what the gate decided, append-only, each row chained to the one before by its hash.
+
+Its table stands beside MLflow's own in the registry's database. A row's ``body`` is canonical JSON (RFC
+8785); ``digest`` is SHA-256 over the previous row's digest and the body. ``sequence`` is unique and without
+gaps, so that two writers cannot fork the chain: the slower one fails and tries again on the new end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import rfc8785
+import sqlalchemy as sa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy.orm import Session
+
+from mlflow_safelock.errors import LedgerError
+from mlflow_safelock.lock import Digest, NonEmpty
+from mlflow_safelock.provenance import Actor
+
+GENESIS = "0" * 64
+"""What the first row is chained to."""
+
+TABLE = sa.Table(
+    "safelock_ledger",
+    sa.MetaData(),
+    sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("workspace", sa.String(63), nullable=False),
+    sa.Column("event", sa.String(32), nullable=False),
+    sa.Column("model", sa.String(256), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("location_key", sa.String(64), nullable=True, index=True),
+    sa.Column("previous", sa.String(64), nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+)
+
+
+class LockInForce(BaseModel):
+    """The lock that a promotion applied."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    model: NonEmpty
+    version: Annotated[int, Field(gt=0)]
+    digest: Digest
+    base_model: NonEmpty
+
+
+class LedgerEntry(BaseModel):
+    """One decision.
+
+    Attributes:
+        event: ``promoted`` (locked), ``rejected``, or ``passed`` (let through unlocked, as the policy says).
+        time: ISO 8601 in UTC.
+        workspace: MLflow workspace; ``default`` where workspaces are off.
+        model: Registered model.
+        version: Its number.
+        target: ``stage:…`` or ``alias:…``.
+        actor: Who asked.
+        reason: Reason code of a rejection or pass.
+        message: The sentence that went with it.
+        policy: Digest of the policy in force.
+        lock: The lock in force after a promotion.
+        alpha: Its strength.
+        original_location: Where the unlocked artifacts are.
+        location: Where the locked model is.
+        receipt: Digest of its receipt.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    event: Literal["promoted", "rejected", "passed"]
+    time: NonEmpty
+    workspace: NonEmpty
+    model: NonEmpty
+    version: Annotated[int, Field(gt=0)]
+    target: NonEmpty
+    actor: Actor
+    reason: str | None
+    message: str | None
+    policy: Digest
+    lock: LockInForce | None
+    alpha: float | None
+    original_location: str | None
+    location: str | None
+    receipt: Digest | None
+
+
+def create_table(engine: sa.Engine) -> None:
+    """Create the ledger's table where it does not stand; several processes may do so at once.
+
+    Raises:
+        LedgerError: It cannot be created.
+    """
+    try:
+        TABLE.create(engine, checkfirst=True)
+    except sa.exc.DBAPIError as error:
+        if not sa.inspect(engine).has_table(TABLE.name):
+            raise LedgerError(f"The table {TABLE.name} cannot be created: {error}.") from error
+
+
+def append(session: Session, entry: LedgerEntry) -> None:
+    """Append a row in the session's own transaction.
+
+    Raises:
+        sqlalchemy.exc.IntegrityError: Another writer was faster; repeat the whole transaction.
+    """
+    last = session.execute(
+        sa.select(TABLE.c.sequence, TABLE.c.digest).order_by(TABLE.c.sequence.desc()).limit(1)
+    ).one_or_none()
+    sequence, previous = (last.sequence + 1, last.digest) if last else (1, GENESIS)
+    body = rfc8785.dumps(entry.model_dump(mode="json"))
+    session.execute(
+        TABLE.insert().values(
+            sequence=sequence,
+            workspace=entry.workspace,
+            event=entry.event,
+            model=entry.model,
+            version=entry.version,
+            location_key=_location_key(entry.location) if entry.location else None,
+            previous=previous,
+            digest=row_digest(previous, body),
+            body=body.decode(),
+        )
+    )
+
+
+def row_digest(previous: str, body: bytes) -> str:
+    """Hexadecimal SHA-256 over the previous row's digest and this row's body."""
+    return hashlib.sha256(previous.encode() + b"\n" + body).hexdigest()
+
+
+def promotion_at(session: Session, location: str) -> LedgerEntry | None:
+    """The last promotion that wrote the locked model at ``location``."""
+    row = session.execute(
+        sa.select(TABLE)
+        .where(TABLE.c.location_key == _location_key(location), TABLE.c.event == "promoted")
+        .order_by(TABLE.c.sequence.desc())
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else _entry(row)
+
+
+def entries(session: Session) -> Iterator[LedgerEntry]:
+    """Every row, oldest first.
+
+    Raises:
+        LedgerError: A row's body is not what its digest says.
+    """
+    for row in session.execute(sa.select(TABLE).order_by(TABLE.c.sequence)):
+        yield _entry(row)
+
+
+def _entry(row: sa.Row[tuple[object, ...]]) -> LedgerEntry:
+    body = row.body.encode()
+    if row_digest(row.previous, body) != row.digest:
+        raise LedgerError(
+            f"Row {row.sequence} of the ledger was edited: its body is not what its digest says.",
+            next_step="Restore the table from a backup.",
+        )
+    try:
+        return LedgerEntry.model_validate(json.loads(body), strict=True)
+    except ValidationError as error:
+        raise LedgerError(f"Row {row.sequence} of the ledger is not one that this version reads.") from error
+
+
+def _location_key(location: str) -> str:
+    return hashlib.sha256(location.encode()).hexdigest()

@@ -1,0 +1,111 @@
+"""Which lock belongs on a fine-tune: the base model it descends from, and that base's newest lock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mlflow_safelock.errors import LockError, PromotionRefused
+from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
+from mlflow_safelock.formats import lock_from_bytes
+from mlflow_safelock.gate.policy import GateRule, Policy
+from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry
+from mlflow_safelock.gate.source import LanguageModel
+from mlflow_safelock.lock import SafetyLock
+
+BASE_TAG = "safelock.base_model"
+"""Tag of a model version that says what it was made from; a hint like any other, checked by geometry."""
+
+
+@dataclass(frozen=True)
+class RegisteredLock:
+    """A lock and where it is registered."""
+
+    lock: SafetyLock
+    model: str
+    version: int
+
+
+def find_lock(
+    version: ModelVersion,
+    source: LanguageModel,
+    policy: Policy,
+    rule: GateRule,
+    registry: Registry,
+    artifacts: Artifacts,
+) -> RegisteredLock:
+    """The newest lock of the fine-tune's base model, sound and of the fine-tune's geometry.
+
+    The policy's word on the base is final. Otherwise the first base decides that the model names and that has
+    a lock: a fine-tune of a fine-tune names its parent first.
+
+    Raises:
+        PromotionRefused: The base is unknown, or has no lock, one below the policy's floor, a damaged one, or
+            one for another geometry.
+    """
+    named = policy.base_of(version.name)
+    bases = (named,) if named else tuple(dict.fromkeys(_hints(version, source)))
+    for base in bases:
+        found = _newest(base, registry, artifacts)
+        if found is not None:
+            _check(found, base, source, rule, version)
+            return found
+    if not bases:
+        raise PromotionRefused(
+            "unknown_base",
+            f"{version.name!r} version {version.version} does not say which base model it was made from.",
+            next_step=f"Set the tag {BASE_TAG!r} on the version, or name its base in the policy (bases).",
+        )
+    raise PromotionRefused(
+        "missing_lock",
+        f"No lock is registered for the base of {version.name!r} version {version.version}: looked for "
+        f"{', '.join(repr(base) for base in bases)}.",
+        next_step="Register one: safelock forge, or safelock lock import, then safelock lock register. If "
+        f"the base goes by another name, set the tag {BASE_TAG!r} on the version.",
+    )
+
+
+def _hints(version: ModelVersion, source: LanguageModel) -> Iterator[str]:
+    yield from source.said_bases
+    if tag := version.tags.get(BASE_TAG):
+        yield tag
+
+
+def _newest(base: str, registry: Registry, artifacts: Artifacts) -> RegisteredLock | None:
+    versions = registry.model_versions(lock_model_name(base))
+    if not versions:
+        return None
+    newest = versions[-1]
+    origin = f"models:/{newest.name}/{newest.version}"
+    try:
+        lock = lock_from_bytes(artifacts.reader(newest.location).read(LOCK_FILE), origin=origin)
+    except LockError as error:
+        raise PromotionRefused(
+            "damaged_lock", error.cause, next_step=f"Register a sound lock for {base!r}."
+        ) from error
+    return RegisteredLock(lock, newest.name, newest.version)
+
+
+def _check(
+    found: RegisteredLock, base: str, source: LanguageModel, rule: GateRule, version: ModelVersion
+) -> None:
+    name = f"{found.model} version {found.version}"
+    if found.lock.base_model != base:
+        raise PromotionRefused(
+            "damaged_lock",
+            f"The lock {name} is for {found.lock.base_model!r}, and it is registered for {base!r}.",
+            next_step=f"Register a lock for {base!r}: safelock lock register.",
+        )
+    if found.version < rule.lock.min_version:
+        raise PromotionRefused(
+            "lock_too_old",
+            f"The newest lock is {name}, and the policy asks for version {rule.lock.min_version} or later.",
+            next_step="Register a newer lock: safelock lock register.",
+        )
+    if found.lock.geometry != source.geometry:
+        raise PromotionRefused(
+            "geometry_mismatch",
+            f"The lock {name} is for {found.lock.geometry}, and {version.name!r} version {version.version} "
+            f"has {source.geometry}.",
+            next_step="It does not descend from that base: correct its base, or register a lock for its own.",
+        )

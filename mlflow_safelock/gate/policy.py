@@ -1,0 +1,126 @@
+"""The policy: which promotions are gated, and what a gated one must satisfy."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal, Self
+
+import rfc8785
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mlflow_safelock.gate.ports import Target
+
+Stage = Literal["Staging", "Production", "Archived"]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class AlphaRange(_Section):
+    """Strengths that the gate applies and accepts; all above zero, so that it never unlocks.
+
+    Attributes:
+        default: Strength of a promotion that asks for none.
+        min: Lowest accepted.
+        max: Highest accepted.
+    """
+
+    default: float = 6.0
+    min: float = 1.0
+    max: float = 12.0
+
+    @model_validator(mode="after")
+    def _is_a_range_above_zero(self) -> Self:
+        if not 0.0 < self.min <= self.default <= self.max or not math.isfinite(self.max):
+            raise ValueError(
+                f"needs 0 < min <= default <= max, and has min {self.min:g}, default {self.default:g}, "
+                f"max {self.max:g}"
+            )
+        return self
+
+
+class LockRule(_Section):
+    """Which locks are good enough.
+
+    Attributes:
+        min_version: Lowest accepted version of the base's registered lock.
+    """
+
+    min_version: Annotated[int, Field(gt=0)] = 1
+
+
+class GateRule(_Section):
+    """One gate.
+
+    Attributes:
+        models: Glob over registered model names, case-sensitive.
+        stages: Stages that are gated.
+        aliases: Aliases that are gated.
+        lock: Which locks are good enough.
+        alpha: Strength.
+        carrier: How the lock is carried.
+        missing_lock: What happens to a fine-tune whose base has no lock: ``reject``, or ``allow``, unlocked.
+        not_an_llm: What happens to a model that is no language model.
+    """
+
+    models: NonEmpty = "*"
+    stages: tuple[Stage, ...] = ("Staging", "Production")
+    aliases: tuple[NonEmpty, ...] = ("staging", "champion")
+    lock: LockRule = LockRule()
+    alpha: AlphaRange = AlphaRange()
+    carrier: Literal["overlay"] = "overlay"
+    missing_lock: Literal["reject", "allow"] = "reject"
+    not_an_llm: Literal["reject", "allow"] = "allow"
+
+    @field_validator("aliases")
+    @classmethod
+    def _aliases_as_mlflow_compares_them(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(alias.lower() for alias in aliases)
+
+    def covers(self, target: Target) -> bool:
+        """Whether a promotion to ``target`` is gated by this rule."""
+        if target.kind == "stage":
+            return target.name in self.stages
+        return target.name.lower() in self.aliases
+
+
+class Policy(_Section):
+    """A policy file.
+
+    Attributes:
+        version: Version of the file's form.
+        gates: Gates; the first whose ``models`` matches a registered model's name decides.
+        bases: Base model of the registered models that match a glob, for fine-tunes that do not say.
+    """
+
+    version: Literal[1]
+    gates: tuple[GateRule, ...]
+    bases: dict[NonEmpty, NonEmpty] = Field(default_factory=dict)
+
+    @field_validator("gates")
+    @classmethod
+    def _at_least_one(cls, gates: tuple[GateRule, ...]) -> tuple[GateRule, ...]:
+        if not gates:
+            raise ValueError("needs at least one gate")
+        return gates
+
+    @property
+    def digest(self) -> str:
+        """``sha256:…`` over the policy's canonical JSON, defaults filled in."""
+        return f"sha256:{hashlib.sha256(rfc8785.dumps(self.model_dump(mode='json'))).hexdigest()}"
+
+    def rule_for(self, model: str) -> GateRule | None:
+        """The gate that decides over a registered model; ``None`` where none matches its name."""
+        return next((rule for rule in self.gates if fnmatchcase(model, rule.models)), None)
+
+    def base_of(self, model: str) -> str | None:
+        """The base model that the policy names for a registered model."""
+        return next((base for glob, base in self.bases.items() if fnmatchcase(model, glob)), None)
+
+
+DEFAULT_POLICY = Policy(version=1, gates=(GateRule(),))
+"""What is in force where no policy file is named."""

@@ -1,0 +1,98 @@
+"""What the gate needs of the registry it guards and of the artifacts behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.provenance import ArtifactReader
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a version is being promoted to: a stage or an alias."""
+
+    kind: Literal["stage", "alias"]
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.name}"
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered model version, as the gate sees it.
+
+    Attributes:
+        name: Registered model.
+        version: Its number.
+        source: Where it was registered from; never changed by the gate.
+        location: Where it is downloaded from now.
+        tags: Tags, which anybody can set.
+    """
+
+    name: str
+    version: int
+    source: str
+    location: str
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Redirection:
+    """What one promotion changes in the registry, all of it in one transaction.
+
+    Attributes:
+        name: Registered model.
+        version: Its number.
+        expected_location: Where it is downloaded from before; anything else means that somebody was faster.
+        location: Where it is downloaded from afterwards.
+        tags: Tags to set.
+        entry: Row for the ledger.
+    """
+
+    name: str
+    version: int
+    expected_location: str
+    location: str
+    tags: Mapping[str, str]
+    entry: LedgerEntry
+
+
+class Registry(Protocol):
+    """The registry that the gate guards."""
+
+    def model_version(self, name: str, version: int) -> ModelVersion:
+        """One version; MLflow's own error where there is none."""
+
+    def model_versions(self, name: str) -> Sequence[ModelVersion]:
+        """All versions of a registered model, oldest first; none where there is no such model."""
+
+    def promotion_at(self, location: str) -> LedgerEntry | None:
+        """The promotion that wrote the locked model at ``location``, where the ledger knows one."""
+
+    def redirect(self, redirection: Redirection) -> bool:
+        """Do all of it in one transaction, or, where ``expected_location`` no longer holds, nothing.
+
+        Returns:
+            Whether it was done.
+        """
+
+    def record(self, entry: LedgerEntry) -> None:
+        """Append a row to the ledger."""
+
+
+class Artifacts(Protocol):
+    """The artifacts behind the registry, reached with the registry's own rights."""
+
+    def resolve(self, uri: str) -> str:
+        """The storage URI behind a ``models:/`` or ``runs:/`` URI; any other URI as it is."""
+
+    def reader(self, uri: str) -> ArtifactReader:
+        """The folder at ``uri``."""
+
+    def publish(self, folder: Path, uri: str) -> None:
+        """Write a local folder to ``uri``."""

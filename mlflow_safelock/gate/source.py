@@ -1,0 +1,144 @@
+"""What is being promoted: a language model that a lock goes onto, something else, or a way around."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from mlflow_safelock.apply.architectures import geometry_from_config
+from mlflow_safelock.errors import PromotionRefused, SourceError, UnsupportedArchitectureError
+from mlflow_safelock.flavors import overlay
+from mlflow_safelock.lock import AttentionGeometry
+from mlflow_safelock.provenance import ArtifactReader, read_header
+
+LANGUAGE_MODEL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Ends of the class names of models that write text."""
+
+LANGUAGE_MODEL_TASKS = ("text-generation", "conversational", "llm/v1/")
+"""Beginnings of the tasks that such models are logged with."""
+
+MAX_CONFIG_BYTES = 4 << 20
+
+MERGE_FIRST = (
+    "Merge the adapter before logging: model.merge_and_unload(), then mlflow.transformers.log_model."
+)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A fine-tune that a lock goes onto.
+
+    Attributes:
+        model_type: Its architecture.
+        geometry: Its attention shape.
+        said_bases: What the model itself says that it was made from, most telling first.
+    """
+
+    model_type: str
+    geometry: AttentionGeometry
+    said_bases: tuple[str, ...]
+
+
+def examine(reader: ArtifactReader) -> LanguageModel | None:
+    """Tell what the artifacts of a model version are.
+
+    Returns:
+        The language model, or ``None`` for a model of another kind.
+
+    Raises:
+        PromotionRefused: A language model in a form that cannot be locked; the reason says which.
+        SourceError: The artifacts cannot be read.
+    """
+    paths = {file.path for file in reader.files()}
+    flavors = overlay.read_mlmodel(reader)["flavors"] if "MLmodel" in paths else {}
+    if overlay.FLAVOR_NAME in flavors:
+        raise PromotionRefused(
+            "already_locked",
+            f"The artifacts at {reader.location} are a locked model already, and it is not in this ledger.",
+            next_step="Register the fine-tune that it was made from, and promote that one.",
+        )
+    transformers = flavors.get("transformers")
+    if not isinstance(transformers, dict):
+        _refuse_a_disguised_language_model(reader, paths)
+        return None
+    if not _writes_text(transformers):
+        return None
+    return _language_model(reader, paths, transformers)
+
+
+def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:
+    if flavor.get("peft_adaptor"):
+        raise PromotionRefused(
+            "unmerged_adapter",
+            "The model was logged as a base and a PEFT adapter, a form that transformers 5 reloads with "
+            "random weights in place of the adapted ones.",
+            next_step=MERGE_FIRST,
+        )
+    binary = flavor.get("model_binary")
+    config_path = f"{binary}/config.json"
+    weights = [path for path in paths if path.startswith(f"{binary}/") and path.endswith(".safetensors")]
+    if not isinstance(binary, str) or config_path not in paths or not weights:
+        raise PromotionRefused(
+            "no_weights",
+            "The model was logged without safetensors weights, so there is nothing that a lock could go onto.",
+            next_step="Log it with its weights: mlflow.transformers.log_model(..., save_pretrained=True).",
+        )
+    config = _read_config(reader, config_path)
+    if "safelock" in config:
+        raise PromotionRefused(
+            "already_locked",
+            "The model's weights carry a lock already (its config.json says so).",
+            next_step="Register the fine-tune that it was made from, and promote that one.",
+        )
+    if any(".base_layer." in name for path in weights for name in read_header(reader, path).tensors):
+        raise PromotionRefused(
+            "unmerged_adapter",
+            "The weights are those of an unmerged PEFT model (names with '.base_layer.'), which transformers "
+            "reloads with random weights in their place.",
+            next_step=MERGE_FIRST,
+        )
+    try:
+        geometry = geometry_from_config(config)
+    except UnsupportedArchitectureError as error:
+        raise PromotionRefused("unsupported_architecture", error.cause, next_step=error.next_step) from error
+    said = (flavor.get("source_model_name"), config.get("_name_or_path"))
+    bases = tuple(dict.fromkeys(name for name in said if isinstance(name, str) and name))
+    return LanguageModel(str(config.get("model_type")), geometry, bases)
+
+
+def _writes_text(flavor: Mapping[str, Any]) -> bool:
+    task, kind = str(flavor.get("task", "")), str(flavor.get("pipeline_model_type", ""))
+    return task.startswith(LANGUAGE_MODEL_TASKS) or kind.endswith(LANGUAGE_MODEL_CLASSES)
+
+
+def _refuse_a_disguised_language_model(reader: ArtifactReader, paths: set[str]) -> None:
+    """A language model in another flavor would be served unlocked, so it does not pass as something else."""
+    for path in sorted(paths):
+        if PurePosixPath(path).name == "config.json":
+            classes = _read_config(reader, path).get("architectures")
+            names = classes if isinstance(classes, list) else []
+            found = any(str(name).endswith(LANGUAGE_MODEL_CLASSES) for name in names)
+        else:
+            found = path.endswith(".gguf")
+        if found:
+            raise PromotionRefused(
+                "unsupported_flavor",
+                f"There is a language model in {path!r}, logged in a flavor that a lock cannot go onto.",
+                next_step="Log it with mlflow.transformers.log_model.",
+            )
+
+
+def _read_config(reader: ArtifactReader, path: str) -> dict[str, Any]:
+    size = next((file.size for file in reader.files() if file.path == path), 0)
+    if size > MAX_CONFIG_BYTES:
+        raise SourceError(
+            f"The file {path!r} at {reader.location} is too large for a configuration: {size} bytes."
+        )
+    try:
+        config = json.loads(reader.read(path))
+    except ValueError as error:
+        raise SourceError(f"The file {path!r} at {reader.location} is not JSON: {error}.") from error
+    return config if isinstance(config, dict) else {}

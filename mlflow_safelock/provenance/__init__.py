@@ -1,0 +1,36 @@
+"""What a locked model can prove: where its weights come from, which lock, which strength, decided by whom."""
+
+from mlflow_safelock.provenance.artifacts import ArtifactFile, ArtifactReader, LocalArtifacts
+from mlflow_safelock.provenance.fingerprint import (
+    FileFingerprint,
+    SourceFingerprint,
+    check_fingerprint,
+    take_fingerprint,
+)
+from mlflow_safelock.provenance.receipt import (
+    Actor,
+    LockReference,
+    Promotion,
+    Receipt,
+    ReceiptPredicate,
+    SourceReference,
+)
+from mlflow_safelock.provenance.weights import WeightsHeader, read_header
+
+__all__ = [
+    "Actor",
+    "ArtifactFile",
+    "ArtifactReader",
+    "FileFingerprint",
+    "LocalArtifacts",
+    "LockReference",
+    "Promotion",
+    "Receipt",
+    "ReceiptPredicate",
+    "SourceFingerprint",
+    "SourceReference",
+    "WeightsHeader",
+    "check_fingerprint",
+    "read_header",
+    "take_fingerprint",
+]

@@ -1,0 +1,123 @@
+"""The gate's view of an SQL registry store, and the one transaction that redirects a version."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL
+from mlflow.entities.model_registry.model_version_status import ModelVersionStatus
+from mlflow.exceptions import MlflowException
+from mlflow.store.model_registry.dbmodels.models import SqlModelVersion, SqlModelVersionTag
+from mlflow.utils.time import get_current_time_millis
+
+from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.ports import ModelVersion, Redirection
+
+T = TypeVar("T")
+
+ATTEMPTS = 40
+"""How often a transaction is repeated that lost a race for the ledger's next row."""
+
+READY = ModelVersionStatus.to_string(ModelVersionStatus.READY)
+
+
+@dataclass(frozen=True)
+class SqlRegistry:
+    """The registry behind an MLflow SQL store.
+
+    Attributes:
+        store: MLflow's ``SqlAlchemyStore`` or its workspace-aware sibling.
+    """
+
+    store: Any
+
+    def model_version(self, name: str, version: int) -> ModelVersion:
+        """One version; MLflow's own error where there is none."""
+        with self.store.ManagedSessionMaker() as session:
+            return _view(self.store._get_sql_model_version(session, name, version))
+
+    def model_versions(self, name: str) -> Sequence[ModelVersion]:
+        """All ready versions of a registered model, oldest first."""
+        with self.store.ManagedSessionMaker() as session:
+            rows = (
+                self.store._get_query(session, SqlModelVersion)
+                .filter(
+                    SqlModelVersion.name == name,
+                    SqlModelVersion.current_stage != STAGE_DELETED_INTERNAL,
+                    SqlModelVersion.status == READY,
+                )
+                .order_by(SqlModelVersion.version)
+            )
+            return [_view(row) for row in rows]
+
+    def promotion_at(self, location: str) -> LedgerEntry | None:
+        """The promotion that wrote the locked model at ``location``, where the ledger knows one."""
+        with self.store.ManagedSessionMaker() as session:
+            return ledger.promotion_at(session, location)
+
+    def redirect(self, redirection: Redirection) -> bool:
+        """Redirect a version, tag it and append to the ledger, in one transaction or not at all."""
+
+        def work(session: Any) -> bool:
+            # The condition in the statement itself takes the row's lock and decides a race in one step.
+            updated = session.execute(
+                sa.update(SqlModelVersion)
+                .where(
+                    SqlModelVersion.workspace == self.store._get_active_workspace(),
+                    SqlModelVersion.name == redirection.name,
+                    SqlModelVersion.version == redirection.version,
+                    SqlModelVersion.current_stage != STAGE_DELETED_INTERNAL,
+                    sa.func.coalesce(SqlModelVersion.storage_location, SqlModelVersion.source)
+                    == redirection.expected_location,
+                )
+                .values(storage_location=redirection.location, last_updated_time=get_current_time_millis())
+            )
+            if updated.rowcount != 1:
+                return False
+            for key, value in redirection.tags.items():
+                session.merge(
+                    self.store._with_workspace_field(
+                        SqlModelVersionTag(
+                            name=redirection.name, version=redirection.version, key=key, value=value
+                        )
+                    )
+                )
+            ledger.append(session, redirection.entry)
+            return True
+
+        return self._transaction(work)
+
+    def record(self, entry: LedgerEntry) -> None:
+        """Append a row to the ledger."""
+        self._transaction(lambda session: ledger.append(session, entry))
+
+    def _transaction(self, work: Callable[[Any], T]) -> T:
+        """Run ``work`` in a transaction, again where another writer took the ledger's next row first."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with self.store.ManagedSessionMaker(read_only=False) as session:
+                    result = work(session)
+                    session.flush()
+                    return result
+            except MlflowException as error:
+                lost_a_race = isinstance(error.__cause__, sa.exc.IntegrityError | sa.exc.OperationalError)
+                if not lost_a_race or attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(random.uniform(0.005, 0.05))  # noqa: S311 - spreads writers, guards nothing
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _view(row: Any) -> ModelVersion:
+    return ModelVersion(
+        name=row.name,
+        version=row.version,
+        source=row.source,
+        location=row.storage_location or row.source,
+        tags={tag.key: tag.value for tag in row.model_version_tags},
+    )
