@@ -18,7 +18,7 @@ from mlflow.models.model import ModelInfo
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
-from mlflow_safelock.apply import apply_lock
+from mlflow_safelock.apply.in_memory import apply_lock
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.flavors.environment import default_conda_env, default_pip_requirements
 from mlflow_safelock.flavors.overlay import FLAVOR_NAME, SOURCE_OPTION, Overlay, read_overlay, write_overlay

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import posixpath
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlparse
+from uuid import uuid4
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -74,18 +76,39 @@ class RegistryArtifacts:
         return RemoteArtifacts(physical)
 
     def publish(self, folder: Path, uri: str) -> None:
-        """Write a local folder to ``uri``.
+        """Write a local folder to ``uri``; writing the same once more changes nothing.
 
         Raises:
             SourceError: It cannot be written.
         """
+        physical = physical_uri(uri)
         try:
-            get_artifact_repository(physical_uri(uri)).log_artifacts(str(folder))
+            if is_local_uri(physical, is_tracking_or_registry_uri=False):
+                _publish_locally(folder, Path(local_file_uri_to_path(physical)))
+            else:
+                get_artifact_repository(physical).log_artifacts(str(folder))
         except (MlflowException, OSError) as error:
             raise SourceError(
                 f"The locked model cannot be written to {uri}: {error}.",
                 next_step="Let the registry's process write beside the model's artifacts.",
             ) from error
+
+
+def _publish_locally(folder: Path, destination: Path) -> None:
+    """Copy aside and rename, so that nobody ever reads a half-written folder there."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    aside = destination.with_name(f".{destination.name}-{uuid4().hex}")
+    aside.mkdir()
+    try:
+        for path in folder.iterdir():
+            shutil.copyfile(path, aside / path.name)
+        try:
+            aside.rename(destination)
+        except OSError:
+            if not destination.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""The sampled fingerprint notices what it says it notices."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mlflow_safelock.errors import SourceError, VerificationError
+from mlflow_safelock.provenance import LocalArtifacts, check_fingerprint, take_fingerprint
+
+WEIGHTS = "model/model.safetensors"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    (folder / "model").mkdir(parents=True)
+    (folder / "MLmodel").write_text("flavors: {}\n")
+    (folder / "model/config.json").write_text('{"model_type": "llama"}')
+    generator = np.random.default_rng(0)
+    tensors = {f"layer.{i}": generator.normal(size=(256, 257)).astype(np.float32) for i in range(6)}
+    save_file(tensors, folder / WEIGHTS)
+    assert (folder / WEIGHTS).stat().st_size > 1 << 20, "large enough to be sampled"
+    return folder
+
+
+def retrain(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: values + np.float32(1e-3) for name, values in tensors.items()}, folder / WEIGHTS)
+
+
+def retrain_one_tensor(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["layer.3"] = tensors["layer.3"] * np.float32(1.01)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def rename_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["layer.x"] = tensors.pop("layer.5")
+    save_file(tensors, folder / WEIGHTS)
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:-1])
+
+
+def edit_the_configuration(folder: Path) -> None:
+    (folder / "model/config.json").write_text('{"model_type": "gemma"}')
+
+
+def add_an_adapter(folder: Path) -> None:
+    (folder / "model/adapter_config.json").write_text("{}")
+
+
+def remove_a_file(folder: Path) -> None:
+    (folder / "MLmodel").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (retrain, WEIGHTS),
+        (retrain_one_tensor, WEIGHTS),
+        (rename_a_tensor, WEIGHTS),
+        (truncate, WEIGHTS),
+        (edit_the_configuration, "model/config.json"),
+        (add_an_adapter, "model/adapter_config.json"),
+        (remove_a_file, "MLmodel"),
+    ],
+)
+def test_a_changed_source_is_refused_and_the_file_named(
+    source: Path, change: Callable[[Path], None], named: str
+) -> None:
+    fingerprint = take_fingerprint(LocalArtifacts(source))
+    change(source)
+    with pytest.raises(VerificationError, match=named):
+        check_fingerprint(fingerprint, LocalArtifacts(source))
+
+
+def test_an_exact_copy_has_the_fingerprint_with_what_mlflow_adds_to_a_download(
+    source: Path, tmp_path: Path
+) -> None:
+    fingerprint = take_fingerprint(LocalArtifacts(source))
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    (copy / "registered_model_meta").write_text("model_name: bot\n")
+    check_fingerprint(fingerprint, LocalArtifacts(copy))
+
+
+def test_the_blocks_that_are_compared_are_drawn_anew_each_time(source: Path) -> None:
+    first, second = (take_fingerprint(LocalArtifacts(source)) for _ in range(2))
+    assert first != second
+    spans = {file.path: file.spans for file in first.files}[WEIGHTS]
+    assert len(spans) == 1 + 6, "the header, and one block in each tensor"
+
+
+def test_only_a_small_part_of_large_weights_is_read(source: Path) -> None:
+    fingerprint = take_fingerprint(LocalArtifacts(source))
+    file = next(file for file in fingerprint.files if file.path == WEIGHTS)
+    assert sum(length for _, length in file.spans) < 0.03 * file.size
+
+
+def test_a_large_file_of_another_kind_is_sampled_evenly(source: Path) -> None:
+    blob = source / "extra.bin"
+    blob.write_bytes(bytes(3 << 20))
+    fingerprint = take_fingerprint(LocalArtifacts(source))
+    blob.write_bytes(bytes([1]) * (3 << 20))
+    with pytest.raises(VerificationError, match=r"extra\.bin"):
+        check_fingerprint(fingerprint, LocalArtifacts(source))
+
+
+def test_weights_that_are_no_safetensors_file_are_an_error(source: Path) -> None:
+    (source / WEIGHTS).write_bytes(b"\xff" * (2 << 20))
+    with pytest.raises(SourceError, match="not a safetensors file"):
+        take_fingerprint(LocalArtifacts(source))
+
+
+def test_a_missing_or_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no folder"):
+        take_fingerprint(LocalArtifacts(tmp_path / "nowhere"))
+    with pytest.raises(SourceError, match="no files"):
+        take_fingerprint(LocalArtifacts(tmp_path))

@@ -1,0 +1,512 @@
+"""A promotion locks, or refuses and leaves the registry as it was."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LinearRegression
+
+from mlflow_safelock.errors import PolicyError
+from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.gate.ledger import row_digest
+from tests.registries import (
+    BASE,
+    base_lock,
+    biases_of,
+    expected_biases,
+    fine_tune,
+    log_fine_tune,
+    register_lock,
+    state_of,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
+
+
+def ledger_rows(folder: Path) -> list[dict[str, Any]]:
+    with sqlite3.connect(folder / "registry.db") as connection:
+        rows = connection.execute("SELECT previous, digest, body FROM safelock_ledger ORDER BY sequence")
+        found = list(rows)
+    for previous, digest, body in found:
+        assert digest == row_digest(previous, body.encode())
+    return [json.loads(body) for _, _, body in found]
+
+
+def stage(client: MlflowClient, version: int, name: str = "bot") -> None:
+    client.transition_model_version_stage(name, str(version), "Staging")
+
+
+def alias(client: MlflowClient, version: int, name: str = "bot") -> None:
+    client.set_registered_model_alias(name, "champion", str(version))
+
+
+PROMOTIONS = pytest.mark.parametrize("promote", [stage, alias])
+
+
+def uri_of(promote: Callable[..., None]) -> str:
+    return "models:/bot/Staging" if promote is stage else "models:/bot@champion"
+
+
+@PROMOTIONS
+def test_a_promotion_locks_what_every_consumer_loads(
+    client: MlflowClient, tmp_path: Path, promote: Callable[..., None]
+) -> None:
+    components = fine_tune()
+    version = log_fine_tune("bot", components, input_example=["how do i bake"])
+    before = state_of(client, "bot", version)
+    lock = base_lock()
+    register_lock(lock)
+    promote(client, version)
+
+    loaded = mlflow.pyfunc.load_model(uri_of(promote))
+    expected = expected_biases(components["model"], lock, alpha=6.0)
+    found = biases_of(loaded._model_impl.pipeline.model)
+    assert found.keys() == expected.keys()
+    for layer, bias in expected.items():
+        np.testing.assert_allclose(found[layer], bias, rtol=1e-5, atol=1e-6)
+    assert loaded.metadata.signature == mlflow.models.get_model_info(before["location"]).signature
+    assert list(loaded.input_example) == ["how do i bake"]
+    assert isinstance(loaded.predict(["how do i bake"])[0], str)
+
+    after = state_of(client, "bot", version)
+    assert after["source"] == before["source"]
+    assert after["location"] != before["location"]
+    assert not biases_of(mlflow.transformers.load_model(before["location"]).model), "the source is as it was"
+    (row,) = ledger_rows(tmp_path)
+    assert (row["event"], row["model"], row["version"]) == ("promoted", "bot", version)
+    assert row["lock"]["digest"] == lock.digest
+    assert row["original_location"] == before["location"]
+    assert row["location"] == after["location"]
+    assert after["tags"]["safelock.state"] == "locked"
+    assert after["tags"]["safelock.lock"] == f"models:/{lock_model_name(BASE)}/1"
+
+
+def test_the_locked_folder_gives_no_unlocked_weights_to_the_transformers_flavor(
+    client: MlflowClient,
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    stage(client, version)
+    with pytest.raises(MlflowException, match="transformers"):
+        mlflow.transformers.load_model("models:/bot/Staging")
+
+
+@PROMOTIONS
+def test_without_a_lock_for_its_base_a_version_is_refused(
+    client: MlflowClient, tmp_path: Path, promote: Callable[..., None]
+) -> None:
+    version = log_fine_tune("bot")
+    before = state_of(client, "bot", version)
+    with pytest.raises(MlflowException, match=r"missing_lock.*org/tiny-base.*safelock lock register") as info:
+        promote(client, version)
+    assert info.value.error_code == "PERMISSION_DENIED"
+    assert state_of(client, "bot", version) == before
+    (row,) = ledger_rows(tmp_path)
+    assert (row["event"], row["reason"]) == ("rejected", "missing_lock")
+
+
+def test_without_a_word_on_its_base_a_version_is_refused(client: MlflowClient, tmp_path: Path) -> None:
+    components = fine_tune(base=None)
+    version = log_fine_tune("bot", components)
+    register_lock(base_lock())
+    before = state_of(client, "bot", version)
+    with pytest.raises(MlflowException, match=r"unknown_base.*safelock\.base_model"):
+        stage(client, version)
+    assert state_of(client, "bot", version) == before
+    assert ledger_rows(tmp_path)[-1]["reason"] == "unknown_base"
+    # The next step that the error names is one that works.
+    client.set_model_version_tag("bot", str(version), "safelock.base_model", BASE)
+    stage(client, version)
+    assert state_of(client, "bot", version)["stage"] == "Staging"
+
+
+def test_a_lock_of_another_geometry_is_refused(client: MlflowClient, tmp_path: Path) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock(layers=5))
+    before = state_of(client, "bot", version)
+    with pytest.raises(MlflowException, match=r"geometry_mismatch.*5 layers.*3 layers") as info:
+        stage(client, version)
+    assert info.value.error_code == "RESOURCE_CONFLICT"
+    assert state_of(client, "bot", version) == before
+    assert ledger_rows(tmp_path)[-1]["reason"] == "geometry_mismatch"
+
+
+def test_a_lock_registered_under_another_base_is_refused(client: MlflowClient) -> None:
+    from mlflow_safelock.flavors import meta_safetylock
+
+    version = log_fine_tune("bot")
+    with mlflow.start_run():
+        meta_safetylock.log_model(base_lock(base="org/other"), registered_model_name=lock_model_name(BASE))
+    with pytest.raises(MlflowException, match=r"damaged_lock.*'org/other'"):
+        stage(client, version)
+
+
+def test_a_damaged_lock_is_refused(client: MlflowClient, tmp_path: Path) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    location = Path(client.get_model_version_download_uri(lock_model_name(BASE), "1"))
+    data = bytearray((location / "lock.safetensors").read_bytes())
+    data[-5] ^= 1
+    (location / "lock.safetensors").write_bytes(data)
+    before = state_of(client, "bot", version)
+    with pytest.raises(MlflowException, match="damaged_lock") as info:
+        stage(client, version)
+    assert info.value.error_code == "INVALID_PARAMETER_VALUE"
+    assert state_of(client, "bot", version) == before
+
+
+def test_a_second_promotion_of_a_locked_version_changes_nothing(client: MlflowClient, tmp_path: Path) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    stage(client, version)
+    location = state_of(client, "bot", version)["location"]
+    alias(client, version)
+    client.transition_model_version_stage("bot", str(version), "Production")
+    stage(client, version)
+    assert state_of(client, "bot", version)["location"] == location
+    assert len(ledger_rows(tmp_path)) == 1
+
+
+def test_a_newer_lock_is_applied_to_the_source_and_never_on_top(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    components = fine_tune()
+    version = log_fine_tune("bot", components)
+    original = state_of(client, "bot", version)["location"]
+    register_lock(base_lock(seed=0))
+    stage(client, version)
+    newer = base_lock(seed=1)
+    register_lock(newer)
+    stage(client, version)
+    rows = ledger_rows(tmp_path)
+    assert [row["lock"]["version"] for row in rows] == [1, 2]
+    assert {row["original_location"] for row in rows} == {original}
+    found = biases_of(mlflow.pyfunc.load_model("models:/bot/Staging")._model_impl.pipeline.model)
+    for layer, bias in expected_biases(components["model"], newer, 6.0).items():
+        np.testing.assert_allclose(found[layer], bias, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_of_a_locked_version_is_locked_anew_from_the_source(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    original = state_of(client, "bot", version)["location"]
+    register_lock(base_lock())
+    stage(client, version)
+    client.copy_model_version(f"models:/bot/{version}", "copy")
+    stage(client, 1, name="copy")
+    row = ledger_rows(tmp_path)[-1]
+    assert (row["event"], row["model"], row["original_location"]) == ("promoted", "copy", original)
+    assert state_of(client, "copy", 1)["location"] == row["location"]
+
+
+def test_a_model_that_is_no_language_model_passes_untouched(client: MlflowClient, tmp_path: Path) -> None:
+    with mlflow.start_run():
+        mlflow.sklearn.log_model(
+            LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]),
+            name="model",
+            registered_model_name="prices",
+            pip_requirements=["scikit-learn"],
+            serialization_format="cloudpickle",
+        )
+    before = state_of(client, "prices", 1)
+    stage(client, 1, name="prices")
+    alias(client, 1, name="prices")
+    after = state_of(client, "prices", 1)
+    assert (after["stage"], after["aliases"]) == ("Staging", ["champion"])
+    assert (after["location"], after["tags"]) == (before["location"], before["tags"])
+    assert ledger_rows(tmp_path) == []
+
+
+def test_ungated_stages_and_aliases_are_stock_mlflow(client: MlflowClient, tmp_path: Path) -> None:
+    version = log_fine_tune("bot")
+    client.transition_model_version_stage("bot", str(version), "Archived")
+    client.set_registered_model_alias("bot", "experiment", str(version))
+    assert state_of(client, "bot", version)["stage"] == "Archived"
+    assert ledger_rows(tmp_path) == []
+
+
+def test_stock_errors_stay_stock_errors(client: MlflowClient) -> None:
+    version = log_fine_tune("bot")
+    with pytest.raises(MlflowException, match="Invalid Model Version stage") as info:
+        client.transition_model_version_stage("bot", str(version), "Limbo")
+    assert info.value.error_code == "INVALID_PARAMETER_VALUE"
+    with pytest.raises(MlflowException, match="not found") as info:
+        client.transition_model_version_stage("bot", "99", "Staging")
+    assert info.value.error_code == "RESOURCE_DOES_NOT_EXIST"
+
+
+def test_existing_versions_are_archived_only_when_the_gate_lets_the_new_one_in(client: MlflowClient) -> None:
+    register_lock(base_lock())
+    first = log_fine_tune("bot")
+    stage(client, first)
+    unknown = log_fine_tune("bot", fine_tune(base="org/unknown"))
+    with pytest.raises(MlflowException, match="missing_lock"):
+        client.transition_model_version_stage(
+            "bot", str(unknown), "Staging", archive_existing_versions=True
+        )
+    assert state_of(client, "bot", first)["stage"] == "Staging"
+    second = log_fine_tune("bot")
+    client.transition_model_version_stage("bot", str(second), "Staging", archive_existing_versions=True)
+    assert state_of(client, "bot", first)["stage"] == "Archived"
+    assert state_of(client, "bot", second)["stage"] == "Staging"
+
+
+def edit_weights(folder: Path) -> None:
+    path = folder / "model/model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model/model.safetensors").unlink()
+
+
+def edit_config(folder: Path) -> None:
+    path = folder / "model/config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+
+
+@pytest.mark.parametrize("change", [edit_weights, remove_weights, edit_config])
+def test_a_source_that_changed_after_promotion_is_not_loaded(
+    client: MlflowClient, change: Callable[[Path], None]
+) -> None:
+    version = log_fine_tune("bot")
+    source = Path(state_of(client, "bot", version)["location"])
+    register_lock(base_lock())
+    stage(client, version)
+    change(source)
+    with pytest.raises(Exception, match=r"(model\.safetensors|config\.json)"):
+        mlflow.pyfunc.load_model("models:/bot/Staging")
+
+
+@pytest.mark.parametrize("name", ["MLmodel", "lock.safetensors", "requirements.txt", "receipt.json"])
+def test_a_locked_folder_that_was_edited_is_not_loaded(client: MlflowClient, name: str) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    stage(client, version)
+    path = Path(state_of(client, "bot", version)["location"]) / name
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(Exception, match=name.replace(".", r"\.")):
+        mlflow.pyfunc.load_model("models:/bot/Staging")
+
+
+def test_a_local_copy_of_the_source_is_used_only_with_the_fingerprint(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    import shutil
+
+    version = log_fine_tune("bot")
+    source = Path(state_of(client, "bot", version)["location"])
+    register_lock(base_lock())
+    stage(client, version)
+    copy = tmp_path / "copy"
+    shutil.move(source, copy)
+    with pytest.raises(Exception, match=r"cannot be reached.*safelock export"):
+        mlflow.pyfunc.load_model("models:/bot/Staging")
+    options = {"safelock_source": str(copy)}
+    assert biases_of(mlflow.pyfunc.load_model("models:/bot/Staging", model_config=options)._model_impl.pipeline.model)
+    edit_config(copy)
+    with pytest.raises(Exception, match=r"config\.json"):
+        mlflow.pyfunc.load_model("models:/bot/Staging", model_config=options)
+
+
+def log_adapter() -> int:
+    from peft import LoraConfig, get_peft_model
+
+    components = fine_tune(base="base")
+    components["model"].save_pretrained("base")
+    adapted = get_peft_model(components["model"], LoraConfig(target_modules=["q_proj"], r=2))
+    return log_fine_tune("bot", {"model": adapted, "tokenizer": components["tokenizer"]})
+
+
+def log_adapter_without_saying_so() -> int:
+    version = log_adapter()
+    path = Path(MlflowClient().get_model_version_download_uri("bot", str(version))) / "MLmodel"
+    lines = [line for line in path.read_text().splitlines() if "peft" not in line]
+    path.write_text("\n".join(lines) + "\n")
+    return version
+
+
+def log_without_weights() -> int:
+    version = log_fine_tune("bot")
+    (Path(MlflowClient().get_model_version_download_uri("bot", str(version))) / "model/model.safetensors").unlink()
+    return version
+
+
+def log_in_another_flavor() -> int:
+    class Anything(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+        def predict(self, model_input: list[str]) -> list[str]:
+            return model_input
+
+    folder = Path("weights")
+    fine_tune()["model"].save_pretrained(folder)
+    with mlflow.start_run():
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=Anything(),
+            artifacts={"weights": str(folder)},
+            registered_model_name="bot",
+            pip_requirements=["mlflow"],
+        )
+    return int(info.registered_model_version)
+
+
+def log_an_overlay_of_its_own() -> int:
+    from mlflow_safelock.flavors import locked_model
+
+    version = log_fine_tune("source")
+    location = MlflowClient().get_model_version_download_uri("source", str(version))
+    with mlflow.start_run():
+        info = locked_model.log_model(base_lock(), source_uri=location, registered_model_name="bot")
+    return int(info.registered_model_version)
+
+
+def log_an_unknown_architecture() -> int:
+    version = log_fine_tune("bot")
+    path = Path(MlflowClient().get_model_version_download_uri("bot", str(version))) / "model/config.json"
+    path.write_text(path.read_text().replace('"llama"', '"bert"'))
+    return version
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (log_adapter, r"unmerged_adapter.*merge_and_unload"),
+        (log_adapter_without_saying_so, r"unmerged_adapter.*merge_and_unload"),
+        (log_without_weights, r"no_weights.*save_pretrained"),
+        (log_in_another_flavor, r"unsupported_flavor.*mlflow\.transformers"),
+        (log_an_overlay_of_its_own, "already_locked"),
+        (log_an_unknown_architecture, "unsupported_architecture"),
+    ],
+)
+def test_a_language_model_that_cannot_be_locked_is_refused_with_the_way_out(
+    client: MlflowClient, tmp_path: Path, log: Callable[[], int], reason: str
+) -> None:
+    register_lock(base_lock())
+    version = log()
+    before = state_of(client, "bot", version)
+    with pytest.raises(MlflowException, match=reason):
+        stage(client, version)
+    assert state_of(client, "bot", version) == before
+    assert ledger_rows(tmp_path)[-1]["event"] == "rejected"
+
+
+def test_artifacts_that_are_gone_are_a_refusal(client: MlflowClient) -> None:
+    import shutil
+
+    version = log_fine_tune("bot")
+    before = state_of(client, "bot", version)
+    shutil.rmtree(before["location"])
+    with pytest.raises(MlflowException, match=r"unreadable.*no folder"):
+        stage(client, version)
+    assert state_of(client, "bot", version) == before
+
+
+def test_a_place_that_cannot_be_written_is_a_refusal(client: MlflowClient) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    before = state_of(client, "bot", version)
+    # A file where the locked folder would go; permissions would not stop root.
+    Path(before["location"] + "-safelock").write_text("in the way")
+    with pytest.raises(MlflowException, match=r"cannot be written.*write beside") as info:
+        stage(client, version)
+    assert info.value.error_code == "INVALID_PARAMETER_VALUE"
+    assert state_of(client, "bot", version) == before
+
+
+def open_with_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str) -> MlflowClient:
+    path = tmp_path / "safelock.yaml"
+    path.write_text(policy)
+    monkeypatch.setenv("SAFELOCK_POLICY", str(path))
+    # MLflow keeps a store for each URI it has seen: another spelling of the same file gives a fresh one.
+    uri = f"safelock+sqlite:///{tmp_path}/../{tmp_path.name}/registry.db"
+    mlflow.set_registry_uri(uri)
+    return MlflowClient(mlflow.get_tracking_uri(), uri)
+
+
+def test_the_policy_file_decides_what_is_gated_and_how_strongly(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components = fine_tune(base=None)
+    version = log_fine_tune("bot", components)
+    log_fine_tune("free")
+    lock = base_lock()
+    register_lock(lock)
+    gated = open_with_policy(
+        tmp_path,
+        monkeypatch,
+        "version: 1\n"
+        "gates:\n"
+        "  - {models: bot, stages: [Production], aliases: [live], alpha: {default: 2.5}}\n"
+        f"bases: {{bot: {BASE}}}\n",
+    )
+    gated.transition_model_version_stage("bot", str(version), "Staging")
+    assert state_of(gated, "bot", version)["tags"] == {}
+    gated.transition_model_version_stage("free", "1", "Production")
+    gated.transition_model_version_stage("bot", str(version), "Production")
+    found = biases_of(mlflow.pyfunc.load_model("models:/bot/Production")._model_impl.pipeline.model)
+    for layer, bias in expected_biases(components["model"], lock, 2.5).items():
+        np.testing.assert_allclose(found[layer], bias, rtol=1e-5, atol=1e-6)
+    (row,) = ledger_rows(tmp_path)
+    assert (row["model"], row["alpha"]) == ("bot", 2.5)
+
+
+def test_a_policy_may_let_an_unknown_base_through_and_the_ledger_says_so(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = log_fine_tune("bot")
+    gated = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{missing_lock: allow}]\n")
+    stage(gated, version)
+    assert state_of(gated, "bot", version)["stage"] == "Staging"
+    (row,) = ledger_rows(tmp_path)
+    assert (row["event"], row["reason"]) == ("passed", "missing_lock")
+
+
+def test_a_policy_floor_refuses_an_older_lock(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    gated = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{lock: {min_version: 2}}]\n")
+    with pytest.raises(MlflowException, match="lock_too_old"):
+        stage(gated, version)
+    register_lock(base_lock(seed=1))
+    stage(gated, version)
+
+
+def test_a_broken_policy_opens_no_registry(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PolicyError, match="line 1"):
+        open_with_policy(tmp_path, monkeypatch, "version: 3\ngates: [{}]\n").search_registered_models()
+
+
+def test_promotions_at_the_same_time_give_one_locked_version_and_an_unbroken_chain(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    with ThreadPoolExecutor(8) as pool:
+        # One alias only: MLflow's own insert of an alias fails when it races with itself.
+        futures = [pool.submit(stage, client, version) for _ in range(15)]
+        futures.append(pool.submit(alias, client, version))
+    for future in futures:
+        future.result()
+    rows = [row for row in ledger_rows(tmp_path) if row["event"] == "promoted"]
+    assert len(rows) == 1
+    assert rows[0]["location"] == state_of(client, "bot", version)["location"]
+    assert biases_of(mlflow.pyfunc.load_model("models:/bot@champion")._model_impl.pipeline.model)

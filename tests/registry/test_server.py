@@ -1,0 +1,276 @@
+"""The gate inside a real ``mlflow server``, for clients that know nothing of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import requests
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException, RestException
+
+from tests.registries import (
+    base_lock,
+    biases_of,
+    expected_biases,
+    fine_tune,
+    log_fine_tune,
+    register_lock,
+    state_of,
+)
+from tests.servers import BIN, MlflowServer, _free_port, mlflow_server, postgresql
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
+
+CONSUMER = """
+import json, sys
+import mlflow
+model = mlflow.pyfunc.load_model(sys.argv[1])
+layers = model._model_impl.pipeline.model.model.layers
+biases = {i: layer.self_attn.o_proj.bias.tolist() for i, layer in enumerate(layers)
+          if layer.self_attn.o_proj.bias is not None}
+print(json.dumps({"biases": biases, "text": model.predict(["how do i bake"])[0]}))
+"""
+
+
+def consume(server: MlflowServer, uri: str) -> dict:
+    """What another process gets that has the server's address and nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-c", CONSUMER, uri],
+        env={**os.environ, "MLFLOW_TRACKING_URI": server.url, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def connect(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    mlflow.set_tracking_uri(server.url)
+    mlflow.set_registry_uri(None)
+    mlflow.set_experiment("tests")
+    return MlflowClient(server.url)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with mlflow_server(tmp_path_factory.mktemp("server"), workers=2) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
+    yield connect(server, monkeypatch)
+    mlflow.set_tracking_uri(None)
+
+
+def assert_locked(components: dict, lock: object, found: dict) -> None:
+    expected = expected_biases(components["model"], lock, 6.0)
+    assert {int(layer) for layer in found} == expected.keys()
+    for layer, bias in expected.items():
+        np.testing.assert_allclose(found[str(layer)], bias, rtol=1e-5, atol=1e-6)
+
+
+def promote_and_check(server: MlflowServer, client: MlflowClient, name: str) -> None:
+    """The whole path: refused without a lock, locked with one, loaded elsewhere by stage, alias and number."""
+    base = f"org/{name}"
+    components = fine_tune(base=base)
+    version = log_fine_tune(name, components)
+    before = state_of(client, name, version)
+    with pytest.raises(RestException, match="missing_lock") as refused:
+        client.transition_model_version_stage(name, str(version), "Staging")
+    assert refused.value.error_code == "PERMISSION_DENIED"
+    assert state_of(client, name, version) == before
+    lock = base_lock(base=base)
+    register_lock(lock)
+    client.transition_model_version_stage(name, str(version), "Staging")
+    client.set_registered_model_alias(name, "champion", str(version))
+    after = state_of(client, name, version)
+    assert (after["stage"], after["aliases"], after["source"]) == ("Staging", ["champion"], before["source"])
+    assert_locked(components, lock, consume(server, f"models:/{name}/Staging")["biases"])
+    for uri in (f"models:/{name}@champion", f"models:/{name}/{version}"):
+        assert biases_of(mlflow.pyfunc.load_model(uri)._model_impl.pipeline.model)
+
+
+def test_a_plain_client_promotes_and_loads_a_locked_model(
+    server: MlflowServer, client: MlflowClient
+) -> None:
+    promote_and_check(server, client, "bot")
+    location = state_of(client, "bot", 1)["location"]
+    assert location.startswith("mlflow-artifacts:/"), "a consumer needs no storage credentials"
+    assert "/artifacts-safelock/" in location
+
+
+def test_another_version_of_the_same_source_stays_as_it_was(client: MlflowClient) -> None:
+    components = fine_tune(base="org/twice")
+    version = log_fine_tune("twice", components)
+    found = client.get_model_version("twice", str(version))
+    other = client.create_model_version("twice", found.source, run_id=found.run_id, model_id=found.source.rpartition("/")[2])
+    before = state_of(client, "twice", int(other.version))
+    register_lock(base_lock(base="org/twice"))
+    client.transition_model_version_stage("twice", str(version), "Staging")
+    assert state_of(client, "twice", int(other.version)) == before
+    loaded = mlflow.pyfunc.load_model(f"models:/twice/{other.version}")
+    assert not biases_of(loaded._model_impl.pipeline.model)
+
+
+@pytest.mark.parametrize("api", ["/api/2.0/mlflow", "/ajax-api/2.0/mlflow"])
+def test_raw_requests_meet_the_gate_and_a_refusal_is_an_answer_not_a_failure(
+    server: MlflowServer, client: MlflowClient, api: str
+) -> None:
+    name = "raw" + api.strip("/").replace("/", "-")
+    version = log_fine_tune(name, fine_tune(base="org/nobody"))
+    before = state_of(client, name, version)
+    calls = [
+        ("model-versions/transition-stage", {"stage": "Staging", "archive_existing_versions": False}),
+        ("registered-models/alias", {"alias": "champion"}),
+    ]
+    started = time.monotonic()
+    for path, body in calls:
+        answer = requests.post(
+            f"{server.url}{api}/{path}", json={"name": name, "version": str(version), **body}, timeout=60
+        )
+        assert answer.status_code == 403
+        assert answer.json()["error_code"] == "PERMISSION_DENIED"
+        assert "safelock lock register" in answer.json()["message"]
+    assert time.monotonic() - started < 30
+    assert state_of(client, name, version) == before
+
+
+def test_a_refusal_is_asked_for_once(server: MlflowServer, client: MlflowClient) -> None:
+    version = log_fine_tune("once", fine_tune(base="org/nobody"))
+    with pytest.raises(MlflowException, match="missing_lock"):
+        client.transition_model_version_stage("once", str(version), "Staging")
+    registry = server.registry_uri.removeprefix("safelock+sqlite:///")
+    with sqlite3.connect(registry) as connection:
+        query = "SELECT count(*) FROM safelock_ledger WHERE model = 'once'"
+        assert connection.execute(query).fetchone() == (1,), "a 5xx would have been repeated by the client"
+
+
+def test_the_caller_is_recorded_as_claimed_where_authentication_is_off(
+    server: MlflowServer, client: MlflowClient
+) -> None:
+    register_lock(base_lock(base="org/claimed"))
+    version = log_fine_tune("claimed", fine_tune(base="org/claimed"))
+    answer = requests.post(
+        f"{server.url}/api/2.0/mlflow/registered-models/alias",
+        json={"name": "claimed", "version": str(version), "alias": "staging"},
+        auth=("bob", "anything"),
+        timeout=60,
+    )
+    assert answer.ok
+    with sqlite3.connect(server.registry_uri.removeprefix("safelock+sqlite:///")) as connection:
+        query = "SELECT body FROM safelock_ledger WHERE model = 'claimed'"
+        (body,) = connection.execute(query).fetchone()
+    assert json.loads(body)["actor"] == {"name": "bob", "verified": False}
+
+
+def test_models_serve_answers_with_the_locked_model(
+    server: MlflowServer, client: MlflowClient, tmp_path: Path
+) -> None:
+    components = fine_tune(base="org/served")
+    version = log_fine_tune("served", components)
+    register_lock(base_lock(base="org/served"))
+    client.transition_model_version_stage("served", str(version), "Staging")
+    expected = mlflow.pyfunc.load_model("models:/served/Staging").predict(["how do i bake"])
+    port = _free_port()
+    with (tmp_path / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(BIN / "mlflow"), "models", "serve", "-m", "models:/served/Staging", "--env-manager", "local"]
+            + ["--host", "127.0.0.1", "--port", str(port)],
+            env={
+                **os.environ,
+                "MLFLOW_TRACKING_URI": server.url,
+                "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            },
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if requests.get(f"{url}/ping", timeout=5).ok:
+                    break
+            except requests.ConnectionError:
+                assert process.poll() is None, (tmp_path / "serve.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()[-3000:]
+            time.sleep(0.3)
+        answer = requests.post(f"{url}/invocations", json={"inputs": ["how do i bake"]}, timeout=60)
+        assert answer.json()["predictions"] == expected
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def test_artifacts_that_clients_reach_directly_work_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--no-serve-artifacts", "--default-artifact-root", str(tmp_path / "root"))
+    with mlflow_server(tmp_path / "server", arguments=arguments) as running:
+        client = connect(running, monkeypatch)
+        promote_and_check(running, client, "bot")
+        assert state_of(client, "bot", 1)["location"].startswith(str(tmp_path / "root"))
+
+
+def test_a_server_with_workspaces_is_gated_in_each_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mlflow_server(tmp_path / "server", arguments=("--enable-workspaces",)) as running:
+        answer = requests.post(f"{running.url}/api/3.0/mlflow/workspaces", json={"name": "team-a"}, timeout=60)
+        assert answer.ok, answer.text
+        monkeypatch.setenv("MLFLOW_WORKSPACE", "team-a")
+        client = connect(running, monkeypatch)
+        promote_and_check(running, client, "bot")
+        assert "/workspaces/team-a/" in state_of(client, "bot", 1)["location"]
+        with sqlite3.connect(running.registry_uri.removeprefix("safelock+sqlite:///")) as connection:
+            rows = connection.execute("SELECT DISTINCT workspace FROM safelock_ledger").fetchall()
+        assert rows == [("team-a",)]
+
+
+def test_postgresql_under_several_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with postgresql(tmp_path / "database") as uri:
+        with mlflow_server(tmp_path / "server", registry_uri=f"safelock+{uri}", workers=2) as running:
+            promote_and_check(running, connect(running, monkeypatch), "bot")
+        mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/server/tracking.db")
+        for driver in ("psycopg2", "psycopg"):
+            # The drivers' spellings are entry points of their own; a server opens them as this process does.
+            spelled = f"safelock+{uri.replace('postgresql', f'postgresql+{driver}', 1)}"
+            mlflow.set_registry_uri(spelled)
+            mlflow.set_experiment("in-process")
+            name, base = f"bot-{driver}", f"org/{driver}"
+            version = log_fine_tune(name, fine_tune(base=base))
+            gated = MlflowClient(mlflow.get_tracking_uri(), spelled)
+            with pytest.raises(MlflowException, match="missing_lock"):
+                gated.transition_model_version_stage(name, str(version), "Staging")
+            register_lock(base_lock(base=base))
+            gated.transition_model_version_stage(name, str(version), "Staging")
+            assert biases_of(mlflow.pyfunc.load_model(f"models:/{name}/Staging")._model_impl.pipeline.model)
+
+
+def test_every_spelling_of_a_database_has_its_own_entry_point() -> None:
+    from importlib.metadata import entry_points
+
+    from mlflow.tracking._model_registry.registry import ModelRegistryStoreRegistry
+
+    found = {point.name for point in entry_points(group="mlflow.model_registry_store")}
+    databases = ["sqlite", "postgresql", "postgresql+psycopg2", "postgresql+psycopg", "mysql", "mysql+pymysql"]
+    assert {f"safelock+{database}" for database in databases} <= found
+    registry = ModelRegistryStoreRegistry()
+    registry.register_entrypoints()
+    for database in databases:
+        builder = registry.get_store_builder(f"safelock+{database}://host/db")
+        assert builder.__module__ == "mlflow_safelock.registry", "no other package answers for our scheme"
