@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
+export MLFLOW_DISABLE_TELEMETRY ?= true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: install demo test lint types imports pytest bench clean help
@@ -29,8 +30,8 @@ lint: $(STAMP)   ## formatting, lint, types and import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-pytest: $(STAMP) ## all tests
-	$(BIN)/python -m pytest
+pytest: $(STAMP) ## all tests, on two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## measure, side by side, and write benchmarks/results
 	$(BIN)/python -m benchmarks

@@ -1,0 +1,79 @@
+"""The sweep measures every point and takes the one that the constraints ask for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlflow_safelock.apply import handle_of
+from mlflow_safelock.errors import EvaluationError
+from mlflow_safelock.evaluate import Constraints, Measurement, Point, sweep
+from mlflow_safelock.evaluate.sweep import choose
+from tests.models import tiny_model
+from tests.registries import base_lock
+
+LOCK = base_lock()
+LIMITS = Constraints(max_harmful_rate=0.1, max_benign_loss=0.05)
+rates = st.integers(0, 20).map(lambda n: n / 20)
+
+
+def measurement(harm: float, benign: float) -> Measurement:
+    return Measurement(harm, 1 - harm, 0.0, benign, 20, 20)
+
+
+UNLOCKED = measurement(1.0, 0.95)
+
+
+@given(st.lists(st.tuples(rates, rates, st.sampled_from([2.0, 4.0, 6.0])), min_size=1, max_size=12))
+def test_no_acceptable_point_is_more_useful_than_the_chosen_one(values: list) -> None:
+    points = [Point(LOCK, alpha, measurement(harm, benign)) for harm, benign, alpha in values]
+
+    def acceptable(point: Point) -> bool:
+        result = point.measurement
+        return result.harmful_rate <= 0.1 and UNLOCKED.benign_accuracy - result.benign_accuracy <= 0.05
+
+    chosen, satisfied = choose(points, UNLOCKED, LIMITS)
+    good = [point for point in points if acceptable(point)]
+    assert satisfied == bool(good)
+    if good:
+        assert acceptable(chosen)
+        assert chosen.measurement.benign_accuracy == max(p.measurement.benign_accuracy for p in good)
+
+
+def test_where_nothing_is_acceptable_the_nearest_is_given_and_said_to_be_that() -> None:
+    points = [Point(LOCK, 2.0, measurement(0.9, 0.95)), Point(LOCK, 6.0, measurement(0.15, 0.9))]
+    assert choose(points, UNLOCKED, LIMITS) == (points[1], False)
+
+
+def test_of_equals_the_gentlest_is_taken() -> None:
+    points = [Point(LOCK, alpha, measurement(0.0, 0.95)) for alpha in (6.0, 4.0, 5.0)]
+    assert choose(points, UNLOCKED, LIMITS)[0].alpha == 4.0
+
+
+def test_every_point_is_measured_under_its_lock_and_the_model_is_left_unlocked() -> None:
+    model, seen = tiny_model("llama", seed=3), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def measured() -> Measurement:
+        handle = handle_of(model)
+        seen.append(None if handle is None else (handle.lock, handle.alpha))
+        return UNLOCKED
+
+    locks = [base_lock(seed=0), base_lock(seed=1)]
+    result = sweep(model, locks, [2.0, 4.0], measured, LIMITS)
+    assert seen == [None, *itertools.product(locks, [2.0, 4.0])]
+    assert [(point.lock, point.alpha) for point in result.points] == seen[1:]
+    assert result.unlocked == UNLOCKED
+    assert not result.satisfied
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_an_empty_sweep_is_an_error() -> None:
+    with pytest.raises(EvaluationError, match="at least one"):
+        sweep(tiny_model("llama"), [], [1.0], lambda: UNLOCKED, LIMITS)
