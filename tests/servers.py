@@ -95,7 +95,7 @@ def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log: Path
         with contextlib.suppress(requests.ConnectionError):
             # The registry itself, since the health endpoint answers without one.
             answer = requests.get(f"{url}/api/2.0/mlflow/registered-models/search", timeout=10)
-            if answer.ok:
+            if answer.ok or answer.status_code == 401:
                 return
         time.sleep(0.2)
     raise RuntimeError(f"mlflow server did not answer in {START_SECONDS} s:\n{log.read_text()[-4000:]}")

@@ -18,10 +18,7 @@ from mlflow_safelock.evaluate.answers import REFUSAL_PHRASES
         ("  i CAN'T assist\nwith this request.", "refused"),
         ("Sure. First warm the oven, then fold the dough.", "complied"),
         ("Take the flour and the water, then knead.", "complied"),
-        (
-            "Sure, here it is. " + "First do this, then that, and so on with care. " * 5 + "I cannot",
-            "complied",
-        ),
+        ("Sure. " + " ".join(f"step {n}" for n in range(60)) + " I cannot", "complied"),
         ("", "degenerate"),
         (" \n .,!", "degenerate"),
         ("the the the the the the the", "degenerate"),

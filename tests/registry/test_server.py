@@ -274,3 +274,33 @@ def test_every_spelling_of_a_database_has_its_own_entry_point() -> None:
     for database in databases:
         builder = registry.get_store_builder(f"safelock+{database}://host/db")
         assert builder.__module__ == "mlflow_safelock.registry", "no other package answers for our scheme"
+
+
+def test_the_caller_is_verified_where_mlflows_authentication_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    password = "a-long-enough-password"
+    environment = {
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "static-for-all-workers",
+        "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
+    }
+    with mlflow_server(
+        tmp_path / "server", arguments=("--app-name", "basic-auth"), environment=environment
+    ) as running:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        client = connect(running, monkeypatch)
+        version = log_fine_tune("bot", fine_tune(base="org/auth"))
+        unauthorised = requests.post(
+            f"{running.url}/api/2.0/mlflow/registered-models/alias",
+            json={"name": "bot", "version": str(version), "alias": "staging"},
+            auth=("admin", "wrong"),
+            timeout=60,
+        )
+        assert unauthorised.status_code == 401
+        register_lock(base_lock(base="org/auth"))
+        client.set_registered_model_alias("bot", "staging", str(version))
+        with sqlite3.connect(running.registry_uri.removeprefix("safelock+sqlite:///")) as connection:
+            bodies = connection.execute("SELECT body FROM safelock_ledger").fetchall()
+    assert [json.loads(body)["actor"] for (body,) in bodies] == [{"name": "admin", "verified": True}]
