@@ -1,0 +1,278 @@
+"""How a model in memory carries a lock: as a bias of an output projection, or as a hook on its input.
+
+A carrier sits on one attention output projection and is the only thing that changes it. It is kept as an
+attribute of that module, so a deep copy of a model carries working copies of its carriers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mlflow_safelock.apply.architectures import Architecture
+from mlflow_safelock.apply.displacement import (
+    Displacement,
+    head_weight_of,
+    input_displacement,
+    output_bias,
+    stored_bias,
+)
+from mlflow_safelock.errors import VerificationError
+from mlflow_safelock.lock import AttentionGeometry, SafetyLock
+
+_ATTRIBUTE = "safelock_carrier"
+
+_ROUNDINGS = 8.0
+"""Accepted relative distance of a bias from its expected value, in unit roundoffs of its dtype."""
+
+
+@dataclass(frozen=True, eq=False)
+class AppliedLock:
+    """Which lock a model carries, and how strongly: one object for all its carriers, and for its copies."""
+
+    lock: SafetyLock
+    alpha: float
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AppliedLock:
+        return self
+
+
+class Carrier(ABC):
+    """What carries a layer's share of a lock.
+
+    Attributes:
+        applied: The lock that it is a share of.
+        displacement: The layer's share.
+        projection: The attention output projection that it sits on.
+    """
+
+    def __init__(self, applied: AppliedLock, displacement: Displacement, projection: nn.Module) -> None:
+        self.applied = applied
+        self.displacement = displacement
+        self.projection = projection
+
+    @property
+    def attached(self) -> bool:
+        """Whether the projection carries this."""
+        return carrier_on(self.projection) is self
+
+    def attach(self) -> None:
+        """Put the layer's share of the lock in place."""
+        self._put_in_place()
+        setattr(self.projection, _ATTRIBUTE, self)
+
+    def detach(self) -> None:
+        """Leave the projection as it was before ``attach``.
+
+        Raises:
+            VerificationError: What is in place is not what ``attach`` put there; nothing is changed then.
+        """
+        self.check_untouched()
+        self._take_away()
+        delattr(self.projection, _ATTRIBUTE)
+
+    @abstractmethod
+    def check_untouched(self) -> None:
+        """Raise VerificationError unless exactly what ``attach`` put in place is there."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Raise VerificationError unless the layer is displaced as the lock says, by its present weights."""
+
+    @abstractmethod
+    def _put_in_place(self) -> None: ...
+
+    @abstractmethod
+    def _take_away(self) -> None: ...
+
+    def _fault(self, what: str, next_step: str) -> VerificationError:
+        return VerificationError(f"Layer {self.displacement.layer}: {what}.", next_step=f"{next_step}.")
+
+
+class BiasCarrier(Carrier):
+    """Carries a displacement as a bias of the projection: no cost when the model runs.
+
+    The bias is a new parameter, in the dtype and on the device of the weight, that asks for no gradient. A
+    bias that was there is added to, and its parameter kept for when the lock is removed.
+    """
+
+    def __init__(
+        self,
+        applied: AppliedLock,
+        displacement: Displacement,
+        projection: nn.Module,
+        architecture: Architecture,
+        geometry: AttentionGeometry,
+    ) -> None:
+        super().__init__(applied, displacement, projection)
+        self._architecture = architecture
+        self._geometry = geometry
+        self._original: nn.Parameter | None = _bias_of(projection)
+        self._placed = stored_bias(
+            self._expected(), _weight_of(projection).dtype, displacement.layer, applied.alpha
+        )
+
+    def check_untouched(self) -> None:
+        """Raise VerificationError unless the bias in place is, to the last bit, the one put there."""
+        bias = _bias_of(self.projection)
+        if bias is None or not torch.equal(bias.detach(), self._placed.to(bias)):
+            raise self._fault(
+                "the bias that carries the lock was changed or taken away, so there is no saying what "
+                "removing the lock would leave",
+                "Put the bias back as it was, or load the model again",
+            )
+
+    def verify(self) -> None:
+        """Raise VerificationError unless the bias is ``W_o v`` (plus the bias before), but for rounding."""
+        bias = _bias_of(self.projection)
+        if bias is None:
+            raise self._fault("the bias that carries the lock is gone", "Apply the lock again")
+        expected = self._expected()
+        distance = torch.linalg.vector_norm(bias.detach().to(expected) - expected)
+        allowed = _ROUNDINGS * _roundoff(bias.dtype) * torch.linalg.vector_norm(expected)
+        if not distance <= allowed:
+            raise self._fault(
+                f"the bias in place is {distance:.3g} away from the one that the lock and the weights make, "
+                f"and {allowed:.3g} is allowed",
+                "Load the model again and apply the lock to it",
+            )
+
+    def _put_in_place(self) -> None:
+        # A clone, so that this carrier notices when the parameter is edited in place.
+        self.projection.bias = nn.Parameter(self._placed.clone(), requires_grad=False)
+
+    def _take_away(self) -> None:
+        original, current = self._original, _bias_of(self.projection)
+        if original is not None and current is not None:
+            # The model may have been moved or cast in the meantime, and this parameter was not in it.
+            original.data = original.data.to(current)
+        self.projection.register_parameter("bias", original)
+
+    def _expected(self) -> torch.Tensor:
+        weight = _weight_of(self.projection)
+        head_weight = head_weight_of(weight, self._geometry.head_dim, self._architecture.layout)
+        push = output_bias(head_weight, self.displacement)
+        return push if self._original is None else push + self._original.detach().to(push)
+
+
+class HookCarrier(Carrier):
+    """Carries a displacement as a hook that adds it to the projection's input.
+
+    Right for any projection whose weight is not a plain matrix in memory: quantised, wrapped by an adapter,
+    or offloaded.
+    """
+
+    def __init__(
+        self,
+        applied: AppliedLock,
+        displacement: Displacement,
+        projection: nn.Module,
+        geometry: AttentionGeometry,
+    ) -> None:
+        super().__init__(applied, displacement, projection)
+        self._geometry = geometry
+        self._hook = AddToInput(input_displacement(displacement, geometry))
+
+    def check_untouched(self) -> None:
+        """Raise VerificationError unless the hook is in place and adds what the lock says."""
+        if self._hook_id() is None or not torch.equal(self._hook.displacement, self._expected()):
+            raise self._fault(
+                "the hook that carries the lock was changed or taken away", "Load the model again"
+            )
+
+    def verify(self) -> None:
+        """Raise VerificationError unless the hook is in place and adds what the lock says."""
+        self.check_untouched()
+
+    def _put_in_place(self) -> None:
+        self.projection.register_forward_pre_hook(self._hook)
+
+    def _take_away(self) -> None:
+        hook_id = self._hook_id()
+        if hook_id is not None:
+            del self.projection._forward_pre_hooks[hook_id]
+
+    def _hook_id(self) -> int | None:
+        # Looked up instead of kept: torch's handle for a hook does not follow a deep copy of its module.
+        hooks = self.projection._forward_pre_hooks
+        return next((number for number, hook in hooks.items() if hook is self._hook), None)
+
+    def _expected(self) -> torch.Tensor:
+        return input_displacement(self.displacement, self._geometry)
+
+
+class AddToInput:
+    """A forward pre-hook that adds a constant to a module's first positional input.
+
+    Attributes:
+        displacement: What is added, float64 of shape ``[features]``.
+    """
+
+    def __init__(self, displacement: torch.Tensor) -> None:
+        self.displacement = displacement
+        self._cast = displacement
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Return the inputs with the displacement added to the first, in that one's dtype."""
+        first, *others = inputs
+        if self._cast.dtype != first.dtype or self._cast.device != first.device:
+            self._cast = self.displacement.to(first)
+        return (first + self._cast, *others)
+
+
+def carrier_for(
+    applied: AppliedLock,
+    displacement: Displacement,
+    projection: nn.Module,
+    architecture: Architecture,
+    geometry: AttentionGeometry,
+) -> Carrier:
+    """Make the carrier that fits a projection, without putting it in place.
+
+    Raises:
+        AlphaError: The bias would be infinite in the weight's dtype.
+    """
+    if _is_plain_matrix(projection, geometry):
+        return BiasCarrier(applied, displacement, projection, architecture, geometry)
+    return HookCarrier(applied, displacement, projection, geometry)
+
+
+def carrier_on(projection: nn.Module) -> Carrier | None:
+    """The carrier that sits on a projection, if any."""
+    carrier = getattr(projection, _ATTRIBUTE, None)
+    return carrier if isinstance(carrier, Carrier) else None
+
+
+def _is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:
+    # Exact classes: a subclass may hold its weight packed, and its forward may ignore a bias.
+    if type(projection) not in (nn.Linear, Conv1D):
+        return False
+    weight = _weight_of(projection)
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and weight.device.type != "meta"
+        and weight.numel() == geometry.heads * geometry.head_dim * geometry.hidden
+    )
+
+
+def _roundoff(dtype: torch.dtype) -> float:
+    # Nothing stricter than float32's: a sum in float64 may differ in its last bits from one run to the next.
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def _weight_of(projection: nn.Module) -> torch.Tensor:
+    weight = projection.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _bias_of(projection: nn.Module) -> nn.Parameter | None:
+    bias = projection.bias
+    assert bias is None or isinstance(bias, nn.Parameter)
+    return bias

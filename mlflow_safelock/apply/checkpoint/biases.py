@@ -1,0 +1,179 @@
+"""The biases that a locked checkpoint holds: those of the lock, and zeros that the architecture asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mlflow_safelock.apply.architectures import ARCHITECTURES, Architecture
+from mlflow_safelock.apply.checkpoint.source import CheckpointSource
+from mlflow_safelock.apply.checkpoint.weights import StoredTensor, StoredWeights
+from mlflow_safelock.apply.displacement import (
+    Displacement,
+    HeadWeight,
+    displacements,
+    head_columns,
+    output_bias,
+    stored_bias,
+)
+from mlflow_safelock.errors import CheckpointError, UnsupportedArchitectureError
+from mlflow_safelock.lock import SafetyLock
+
+
+@dataclass(frozen=True, eq=False)
+class Biases:
+    """What is done to the weights of a checkpoint.
+
+    Attributes:
+        added: New tensors, by name.
+        replaced: New values of tensors that are there, by name, of the same shape and dtype.
+        layers: The layers with a bias from the lock.
+    """
+
+    added: Mapping[str, torch.Tensor]
+    replaced: Mapping[str, torch.Tensor]
+    layers: tuple[int, ...]
+
+
+def biases_of(source: CheckpointSource, lock: SafetyLock, alpha: float) -> Biases:
+    """Compute a lock's biases from the checkpoint's own weights, of which only the locked columns are read.
+
+    Args:
+        source: The unlocked checkpoint.
+        lock: A lock of its attention shape.
+        alpha: Strength.
+
+    Returns:
+        The biases in the dtype of the weights they come from, or of the biases they replace.
+
+    Raises:
+        AlphaError: A bias would be infinite in that dtype.
+        CheckpointError: The weights are not as the configuration says.
+        UnsupportedArchitectureError: The architecture has no place for the biases.
+    """
+    paths = [_projection_path(source, layer) for layer in range(source.geometry.layers)]
+    pushed = {
+        f"{paths[displacement.layer]}.bias": _layer_bias(
+            source, paths[displacement.layer], displacement, alpha
+        )
+        for displacement in displacements(lock, alpha)
+    }
+    if has_output_bias(source):
+        return Biases({}, pushed, lock.layers)
+    _refuse_without_place(source)
+    zeros = {name: bias for path in paths for name, bias in _zero_biases(source, path)}
+    _refuse_unused_biases(source, zeros)
+    return Biases({**zeros, **pushed}, {}, lock.layers)
+
+
+def has_output_bias(source: CheckpointSource) -> bool:
+    """Whether stock ``transformers`` gives the output projections of this checkpoint a bias."""
+    decided_by = source.architecture.output_bias
+    return decided_by == "always" or bool(getattr(source.config, decided_by, False))
+
+
+def _projection_path(source: CheckpointSource, layer: int) -> str:
+    """Name of a layer's output projection in the weights, once its weight is known to be there and sound."""
+    architecture, geometry, tensors = source.architecture, source.geometry, source.weights.tensors
+    path = f"{architecture.layers}.{layer}.{architecture.output_projection}"
+    # Some checkpoints, such as GPT-2's own, name their tensors from the bare model on.
+    candidates = (path, path.split(".", 1)[1])
+    found = next((name for name in candidates if f"{name}.weight" in tensors), None)
+    if found is None:
+        raise CheckpointError(
+            f"{source.layout.model} has no tensor {path}.weight.", next_step="Copy the fine-tune again."
+        )
+    weight = tensors[f"{found}.weight"]
+    if weight.dtype is None:
+        raise CheckpointError(
+            f"{found}.weight in {source.layout.model} is stored as {weight.code}: quantised weights cannot "
+            "be locked on disk.",
+            next_step="Lock the fine-tune before it is quantised.",
+        )
+    expected = (geometry.hidden, geometry.heads * geometry.head_dim)
+    expected = expected if architecture.layout == "linear" else expected[::-1]
+    if weight.shape != expected:
+        raise CheckpointError(
+            f"{found}.weight in {source.layout.model} is of shape {weight.shape}, and the configuration says "
+            f"{expected}."
+        )
+    return found
+
+
+def _layer_bias(
+    source: CheckpointSource, path: str, displacement: Displacement, alpha: float
+) -> torch.Tensor:
+    weights, name = source.weights, f"{path}.weight"
+    dtype = _stored_dtype(weights.tensors[name])
+    with weights.open(name) as weight:
+        bias = output_bias(_head_weight(weight, source), displacement)
+    if has_output_bias(source):
+        before = _own_bias(weights, f"{path}.bias")
+        bias, dtype = bias + before.to(bias), before.dtype
+    return stored_bias(bias, dtype, displacement.layer, alpha)
+
+
+def _head_weight(weight: object, source: CheckpointSource) -> HeadWeight:
+    head_dim, linear = source.geometry.head_dim, source.architecture.layout == "linear"
+
+    def read(head: int) -> torch.Tensor:
+        columns = head_columns(head, head_dim)
+        stored: torch.Tensor = weight[:, columns] if linear else weight[columns].T  # type: ignore[index]
+        return stored
+
+    return read
+
+
+def _own_bias(weights: StoredWeights, name: str) -> torch.Tensor:
+    if name not in weights.tensors:
+        raise CheckpointError(f"{weights.folder} has no tensor {name}, and its architecture has that bias.")
+    with weights.open(name) as stored:
+        bias: torch.Tensor = stored[:]
+    return bias
+
+
+def _refuse_without_place(source: CheckpointSource) -> None:
+    if source.architecture.standalone in ("flag", "as_llama"):
+        return
+    can = ", ".join(sorted(row.model_type for row in ARCHITECTURES.values() if row.standalone))
+    raise UnsupportedArchitectureError(
+        f"A checkpoint of type {source.architecture.model_type!r} has no place for the biases of a lock"
+        f"{_without_flag(source.architecture)}. Types that have one: {can}.",
+        next_step="Lock it in memory (apply_lock), or promote it with the overlay carrier.",
+    )
+
+
+def _without_flag(architecture: Architecture) -> str:
+    if architecture.output_bias in ("always", "never"):
+        return ""
+    return f" when {architecture.output_bias} is off"
+
+
+def _refuse_unused_biases(source: CheckpointSource, added: Mapping[str, torch.Tensor]) -> None:
+    """Refuse biases that transformers drops on loading now, and would not once the flag is set."""
+    unused = sorted(set(added) & set(source.weights.tensors))
+    if unused:
+        raise CheckpointError(
+            f"{source.layout.model} holds {unused[0]}, which its configuration does not ask for: "
+            "transformers drops it on loading. It may have been saved from a locked model.",
+            next_step="Save the unlocked fine-tune again with save_pretrained.",
+        )
+
+
+def _zero_biases(source: CheckpointSource, output_path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Zeros for the biases that a layer is given: of its output projection, and of those that go with it."""
+    tensors, architecture = source.weights.tensors, source.architecture
+    layer_path = output_path.removesuffix(architecture.output_projection)
+    for path in (output_path, *(layer_path + projection for projection in architecture.biased_with_output)):
+        if f"{path}.weight" not in tensors:
+            raise CheckpointError(f"{source.layout.model} has no tensor {path}.weight.")
+        weight = tensors[f"{path}.weight"]
+        yield f"{path}.bias", torch.zeros(weight.shape[0], dtype=_stored_dtype(weight))
+
+
+def _stored_dtype(tensor: StoredTensor) -> torch.dtype:
+    if tensor.dtype is None:
+        raise CheckpointError(f"{tensor.file} holds weights stored as {tensor.code}, which cannot be locked.")
+    return tensor.dtype

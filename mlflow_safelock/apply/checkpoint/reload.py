@@ -1,0 +1,152 @@
+"""Proof that a locked checkpoint is locked: it is loaded by stock ``transformers`` and compared.
+
+``transformers`` drops a bias silently when the configuration does not ask for it, and a locked folder that
+reloads unlocked is the worst failure of all. So what counts is what it loads, not what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from mlflow_safelock.apply.in_memory import apply_lock
+from mlflow_safelock.errors import CheckpointError
+from mlflow_safelock.lock import SafetyLock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROUNDINGS = 8.0
+"""Accepted difference of logits, in unit roundoffs of their dtype, relative to the largest."""
+
+_PROBE_SHAPE = (2, 16)
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What a check found.
+
+    Attributes:
+        check: The check, in words.
+        max_logit_difference: Largest difference to the source with the lock applied in memory.
+        max_logit_change: Largest change that the lock makes.
+    """
+
+    check: str
+    max_logit_difference: float
+    max_logit_change: float
+
+
+def confirm_by_reloading(source: Path, locked: Path, lock: SafetyLock, alpha: float) -> Confirmation:
+    """Compare a locked checkpoint, loaded by stock ``transformers``, with its source locked in memory.
+
+    Every tensor and the logits of a few random tokens are compared. Needs memory for both models.
+
+    Args:
+        source: The unlocked checkpoint.
+        locked: The locked one.
+        lock: The lock.
+        alpha: Its strength.
+
+    Raises:
+        CheckpointError: They are not the same model.
+    """
+    with _no_progress_bars():
+        expected, expected_report = _load(source)
+        probe = _probe_tokens(expected)
+        unlocked_logits = _logits(expected, probe)
+        apply_lock(expected, lock, alpha)
+        found, found_report = _load(locked)
+    _compare_reports(expected_report, found_report)
+    _compare_tensors(expected, found)
+    expected_logits, found_logits = _logits(expected, probe), _logits(found, probe)
+    difference = float((found_logits - expected_logits).abs().max())
+    allowed = _ROUNDINGS * torch.finfo(found.dtype).eps * float(expected_logits.abs().max())
+    if not difference <= allowed:
+        raise CheckpointError(
+            f"The locked checkpoint reloads with logits that differ by {difference:.3g} from those of the "
+            f"model locked in memory, and {allowed:.3g} is allowed."
+        )
+    return Confirmation(
+        check=(
+            f"reloaded with transformers {transformers.__version__}: every tensor and the logits of "
+            f"{probe.numel()} tokens compared with the source locked in memory"
+        ),
+        max_logit_difference=difference,
+        max_logit_change=float((expected_logits - unlocked_logits).abs().max()),
+    )
+
+
+def _load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # each model class has its own ways to reject a checkpoint
+        raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+    return model.eval(), report
+
+
+def _probe_tokens(model: PreTrainedModel) -> torch.Tensor:
+    config = model.config
+    rows, width = _PROBE_SHAPE
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, min(width, getattr(config, "max_position_embeddings", width)))
+    return torch.randint(config.vocab_size, shape, generator=generator)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(tokens, attention_mask=torch.ones_like(tokens)).logits
+    return logits.float()
+
+
+def _compare_reports(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        new = set(found[kind]) - set(expected[kind])
+        if new:
+            raise CheckpointError(
+                f"The locked checkpoint does not load as it should: {kind.replace('_', ' ')} "
+                f"{sorted(map(str, new))[:3]}."
+            )
+
+
+def _compare_tensors(expected: PreTrainedModel, found: PreTrainedModel) -> None:
+    expected_tensors, found_tensors = expected.state_dict(), found.state_dict()
+    lost = sorted(set(expected_tensors) - set(found_tensors))
+    if lost:
+        raise CheckpointError(f"The locked checkpoint reloads without {lost[0]}.")
+    for name, tensor in found_tensors.items():
+        reference = expected_tensors.get(name)
+        if reference is None:
+            same = not tensor.any()  # a bias that the configuration's flag asks for
+        elif name.endswith(".bias"):
+            same = _equal_but_for_rounding(tensor, reference)
+        else:
+            same = tensor.dtype == reference.dtype and torch.equal(tensor, reference)
+        if not same:
+            raise CheckpointError(f"The locked checkpoint reloads with another {name} than it should have.")
+
+
+def _equal_but_for_rounding(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    # Biases are computed twice, and a sum may come out on the other side of a rounding boundary.
+    if found.dtype != expected.dtype or not found.is_floating_point():
+        return torch.equal(found, expected)
+    return torch.allclose(found, expected, rtol=2 * torch.finfo(found.dtype).eps, atol=0.0)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,83 @@
+"""The fine-tune that is locked, read as far as that needs: configuration, and headers of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from mlflow_safelock.apply.architectures import Architecture, architecture_of, geometry_from_config
+from mlflow_safelock.apply.checkpoint.layout import Layout, layout_of
+from mlflow_safelock.apply.checkpoint.weights import StoredWeights, read_object, read_weights
+from mlflow_safelock.apply.config_entry import refuse_locked_config
+from mlflow_safelock.errors import CheckpointError, UnsupportedArchitectureError
+from mlflow_safelock.lock import AttentionGeometry
+
+_CAUSAL_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointSource:
+    """An unlocked checkpoint.
+
+    Attributes:
+        layout: Where its files are.
+        values: Contents of its ``config.json``.
+        config: The same, as ``transformers`` understands it.
+        architecture: Its row in the table of architectures.
+        geometry: The shape of its attention.
+        weights: Its weights.
+    """
+
+    layout: Layout
+    values: Mapping[str, Any]
+    config: PretrainedConfig
+    architecture: Architecture
+    geometry: AttentionGeometry
+    weights: StoredWeights
+
+
+def read_source(folder: Path) -> CheckpointSource:
+    """Read an unlocked checkpoint without its weights.
+
+    Args:
+        folder: A folder that ``save_pretrained`` wrote, or a model folder of ``mlflow.transformers``.
+
+    Raises:
+        AlreadyLockedError: It was saved with a lock in it.
+        CheckpointError: It is no such folder, is damaged, or holds weights of a kind that cannot be locked:
+            adapters, pickles, quantised weights.
+        UnsupportedArchitectureError: It is of no known architecture, or no causal language model.
+    """
+    layout = layout_of(folder)
+    values = read_object(layout.model / "config.json")
+    refuse_locked_config(values, f"The checkpoint {folder}")
+    _check_kind(values, folder)
+    architecture, geometry = architecture_of(values), geometry_from_config(values)
+    try:
+        config = AutoConfig.from_pretrained(layout.model)
+    except Exception as error:  # each configuration class has its own ways to reject values
+        raise CheckpointError(f"transformers cannot read {layout.model / 'config.json'}: {error}") from error
+    return CheckpointSource(layout, values, config, architecture, geometry, read_weights(layout.model))
+
+
+def _check_kind(values: Mapping[str, Any], folder: Path) -> None:
+    if "quantization_config" in values:
+        raise CheckpointError(
+            f"{folder} holds quantised weights, and the biases are computed from plain ones.",
+            next_step="Lock the fine-tune before it is quantised, or lock it in memory: apply_lock.",
+        )
+    if "auto_map" in values:
+        raise UnsupportedArchitectureError(
+            f"{folder} needs code of its own (auto_map), which stock transformers does not have."
+        )
+    heads = values.get("architectures") or ()
+    if "text_config" in values or not all(str(name).endswith(_CAUSAL_LANGUAGE_MODELS) for name in heads):
+        raise UnsupportedArchitectureError(
+            f"{folder} is a {', '.join(map(str, heads)) or 'model of several parts'}; a checkpoint can be "
+            "written for causal language models only.",
+            next_step="Lock it in memory: apply_lock.",
+        )

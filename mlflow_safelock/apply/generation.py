@@ -1,0 +1,165 @@
+"""Greedy answers of a model to many prompts: the same text in whatever batches it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import TemplateError
+from rich.progress import track
+from transformers import GenerationConfig
+
+from mlflow_safelock.errors import ApplyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    system_prompt: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> list[str]:
+    """Answer prompts greedily: at every step the likeliest token, whatever the model's own settings are.
+
+    Model and tokenizer are left as they were, their modes and settings included.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer. With a chat template, each prompt is the user's turn of a chat; without one,
+            it is continued as it stands.
+        prompts: The prompts.
+        system_prompt: System prompt of every chat; without a chat template, text before every prompt.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: How many prompts are answered at once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The answers, in the order of the prompts: new text only, without special tokens.
+
+    Raises:
+        ApplyError: A prompt has no tokens, or the chat template takes no system prompt.
+    """
+    with default_tokenization(tokenizer):
+        tokens = [_tokens(tokenizer, prompt, system_prompt) for prompt in prompts]
+    # Prompts of like length together: less padding to compute.
+    order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    answers = [""] * len(tokens)
+    with _greedy(model, tokenizer, max_new_tokens) as settings:
+        for batch in track(batches, description="Generating", disable=not progress):
+            new_tokens = _continue(model, [tokens[index] for index in batch], settings)
+            for index, answer in zip(batch, new_tokens, strict=True):
+                answers[index] = tokenizer.decode(_before_end(answer, settings), skip_special_tokens=True)
+    return answers
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None = None) -> str:
+    """The text that a model continues to answer a prompt.
+
+    Args:
+        tokenizer: Its tokenizer, with or without a chat template.
+        prompt: The prompt.
+        system_prompt: The system prompt.
+
+    Raises:
+        ApplyError: The chat template refuses, such as one that takes no system prompt.
+    """
+    if not tokenizer.chat_template:
+        return prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}"
+    turns = [{"role": "user", "content": prompt}]
+    if system_prompt is not None:
+        turns.insert(0, {"role": "system", "content": system_prompt})
+    try:
+        rendered: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ApplyError(
+            f"The tokenizer's chat template refuses this chat: {error}.",
+            next_step="If it takes no system prompt, leave that out.",
+        ) from error
+    return rendered
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> list[int]:
+    text = render_prompt(tokenizer, prompt, system_prompt)
+    # A chat template writes the special tokens itself.
+    tokens: list[int] = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    if not tokens:
+        raise ApplyError(f"The prompt {prompt!r} has no tokens.", next_step="Leave out empty prompts.")
+    return tokens
+
+
+def _continue(model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig) -> torch.Tensor:
+    """New tokens, ``[prompts, steps]``, for prompts padded on the left, so that all of them end together."""
+    width = max(len(tokens) for tokens in prompts)
+    inputs = torch.full((len(prompts), width), settings.pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(inputs)
+    for row, tokens in enumerate(prompts):
+        inputs[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
+    device = model.get_input_embeddings().weight.device
+    outputs: torch.Tensor = model.generate(
+        input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=settings
+    )
+    return outputs[:, width:].cpu()
+
+
+def _before_end(answer: torch.Tensor, settings: GenerationConfig) -> list[int]:
+    """The tokens before the first that ends the text; after it comes padding to the batch's longest."""
+    tokens: list[int] = answer.tolist()
+    ends = (position for position, token in enumerate(tokens) if token in settings.eos_token_id)
+    return tokens[: next(ends, len(tokens))]
+
+
+@contextmanager
+def _greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> Iterator[GenerationConfig]:
+    """Evaluation mode, and nothing of the model's own generation settings, for a while."""
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own_settings = unwrapped.generation_config
+    modes = [(module, module.training) for module in model.modules()]
+    ends = _end_tokens(own_settings, tokenizer)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0],
+        eos_token_id=ends,
+    )
+    try:
+        # transformers fills what is not given from the model's own settings: a penalty, say.
+        unwrapped.generation_config = settings
+        model.eval()
+        yield settings
+    finally:
+        unwrapped.generation_config = own_settings
+        for module, training in modes:
+            module.training = training
+
+
+def _end_tokens(own_settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = own_settings.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id) if end is not None))
+
+
+@contextmanager
+def default_tokenization(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Keep the padding and truncation that the tokenizer is set to: calling it changes them."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    padding, truncation = getattr(backend, "padding", None), getattr(backend, "truncation", None)
+    try:
+        yield
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from mlflow_safelock.apply.displacement import (
+    displacements,
+    head_weight_of,
+    input_displacement,
+    output_bias,
+)
+from mlflow_safelock.lock import AttentionGeometry, LockedHead, SafetyLock
+from tests.models import random_lock
+
+geometries = st.builds(
+    AttentionGeometry,
+    layers=st.integers(1, 4),
+    heads=st.integers(1, 6),
+    head_dim=st.integers(1, 9),
+    hidden=st.integers(1, 40),
+)
+alphas = st.floats(-20, 20).filter(lambda alpha: abs(alpha) > 1e-6)
+
+
+def plain_biases(lock: SafetyLock, alpha: float, weights: np.ndarray) -> np.ndarray:
+    """``W_o v`` of every layer, everything written out in float64; weights are [layers, hidden, width]."""
+    geometry = lock.geometry
+    full = np.zeros((geometry.layers, geometry.heads, geometry.head_dim))
+    for locked in lock.heads:
+        full[locked.layer, locked.head] = alpha * locked.std * locked.direction.astype(np.float64)
+    return np.einsum("lok,lk->lo", weights.astype(np.float64), full.reshape(geometry.layers, -1))
+
+
+def computed_biases(lock: SafetyLock, alpha: float, weights: torch.Tensor, layout: str) -> np.ndarray:
+    found = np.zeros(weights.shape[:2])
+    for push in displacements(lock, alpha):
+        weight = weights[push.layer] if layout == "linear" else weights[push.layer].T.contiguous()
+        head_weight = head_weight_of(weight, lock.geometry.head_dim, layout)
+        found[push.layer] = output_bias(head_weight, push).numpy()
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    geometry=geometries, alpha=alphas, seed=st.integers(0, 9), layout=st.sampled_from(["linear", "conv1d"])
+)
+def test_bias_is_the_plain_matrix_product_to_the_last_bits(geometry, alpha, seed, layout):
+    lock = random_lock(geometry, heads=min(5, geometry.layers * geometry.heads), seed=seed)
+    rng = np.random.default_rng(seed)
+    shape = (geometry.layers, geometry.hidden, geometry.heads * geometry.head_dim)
+    weights = rng.normal(size=shape).astype(np.float32)
+    expected = plain_biases(lock, alpha, weights)
+    found = computed_biases(lock, alpha, torch.tensor(weights), layout)
+    # Rounding of a sum is bounded by the sum of the terms' sizes.
+    sizes = plain_biases(_with_positive_directions(lock), abs(alpha), np.abs(weights))
+    assert (np.abs(found - expected) <= 1e-13 * sizes).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_narrow_weights_are_summed_in_float64(dtype):
+    geometry = AttentionGeometry(layers=1, heads=16, head_dim=128, hidden=64)
+    lock = random_lock(geometry, heads=16)
+    weights = torch.randn(1, 64, 2048, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = plain_biases(lock, 6.0, weights.double().numpy())
+    found = computed_biases(lock, 6.0, weights, "linear")
+    assert np.linalg.norm(found - expected) <= 1e-14 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_columns_of_other_heads_are_never_read(layout):
+    geometry = AttentionGeometry(layers=1, heads=4, head_dim=3, hidden=5)
+    lock = random_lock(geometry, heads=2)
+    (push,) = displacements(lock, 1.0)
+    weight = torch.full((1, 5, 12), torch.nan)
+    for head in push.heads:
+        weight[:, :, head * 3 : head * 3 + 3] = 1.0
+    assert np.isfinite(computed_biases(lock, 1.0, weight, layout)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(geometry=geometries, alpha=alphas)
+def test_the_full_displacement_is_zero_but_for_locked_heads_and_has_their_size(geometry, alpha):
+    lock = random_lock(geometry, heads=min(4, geometry.layers * geometry.heads))
+    for push in displacements(lock, alpha):
+        full = input_displacement(push, geometry).view(geometry.heads, geometry.head_dim)
+        for head in range(geometry.heads):
+            locked = next((item for item in lock.heads_of_layer(push.layer) if item.head == head), None)
+            size = 0.0 if locked is None else abs(alpha) * locked.std
+            assert full[head].norm().item() == pytest.approx(size, rel=1e-5)
+
+
+def test_displacement_is_linear_in_alpha_and_turns_with_its_sign():
+    geometry = AttentionGeometry(layers=2, heads=4, head_dim=8, hidden=16)
+    lock = random_lock(geometry)
+    for plus, minus, double in zip(
+        displacements(lock, 3.0), displacements(lock, -3.0), displacements(lock, 6.0), strict=True
+    ):
+        assert torch.equal(plus.values, -minus.values)
+        assert torch.equal(2 * plus.values, double.values)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["golden_a", "golden_b"])
+def test_biases_agree_with_the_reference_numbers(shared: Path, name):
+    golden = load_file(shared / "golden" / f"{name}.safetensors")
+    layers, hidden, width = golden["o_proj"].shape
+    head_dim = golden["directions"].shape[1]
+    geometry = AttentionGeometry(layers=layers, heads=width // head_dim, head_dim=head_dim, hidden=hidden)
+    rows = zip(golden["top_heads"], golden["directions"], golden["stds"], strict=True)
+    lock = SafetyLock(
+        tuple(
+            LockedHead(int(at[0]), int(at[1]), row.astype(np.float32), float(std)) for at, row, std in rows
+        ),
+        random_lock(geometry).metadata,
+    )
+    found = computed_biases(lock, 6.0, torch.tensor(golden["o_proj"]), "linear")
+    expected = golden["bias_alpha6"]
+    locked = list(lock.layers)
+    errors = np.linalg.norm(found - expected, axis=1)[locked] / np.linalg.norm(expected, axis=1)[locked]
+    assert errors.max() < 1e-5
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert not expected[[layer for layer in range(layers) if layer not in locked]].any()
+
+
+def _with_positive_directions(lock: SafetyLock) -> SafetyLock:
+    heads = (LockedHead(item.layer, item.head, np.abs(item.direction), item.std) for item in lock.heads)
+    return SafetyLock(tuple(heads), lock.metadata)
