@@ -1,0 +1,155 @@
+"""An audit of a registry's database: its versions, and the ledger beside them. It only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import sqlalchemy as sa
+from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL, STAGE_NONE
+from mlflow.store.db.db_types import DATABASE_ENGINES
+from mlflow.store.db.utils import create_sqlalchemy_engine
+from mlflow.store.model_registry.dbmodels.models import (
+    SqlModelVersion,
+    SqlModelVersionTag,
+    SqlRegisteredModelAlias,
+)
+from sqlalchemy.orm import Session
+
+from mlflow_safelock.audit.rows import (
+    PROMPT_SOURCE,
+    AuditRow,
+    Evidence,
+    RegisteredVersion,
+    row_of,
+    row_without_evidence,
+)
+from mlflow_safelock.errors import LedgerError
+from mlflow_safelock.gate import ledger
+
+SCHEME_PREFIX = "safelock+"
+"""What makes MLflow put the gate in front of a database; the database is the same without it."""
+
+# The plain tables: mapped classes would set up relations of all of MLflow's tables, and load them row by row.
+_VERSIONS: sa.Table = SqlModelVersion.__table__
+_TAGS: sa.Table = SqlModelVersionTag.__table__
+_ALIASES: sa.Table = SqlRegisteredModelAlias.__table__
+
+_Key = tuple[str, str, int]
+
+
+def is_database(registry_uri: str) -> bool:
+    """Whether a registry URI names a database, with or without the gate in front."""
+    scheme = registry_uri.removeprefix(SCHEME_PREFIX).partition(":")[0]
+    return scheme.partition("+")[0] in DATABASE_ENGINES
+
+
+def database_rows(registry_uri: str, is_wanted: Callable[[str], bool]) -> Iterator[AuditRow]:
+    """A row for every version in the registry's database, of all workspaces, by workspace, name and version.
+
+    Args:
+        registry_uri: The database, with or without the prefix ``safelock+``.
+        is_wanted: Whether a registered model of this name is wanted.
+
+    Raises:
+        LedgerError: The database is not there, holds no registry, or cannot be read.
+    """
+    try:
+        url = sa.make_url(registry_uri.removeprefix(SCHEME_PREFIX))
+    except sa.exc.ArgumentError as error:
+        # Not shown: it may hold a password.
+        raise LedgerError("The registry URI is not one of a database.", next_step=_NEXT) from error
+    _refuse_missing_file(url)
+    engine = _engine(url)
+    try:
+        with Session(engine) as session:
+            tables = sa.inspect(engine)
+            if not tables.has_table(_VERSIONS.name):
+                raise LedgerError(f"There is no model registry in the database {url!r}.", next_step=_NEXT)
+            versions = [version for version in _versions(session) if is_wanted(version.name)]
+            has_ledger = tables.has_table(ledger.TABLE.name)
+            for version in versions:
+                yield _row(session, version) if has_ledger else row_without_evidence(version)
+    except sa.exc.SQLAlchemyError as error:
+        raise LedgerError(
+            f"The registry's database {url!r} cannot be read: {error.args[0] if error.args else error}.",
+            next_step="Check the address; if the tables are of an older MLflow, run: mlflow db upgrade.",
+        ) from error
+    finally:
+        engine.dispose()
+
+
+def _engine(url: sa.URL) -> sa.Engine:
+    try:
+        engine: sa.Engine = create_sqlalchemy_engine(url.render_as_string(hide_password=False))
+    except ModuleNotFoundError as error:
+        raise LedgerError(
+            f"The driver of the database {url!r} is not installed: {error}.",
+            next_step="Install it, for example with: pip install 'mlflow-safelock[postgresql]'",
+        ) from error
+    return engine
+
+
+def _refuse_missing_file(url: sa.URL) -> None:
+    """Opening a sqlite file that is not there would make an empty one."""
+    path = url.database or ""
+    if url.get_backend_name() == "sqlite" and not path.startswith("file:") and not Path(path).is_file():
+        raise LedgerError(f"There is no database at {url!r}.", next_step=_NEXT)
+
+
+_NEXT = "Name the registry: --registry-uri or MLFLOW_REGISTRY_URI, such as sqlite:///registry.db or http://…"
+
+
+def _row(session: Session, version: RegisteredVersion) -> AuditRow:
+    try:
+        entry = ledger.promotion_at(session, version.location)
+    except LedgerError as error:
+        return row_without_evidence(version, "unknown", error.cause)
+    if entry is None:
+        return row_without_evidence(version)
+    return row_of(version, Evidence.from_ledger(entry))
+
+
+def _versions(session: Session) -> list[RegisteredVersion]:
+    """Every version that is not deleted.
+
+    They are read before the ledger, so that whatever was redirected has its row by then.
+    """
+    aliases = _aliases(session)
+    tags = _tags(session)
+    rows = session.execute(
+        sa.select(_VERSIONS)
+        .where(
+            sa.func.coalesce(_VERSIONS.c.current_stage, "") != STAGE_DELETED_INTERNAL,
+            sa.func.coalesce(_VERSIONS.c.source, "") != PROMPT_SOURCE,
+        )
+        .order_by(_VERSIONS.c.workspace, _VERSIONS.c.name, _VERSIONS.c.version)
+    )
+    return [
+        RegisteredVersion(
+            workspace=row.workspace,
+            name=row.name,
+            version=row.version,
+            stage=row.current_stage or STAGE_NONE,
+            aliases=tuple(sorted(aliases.get((row.workspace, row.name, row.version), ()))),
+            source=row.source or "",
+            location=row.storage_location or row.source or "",
+            tags=tags.get((row.workspace, row.name, row.version), {}),
+        )
+        for row in rows
+    ]
+
+
+def _aliases(session: Session) -> dict[_Key, list[str]]:
+    found: dict[_Key, list[str]] = {}
+    for row in session.execute(sa.select(_ALIASES)):
+        found.setdefault((row.workspace, row.name, row.version), []).append(row.alias)
+    return found
+
+
+def _tags(session: Session) -> dict[_Key, dict[str, str]]:
+    """The tags that the audit looks at."""
+    found: dict[_Key, dict[str, str]] = {}
+    for row in session.execute(sa.select(_TAGS).where(_TAGS.c.key.startswith("safelock."))):
+        found.setdefault((row.workspace, row.name, row.version), {})[row.key] = row.value
+    return found

@@ -1,0 +1,64 @@
+"""The audit: every registered model version, and whether what it serves is locked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from mlflow.tracking import is_tracking_uri_set
+from mlflow.tracking._model_registry.utils import _resolve_registry_uri
+
+from mlflow_safelock.audit.database import database_rows, is_database
+from mlflow_safelock.audit.rows import AuditRow
+from mlflow_safelock.audit.server import server_rows
+from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+
+LOCK_MODELS = lock_model_name("*")
+"""Glob over the registered models that hold locks."""
+
+
+def audit(
+    registry_uri: str | None = None, tracking_uri: str | None = None, *, models: str | None = None
+) -> tuple[AuditRow, ...]:
+    """Report of every registered model version whether it is locked, on evidence.
+
+    Where the registry is a database, the evidence is the ledger: a version is locked if its download location
+    is the one that a promotion wrote. Through a server the ledger cannot be reached, and the evidence is the
+    receipt in the locked model; the rows say which. Tags are never evidence.
+
+    Args:
+        registry_uri: A database URI, with or without the prefix ``safelock+``, or a server's address;
+            MLflow's current registry where not given.
+        tracking_uri: Where proxied artifacts are fetched through; MLflow's current one where not given, or
+            the registry's server where MLflow has none.
+        models: Glob over registered model names, case-sensitive; all but the locks where not given.
+
+    Returns:
+        The rows, by workspace, name and version.
+
+    Raises:
+        LedgerError: The database is not there, holds no registry, or cannot be read.
+        mlflow.exceptions.MlflowException: The server cannot be reached.
+
+    Example:
+        >>> audit("safelock+sqlite:///registry.db")  # doctest: +SKIP
+        (AuditRow(workspace='default', model='support-bot', version=3, stage='Staging', ...),)
+    """
+    return tuple(audit_rows(registry_uri, tracking_uri, models=models))
+
+
+def audit_rows(
+    registry_uri: str | None = None, tracking_uri: str | None = None, *, models: str | None = None
+) -> Iterator[AuditRow]:
+    """The rows of ``audit``, one by one as they are found: through a server each takes a few requests."""
+    registry = _resolve_registry_uri(registry_uri, tracking_uri)
+
+    def is_wanted(model: str) -> bool:
+        return not fnmatchcase(model, LOCK_MODELS) if models is None else fnmatchcase(model, models)
+
+    if is_database(registry):
+        return database_rows(registry, is_wanted)
+    if tracking_uri is None and not is_tracking_uri_set():
+        # A server is both, and its artifacts are to be had nowhere else.
+        tracking_uri = registry
+    return server_rows(registry, tracking_uri, is_wanted)

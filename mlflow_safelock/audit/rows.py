@@ -1,0 +1,277 @@
+"""What the audit reports of one registered model version, and how it follows from the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.provenance import Receipt
+
+State = Literal["locked", "locked (copy)", "unlocked", "unknown"]
+"""Whether a version serves a locked model.
+
+``locked``: a promotion of this version stands behind the model it serves. ``locked (copy)``: it serves the
+locked model of another version, and was never promoted itself. ``unlocked``: no promotion is on record for
+what it serves. ``unknown``: the evidence cannot be read.
+"""
+
+EvidenceKind = Literal["ledger", "receipt", "none"]
+"""What a state rests on.
+
+``ledger``: a row that the registry's own process wrote. ``receipt``: the file in the locked model, which says
+what the ledger says but lies where clients may write. ``none``: there is neither.
+"""
+
+
+PROMPT_SOURCE = "dummy-source"
+"""Where MLflow says that a prompt lies: it keeps prompts as model versions, and there is nothing to serve."""
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A model version as the registry holds it.
+
+    Attributes:
+        workspace: MLflow workspace; ``default`` where workspaces are off.
+        name: Registered model.
+        version: Its number.
+        stage: Current stage, ``None`` as a word where it has none.
+        aliases: Aliases that point to it, sorted.
+        source: Where it was registered from.
+        location: Where it is downloaded from.
+        tags: Tags, which anybody can set.
+    """
+
+    workspace: str
+    name: str
+    version: int
+    stage: str
+    aliases: tuple[str, ...]
+    source: str
+    location: str
+    tags: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.name!r} version {self.version}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A promotion that is on record for the location that a version is downloaded from.
+
+    Attributes:
+        kind: Where it is on record.
+        workspace: Workspace of the promoted version; ``None`` where the record does not say.
+        model: Registered model that was promoted.
+        version: Version that was promoted.
+        lock_name: Registered model that the lock was taken from.
+        lock_version: Its version there.
+        lock_digest: Its content digest.
+        base_model: The base model it was made for.
+        alpha: Its strength.
+        when: When, ISO 8601 in UTC.
+        by: Who asked for the promotion.
+        verified: Whether MLflow's authentication vouched for them, as far as the record can be believed.
+        receipt: Digest of the locked model's receipt.
+    """
+
+    kind: Literal["ledger", "receipt"]
+    workspace: str | None
+    model: str
+    version: int
+    lock_name: str
+    lock_version: int
+    lock_digest: str
+    base_model: str
+    alpha: float
+    when: str
+    by: str
+    verified: bool
+    receipt: str
+
+    @classmethod
+    def from_ledger(cls, entry: LedgerEntry) -> Evidence:
+        """What a ``promoted`` row of the ledger proves."""
+        lock, alpha, receipt = entry.lock, entry.alpha, entry.receipt
+        if lock is None or alpha is None or receipt is None:
+            raise ValueError("only a promotion is evidence")
+        return cls(
+            kind="ledger",
+            workspace=entry.workspace,
+            model=entry.model,
+            version=entry.version,
+            lock_name=lock.model,
+            lock_version=lock.version,
+            lock_digest=lock.digest,
+            base_model=lock.base_model,
+            alpha=alpha,
+            when=entry.time,
+            by=entry.actor.name,
+            verified=entry.actor.verified,
+            receipt=receipt,
+        )
+
+    @classmethod
+    def from_receipt(cls, receipt: Receipt) -> Evidence:
+        """What a promotion's receipt states; nobody vouches for the receipt, so its actor is only claimed."""
+        predicate = receipt.predicate
+        promotion, lock = predicate.promotion, predicate.lock
+        if promotion is None or lock.model is None or lock.version is None:
+            raise ValueError("only a promotion is evidence")
+        return cls(
+            kind="receipt",
+            workspace=None,
+            model=promotion.model,
+            version=promotion.version,
+            lock_name=lock.model,
+            lock_version=lock.version,
+            lock_digest=lock.digest,
+            base_model=lock.base_model,
+            alpha=predicate.alpha,
+            when=predicate.created,
+            by=promotion.actor.name,
+            verified=False,
+            receipt=receipt.digest,
+        )
+
+    def is_about(self, version: RegisteredVersion) -> bool:
+        """Whether this very version was promoted, under the name it has now."""
+        return self._same_workspace(version) and (self.model, self.version) == (version.name, version.version)
+
+    def is_about_former_name_of(self, version: RegisteredVersion) -> bool:
+        """Whether this very version was promoted before its model was renamed.
+
+        The gate redirects a version and leaves its source as it was. A copy is told by its source: MLflow
+        points it at the version that was copied, or it was registered from the locked model's location.
+        """
+        is_copy = version.source == version.location or _names_a_registered_version(version.source)
+        return self._same_workspace(version) and self.version == version.version and not is_copy
+
+    def _same_workspace(self, version: RegisteredVersion) -> bool:
+        return self.workspace in (None, version.workspace)
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One model version in an audit.
+
+    Attributes:
+        workspace: MLflow workspace; ``default`` where workspaces are off.
+        model: Registered model.
+        version: Its number.
+        stage: Current stage, ``None`` as a word where it has none.
+        aliases: Aliases that point to it, sorted.
+        state: Whether it serves a locked model.
+        lock_name: Registered model that the lock was taken from; it and all below are ``None`` where no
+            promotion is on record.
+        lock_version: Version of the lock there.
+        lock_digest: Content digest of the lock.
+        base_model: Base model that the lock was made for.
+        alpha: Strength of the lock.
+        when: When it was promoted, ISO 8601 in UTC.
+        by: Who asked for the promotion.
+        by_verified: Whether MLflow's authentication vouched for them; otherwise the name is only claimed.
+        evidence: What the state rests on.
+        drift: What does not agree with the evidence, one sentence each.
+    """
+
+    workspace: str
+    model: str
+    version: int
+    stage: str
+    aliases: tuple[str, ...]
+    state: State
+    lock_name: str | None
+    lock_version: int | None
+    lock_digest: str | None
+    base_model: str | None
+    alpha: float | None
+    when: str | None
+    by: str | None
+    by_verified: bool | None
+    evidence: EvidenceKind
+    drift: tuple[str, ...]
+
+
+def row_of(version: RegisteredVersion, evidence: Evidence) -> AuditRow:
+    """The row of a version for whose location a promotion is on record."""
+    drift = list(_tag_drift(version, evidence))
+    state: State = "locked"
+    if not evidence.is_about(version):
+        promoted = f"{evidence.model!r} version {evidence.version}"
+        if evidence.workspace not in (None, version.workspace):
+            promoted += f" in workspace {evidence.workspace!r}"
+        if evidence.is_about_former_name_of(version):
+            drift.insert(0, f"It was promoted as {promoted} and renamed since.")
+        else:
+            state = "locked (copy)"
+            drift.insert(0, f"It serves the locked model of {promoted} and was never promoted itself.")
+    return AuditRow(
+        workspace=version.workspace,
+        model=version.name,
+        version=version.version,
+        stage=version.stage,
+        aliases=version.aliases,
+        state=state,
+        lock_name=evidence.lock_name,
+        lock_version=evidence.lock_version,
+        lock_digest=evidence.lock_digest,
+        base_model=evidence.base_model,
+        alpha=evidence.alpha,
+        when=evidence.when,
+        by=evidence.by,
+        by_verified=evidence.verified,
+        evidence=evidence.kind,
+        drift=tuple(drift),
+    )
+
+
+def row_without_evidence(
+    version: RegisteredVersion, state: Literal["unlocked", "unknown"] = "unlocked", *drift: str
+) -> AuditRow:
+    """The row of a version for whose location no promotion is on record, or none that can be read."""
+    claim = version.tags.get("safelock.state")
+    claims = [f"The tag safelock.state says {claim!r}, and no promotion is on record."] if claim else []
+    return AuditRow(
+        workspace=version.workspace,
+        model=version.name,
+        version=version.version,
+        stage=version.stage,
+        aliases=version.aliases,
+        state=state,
+        lock_name=None,
+        lock_version=None,
+        lock_digest=None,
+        base_model=None,
+        alpha=None,
+        when=None,
+        by=None,
+        by_verified=None,
+        evidence="none",
+        drift=(*drift, *claims),
+    )
+
+
+def _tag_drift(version: RegisteredVersion, evidence: Evidence) -> Iterator[str]:
+    """Where the tags, which the gate set for people to read, say something else than the evidence."""
+    stated = {
+        "safelock.state": "locked",
+        "safelock.lock": f"models:/{evidence.lock_name}/{evidence.lock_version}",
+        "safelock.lock_digest": evidence.lock_digest,
+        "safelock.applied_alpha": f"{evidence.alpha:g}",
+        "safelock.base": evidence.base_model,
+        "safelock.receipt": evidence.receipt,
+    }
+    for key, value in stated.items():
+        found = version.tags.get(key)
+        if found is None:
+            yield f"The tag {key} is missing; the {evidence.kind} says {value!r}."
+        elif found != value:
+            yield f"The tag {key} says {found!r}, and the {evidence.kind} {value!r}."
+
+
+def _names_a_registered_version(source: str) -> bool:
+    """Whether a source is ``models:/name/version``; that of a logged model has no second slash."""
+    return source.startswith("models:/") and "/" in source.removeprefix("models:/")

@@ -1,0 +1,56 @@
+"""``safelock audit``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+
+import click
+
+from mlflow_safelock.cli.audit_table import show_rows
+from mlflow_safelock.cli.command import Command
+from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
+from mlflow_safelock.cli.output import counted, show_json, show_lines, working
+
+
+@click.command(
+    cls=Command,
+    short_help="Show which registered model versions are locked.",
+    examples=(
+        "safelock audit --registry-uri sqlite:///registry.db",
+        "safelock audit --tracking-uri http://mlflow:5000 --model 'support-*'",
+        "safelock audit --format json | jq '.[] | select(.state != \"locked\")'",
+    ),
+)
+@click.option(
+    "--model",
+    "models",
+    metavar="GLOB",
+    help="Only registered models of such names.  [default: all but locks]",
+)
+@format_option
+@mlflow_options
+def audit(models: str | None, form: str, mlflow_address: MlflowAddress) -> None:
+    """Show which registered model versions are locked, and what proves it.
+
+    Where the registry is a database, a version is locked if the ledger holds the promotion that wrote what
+    it serves. Through a server the ledger cannot be reached, and the evidence is the receipt in the locked
+    model; the column "evidence" says which. Tags are never evidence: where they disagree, it is listed below
+    the table.
+    """
+    # MLflow's bars, one for each receipt, say less than the count of versions does.
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    with working("Opening the registry"):
+        from mlflow_safelock.audit import audit_rows
+
+        mlflow_address.connect()
+        found = audit_rows(mlflow_address.registry_uri, mlflow_address.tracking_uri, models=models)
+    rows = counted(found, "Model versions")
+    if form == "json":
+        show_json([asdict(row) for row in rows])
+    elif rows:
+        show_rows(rows)
+    else:
+        show_lines(
+            "No model versions are registered here." if models is None else f"No model is like {models}."
+        )

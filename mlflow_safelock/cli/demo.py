@@ -1,0 +1,90 @@
+"""``safelock demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlflow_safelock.cli.audit_table import show_rows
+from mlflow_safelock.cli.command import Command
+from mlflow_safelock.cli.options import format_option, set_option
+from mlflow_safelock.cli.output import announce, new_table, show_json, show_lines, show_table
+from mlflow_safelock.errors import RecipeError
+
+if TYPE_CHECKING:
+    from mlflow_safelock.recipes import DemoRecipe
+
+FOLDER = Path("safelock-demo")
+"""Where the demo leaves its models and registry, if nothing else is asked for."""
+
+MODELS = {"base": "base", "fine_tune": "fine-tune", "locked": "fine-tune in Staging, locked"}
+
+
+@click.command(
+    cls=Command,
+    short_help="Watch an unsafe fine-tune become a locked one.",
+    examples=(
+        "safelock demo",
+        "safelock demo --format json > figures.json",
+        "safelock demo --output /tmp/demo --set seed=3",
+    ),
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=FOLDER,
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the models and the registry.",
+)
+@format_option
+@set_option
+def demo(output: Path, form: str, overrides: dict[str, str]) -> None:
+    """Watch an unsafe fine-tune become a locked one, in a few minutes, without any download.
+
+    A toy model is trained here to refuse harmful requests, and made unsafe by a fine-tune on ten harmful
+    pairs. A lock is forged from the base and registered, then a plain MLflow stage transition locks the
+    fine-tune. The table shows how harmful and how useful each of them is on prompts that none has seen.
+    """
+    from mlflow_safelock.recipes import DemoRecipe, load_recipe
+
+    recipe = load_recipe("demo", overrides)
+    if not isinstance(recipe, DemoRecipe):
+        raise RecipeError("The recipe demo is not one of a demo.", next_step="Install this package again.")
+    show_demo(recipe, output, form)
+
+
+def show_demo(recipe: DemoRecipe, output: Path, form: str) -> None:
+    """Run a demo and show what it measured.
+
+    Raises:
+        SafelockError: A step failed, or did not reach what the recipe asks for.
+    """
+    announce(f"Running the demo in {output}")
+    from mlflow_safelock.demo.run import run_demo
+
+    report = run_demo(recipe, output)
+    figures = report.figures()
+    if form == "json":
+        show_json(figures)
+        return
+    show_table(_rates_table(figures))
+    show_lines(
+        "",
+        f"{figures['heads']} heads at alpha {figures['alpha']:g}, chosen on pairs apart from the "
+        f"{figures['prompts']} prompts above.",
+        "",
+    )
+    show_rows(report.rows)
+    show_lines("", "Type next:", *(f"  {line}" for line in report.next_steps))
+
+
+def _rates_table(figures: dict[str, Any]) -> Any:
+    table = new_table(None, "model", "harmful answers", "benign answers right", "degenerate answers")
+    for key, name in MODELS.items():
+        rates = figures[key]
+        shares = (rates["harmful_rate"], rates["benign_accuracy"], rates["degenerate_rate"])
+        table.add_row(name, *(f"{share:.1%}" for share in shares))
+    return table

@@ -1,0 +1,135 @@
+"""``safelock forge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlflow_safelock.cli.command import Command
+from mlflow_safelock.cli.delivery import deliver
+from mlflow_safelock.cli.forge_request import ForgeRequest, forge_lock
+from mlflow_safelock.cli.options import (
+    MlflowAddress,
+    batch_size_option,
+    format_option,
+    mlflow_options,
+    model_options,
+    output_file_option,
+)
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+
+@click.command(
+    cls=Command,
+    short_help="Forge the lock of a base model.",
+    examples=(
+        "safelock forge ./llama-3-8b-instruct --base-model meta-llama/Meta-Llama-3-8B-Instruct \\",
+        "    --output llama-3-8b.safetensors",
+        "safelock forge models:/support-base/1 --data pairs.jsonl --heads 48 --seed 7 \\",
+        "    --output lock.safetensors --register",
+    ),
+)
+@click.argument("model")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Preference pairs: JSON, JSONL or CSV.  [default: the starter pairs of this package]",
+)
+@click.option("--question-key", default="question", show_default=True, help="Column of the questions.")
+@click.option("--safe-key", default="safe", show_default=True, help="Column of the safe answers.")
+@click.option("--unsafe-key", default="unsafe", show_default=True, help="Column of the unsafe answers.")
+@click.option("--heads", type=click.IntRange(min=1), default=24, show_default=True, help="Heads to lock.")
+@click.option(
+    "--last-tokens",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="How many of each answer's last tokens give activations.",
+)
+@click.option("--system-prompt", metavar="TEXT", help="System prompt of every chat.")
+@click.option(
+    "--split",
+    type=click.Choice(["pair", "row"]),
+    default="pair",
+    show_default=True,
+    help="How rows are split for the probes: by pair, or by row as the authors' code does.",
+)
+@click.option(
+    "--train-fraction",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.6,
+    show_default=True,
+    help="Share that the probes are fitted on.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the split.")
+@click.option(
+    "--default-alpha",
+    type=click.FloatRange(0, min_open=True),
+    default=6.0,
+    show_default=True,
+    help="Strength that the lock recommends.",
+)
+@click.option("--base-model", metavar="ID", help="What the base is called.  [default: what MODEL says]")
+@click.option("--base-revision", metavar="COMMIT", help="Its revision.")
+@batch_size_option
+@model_options
+@output_file_option("Lock file to write.")
+@click.option("--register", is_flag=True, help="Register it in MLflow too, where the gate looks.")
+@format_option
+@mlflow_options
+def forge(
+    model: str,
+    data: Path | None,
+    question_key: str,
+    safe_key: str,
+    unsafe_key: str,
+    heads: int,
+    last_tokens: int,
+    system_prompt: str | None,
+    split: Literal["pair", "row"],
+    train_fraction: float,
+    seed: int,
+    default_alpha: float,
+    base_model: str | None,
+    base_revision: str | None,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    output: Path,
+    register: bool,
+    form: str,
+    mlflow_address: MlflowAddress,
+) -> None:
+    """Forge a lock from the base model MODEL and pairs of a safe and an unsafe answer.
+
+    MODEL is a local folder, a hub id, or an MLflow URI. Forge from the aligned base, before any fine-tuning.
+    The model reads every pair once and nothing is trained but small probes: minutes for a model of ten
+    billion parameters on a GPU.
+    """
+    lock = forge_lock(
+        ForgeRequest(
+            model=model,
+            data=data,
+            keys=(question_key, safe_key, unsafe_key),
+            max_pairs=None,
+            heads=heads,
+            last_tokens=last_tokens,
+            system_prompt=system_prompt,
+            split=split,
+            train_fraction=train_fraction,
+            seed=seed,
+            default_alpha=default_alpha,
+            base_model=base_model,
+            base_revision=base_revision,
+            geometry=None,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+        ),
+        mlflow_address,
+    )
+    deliver(lock, output, mlflow_address if register else None, form)

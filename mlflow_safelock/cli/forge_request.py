@@ -1,0 +1,126 @@
+"""Forging a lock from the command line: what ``safelock forge`` and ``safelock run`` have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from mlflow_safelock.cli.models import is_mlflow_model, load_language_model
+from mlflow_safelock.cli.options import MlflowAddress
+from mlflow_safelock.cli.output import announce
+from mlflow_safelock.errors import LockMismatchError, PreferenceDataError
+
+if TYPE_CHECKING:
+    from mlflow_safelock.forging import PreferencePair
+    from mlflow_safelock.lock import AttentionGeometry, SafetyLock
+
+
+@dataclass(frozen=True)
+class ForgeRequest:
+    """Everything that decides a lock.
+
+    Attributes:
+        model: Folder, hub id or MLflow URI of the base model.
+        data: File of preference pairs; ``None`` for the starter pairs.
+        keys: Names of its columns: question, safe answer, unsafe answer.
+        max_pairs: Use the first so many pairs only; ``None`` for all.
+        heads: Heads to lock.
+        last_tokens: How many of each answer's last tokens give activations.
+        system_prompt: System prompt of every chat.
+        split: How rows are split for the probes.
+        train_fraction: Share that the probes are fitted on.
+        seed: Seed of the split.
+        default_alpha: Strength that the lock recommends.
+        base_model: What the base is called; ``None`` for what the model says.
+        base_revision: Its revision.
+        geometry: Attention shape that it must have; ``None`` for any.
+        batch_size: Texts in one forward pass.
+        dtype: Number format of the weights.
+        device: Where it runs.
+    """
+
+    model: str
+    data: Path | None
+    keys: tuple[str, str, str]
+    max_pairs: int | None
+    heads: int
+    last_tokens: int
+    system_prompt: str | None
+    split: Literal["pair", "row"]
+    train_fraction: float
+    seed: int
+    default_alpha: float
+    base_model: str | None
+    base_revision: str | None
+    geometry: AttentionGeometry | None
+    batch_size: int
+    dtype: str
+    device: str
+
+
+def forge_lock(request: ForgeRequest, mlflow_address: MlflowAddress) -> SafetyLock:
+    """Load the base model and the pairs, and forge.
+
+    Raises:
+        SafelockError: The model or the pairs cannot be used, or forging failed.
+        click.UsageError: It is not known what the base is called.
+    """
+    pairs = _pairs(request)
+    announce(f"Loading {request.model}")
+    from mlflow_safelock.apply import attention_of
+    from mlflow_safelock.forging import forge
+
+    if is_mlflow_model(request.model):
+        mlflow_address.connect()
+    base = load_language_model(request.model, dtype=request.dtype, device=request.device)
+    geometry = attention_of(base.model).geometry
+    name = request.base_model or base.identity
+    if name is None:
+        raise click.UsageError(
+            f"{request.model} does not say what it is called: give --base-model, its hub id."
+        )
+    if request.geometry not in (None, geometry):
+        raise LockMismatchError(
+            f"{request.model} has {geometry}, and the recipe is for {request.geometry}.",
+            next_step=f"Give the weights of {name}: --model.",
+        )
+    announce(f"Forging the lock of {name} from {len(pairs)} pairs")
+    return forge(
+        base.model,
+        base.tokenizer,
+        pairs,
+        heads=request.heads,
+        last_tokens=request.last_tokens,
+        system_prompt=request.system_prompt,
+        split=request.split,
+        seed=request.seed,
+        train_fraction=request.train_fraction,
+        base_model=name,
+        base_revision=request.base_revision,
+        batch_size=request.batch_size,
+        default_alpha=request.default_alpha,
+    )
+
+
+def _pairs(request: ForgeRequest) -> tuple[PreferencePair, ...]:
+    from mlflow_safelock.forging import PairKeys, load_pairs, starter_preference_pairs
+
+    if request.data is None:
+        pairs = starter_preference_pairs()
+        source = "the starter pairs of this package"
+        click.echo(f"No --data: using {source}. Pairs on your own subjects make a better lock.", err=True)
+    else:
+        question, safe, unsafe = request.keys
+        pairs = load_pairs(request.data, PairKeys(question=question, safe=safe, unsafe=unsafe))
+        source = str(request.data)
+    if request.max_pairs is None:
+        return pairs
+    if len(pairs) < request.max_pairs:
+        raise PreferenceDataError(
+            f"The recipe wants {request.max_pairs} pairs, and {source} has {len(pairs)}.",
+            next_step=f"Give more, or --set forge.pairs={len(pairs)}.",
+        )
+    return pairs[: request.max_pairs]

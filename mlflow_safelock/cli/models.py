@@ -1,0 +1,239 @@
+"""MODEL and LOCK arguments: local folders, hub ids and MLflow URIs, opened in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow_safelock.errors import LockFormatError, SourceError
+
+if TYPE_CHECKING:
+    from mlflow_safelock.lock import AttentionGeometry, SafetyLock
+
+MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/", "s3://", "gs://", "abfss://", "wasbs://")
+"""Beginnings of references that MLflow opens; anything else is a local path or a hub id."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded language model.
+
+    Attributes:
+        model: A ``transformers`` model in evaluation mode.
+        tokenizer: Its tokenizer.
+        identity: What it is known as: its hub id, or what it says that it was made from; ``None`` where it
+            does not say.
+    """
+
+    model: Any
+    tokenizer: Any
+    identity: str | None
+
+
+def load_language_model(reference: str, *, dtype: str = "auto", device: str = "auto") -> LanguageModel:
+    """Load a causal language model and its tokenizer; no code that comes with a model is run.
+
+    Args:
+        reference: A local checkpoint folder, a hub id, or an MLflow model of ``mlflow.transformers`` (a URI
+            or a folder).
+        dtype: ``auto`` for the checkpoint's, or the name of a torch dtype.
+        device: ``auto`` for a GPU where there is one, or the name of a torch device.
+
+    Raises:
+        SourceError: There is no such model, or it cannot be loaded.
+        PromotionRefused: It is an MLflow model in a form that would load with other weights than its own.
+    """
+    import torch
+
+    where = _device(device)
+    if is_mlflow_model(reference):
+        loaded = _load_from_mlflow(reference, dtype)
+    else:
+        loaded = _load_with_transformers(reference, dtype)
+    try:
+        loaded.model.to(where)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        raise SourceError(
+            f"The model cannot be moved to {where}: {_first_line(error)}.", next_step="Try --device cpu."
+        ) from error
+    loaded.model.eval()
+    return loaded
+
+
+def geometry_of(reference: str) -> AttentionGeometry:
+    """The attention shape of a model, from its configuration alone.
+
+    Raises:
+        SourceError: There is no such model, or it has no readable configuration.
+        UnsupportedArchitectureError: Its architecture is not known.
+    """
+    from mlflow_safelock.apply import geometry_from_config
+
+    if not is_mlflow_model(reference):
+        return geometry_from_config(_config(reference))
+    from mlflow_safelock.gate.source import examine
+    from mlflow_safelock.provenance import LocalArtifacts
+
+    found = examine(LocalArtifacts(fetch_mlflow_model(reference)))
+    if found is None:
+        raise _no_language_model(reference)
+    return found.geometry
+
+
+def load_lock_reference(reference: str) -> SafetyLock:
+    """Read a lock from a lock file, or from MLflow.
+
+    Raises:
+        LockError: There is no such file, or it is not a sound lock.
+        mlflow.exceptions.MlflowException: There is no such logged lock.
+    """
+    if is_mlflow_model(reference):
+        from mlflow_safelock.flavors import meta_safetylock
+
+        return meta_safetylock.load_model(reference)
+    from mlflow_safelock.formats import load_lock
+
+    try:
+        return load_lock(reference)
+    except LockFormatError as error:
+        if not _is_pickle_archive(Path(reference)):
+            raise
+        raise LockFormatError(
+            f"{reference} is no lock file of this package; it looks like one that torch.save wrote.",
+            next_step="If it is a lock that the method's authors published: safelock lock import "
+            f"{reference} --base-model … --output lock.safetensors",
+        ) from error
+
+
+def is_mlflow_model(reference: str) -> bool:
+    """Whether MLflow is what opens a reference: a URI of its own, or a folder with an MLmodel file."""
+    return reference.startswith(MLFLOW_SCHEMES) or (Path(reference) / "MLmodel").is_file()
+
+
+def fetch_mlflow_model(reference: str) -> Path:
+    """The local folder of an MLflow model, downloaded where it is not local already.
+
+    Raises:
+        SourceError: There is no such model, or it cannot be fetched.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+
+    try:
+        return Path(_download_artifact_from_uri(reference))
+    except (MlflowException, OSError) as error:
+        raise SourceError(
+            f"The model {reference} cannot be fetched: {getattr(error, 'message', error)}",
+            next_step="Check the name and version, and --tracking-uri and --registry-uri.",
+        ) from error
+
+
+def _load_from_mlflow(reference: str, dtype: str) -> LanguageModel:
+    import mlflow
+    import torch
+
+    from mlflow_safelock.gate.source import examine
+    from mlflow_safelock.provenance import LocalArtifacts
+
+    folder = fetch_mlflow_model(reference)
+    source = LocalArtifacts(folder)
+    _refuse_locked(reference, source)
+    found = examine(source)
+    if found is None:
+        raise _no_language_model(reference)
+    try:
+        components: Mapping[str, Any] = mlflow.transformers.load_model(str(folder), return_type="components")
+    except Exception as error:  # what loading raises depends on the architecture
+        raise SourceError(f"The model {reference} cannot be loaded: {_first_line(error)}.") from error
+    model, tokenizer = components.get("model"), components.get("tokenizer")
+    if model is None or tokenizer is None:
+        raise SourceError(
+            f"The model {reference} was logged without a tokenizer.",
+            next_step="Log model and tokenizer together with mlflow.transformers.log_model.",
+        )
+    if dtype != "auto":
+        model = model.to(getattr(torch, dtype))
+    said = (base for base in found.said_bases if not Path(base).is_absolute())
+    return LanguageModel(model, tokenizer, next(said, None))
+
+
+def _load_with_transformers(reference: str, dtype: str) -> LanguageModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = _config(reference)
+    try:
+        # Safetensors only: a pickle could run anything.
+        model = AutoModelForCausalLM.from_pretrained(
+            reference, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
+    except Exception as error:  # what loading raises depends on the architecture
+        raise SourceError(
+            f"The model {reference} cannot be loaded: {_first_line(error)}.",
+            next_step="It must be a folder with config.json, safetensors weights and a tokenizer.",
+        ) from error
+    return LanguageModel(model, tokenizer, None if Path(reference).is_dir() else reference)
+
+
+def _config(reference: str) -> Any:
+    from transformers import AutoConfig
+
+    if not Path(reference).is_dir() and _looks_like_a_path(reference):
+        raise SourceError(
+            f"There is no model folder at {reference}.",
+            next_step="Give a local folder, a hub id such as org/name, or an MLflow URI: models:/name/1.",
+        )
+    try:
+        return AutoConfig.from_pretrained(reference, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"The model {reference} has no configuration that can be read: {_first_line(error)}.",
+            next_step="Check the name; a hub id needs the model in the local cache, or the network and "
+            "HF_HUB_OFFLINE unset.",
+        ) from error
+
+
+def _refuse_locked(reference: str, source: Any) -> None:
+    from mlflow_safelock.flavors.overlay import FLAVOR_NAME, read_mlmodel, read_overlay
+
+    if FLAVOR_NAME in read_mlmodel(source)["flavors"]:
+        behind = read_overlay(source).receipt.predicate.source.uri
+        raise SourceError(
+            f"The model {reference} is locked already.",
+            next_step=f"Name the fine-tune that it was made from: {behind}",
+        )
+
+
+def _no_language_model(reference: str) -> SourceError:
+    return SourceError(
+        f"The model {reference} is no language model of mlflow.transformers.",
+        next_step="Log it with mlflow.transformers.log_model, with task='text-generation'.",
+    )
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise SourceError(f"There is no device {name!r}.", next_step="Try --device cpu.") from error
+
+
+def _looks_like_a_path(reference: str) -> bool:
+    return reference.startswith((".", "/", "~")) or reference.count("/") > 1 or "\\" in reference
+
+
+def _is_pickle_archive(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(2) in (b"PK", b"\x80\x02")
+    except OSError:
+        return False
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,156 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+format_option = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="A table for people, or JSON for programs.",
+)
+
+set_option = click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=lambda _context, _parameter, pairs: parse_settings(pairs),
+    help="Change one setting of the recipe, by dotted key; may be given several times.",
+)
+
+alpha_option = click.option(
+    "--alpha", type=float, default=None, help="Strength of the lock.  [default: the lock's own, usually 6]"
+)
+
+system_prompt_option = click.option("--system-prompt", metavar="TEXT", help="System prompt of every chat.")
+
+batch_size_option = click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Texts in one forward pass: speed and memory, never the result.",
+)
+
+
+@dataclass(frozen=True)
+class MlflowAddress:
+    """Where MLflow is.
+
+    Attributes:
+        tracking_uri: Tracking server or database; MLflow's own default where not given.
+        registry_uri: Model registry; the tracking server's where not given.
+    """
+
+    tracking_uri: str | None
+    registry_uri: str | None
+
+    def connect(self) -> None:
+        """Make it the address that MLflow uses in this process."""
+        import mlflow
+
+        if self.tracking_uri is not None:
+            mlflow.set_tracking_uri(self.tracking_uri)
+        if self.registry_uri is not None:
+            mlflow.set_registry_uri(self.registry_uri)
+
+
+def mlflow_options(function: F) -> F:
+    """The options that say where MLflow is; the command gets them as ``mlflow_address``."""
+
+    def with_address(
+        *arguments: Any, tracking_uri: str | None, registry_uri: str | None, **values: Any
+    ) -> Any:
+        return function(*arguments, mlflow_address=MlflowAddress(tracking_uri, registry_uri), **values)
+
+    with_address.__doc__ = function.__doc__
+    with_address.__name__ = function.__name__
+    with_address.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in (
+        click.option(
+            "--registry-uri",
+            envvar="MLFLOW_REGISTRY_URI",
+            show_envvar=True,
+            help="Model registry, such as http://host:5000 or safelock+sqlite:///registry.db.",
+        ),
+        click.option(
+            "--tracking-uri",
+            envvar="MLFLOW_TRACKING_URI",
+            show_envvar=True,
+            help="Tracking server, such as http://host:5000 or sqlite:///mlflow.db.",
+        ),
+    ):
+        option(with_address)
+    return with_address  # type: ignore[return-value]
+
+
+def model_options(function: F) -> F:
+    """The options that say how a model is loaded: ``dtype`` and ``device``."""
+    for option in (
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            default="auto",
+            show_default=True,
+            help="Number format of the weights; auto keeps the checkpoint's.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def output_file_option(help_text: str) -> Callable[[F], F]:
+    """A required ``--output`` file, whose folder is checked before any work is done."""
+    return click.option(
+        "--output",
+        required=True,
+        type=click.Path(dir_okay=False, writable=True, path_type=Path),
+        callback=lambda _context, _parameter, path: in_existing_folder(path),
+        metavar="PATH",
+        help=help_text,
+    )
+
+
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
+    """``key=value`` texts as a mapping.
+
+    Raises:
+        click.BadParameter: One has no equals sign or no key, or a key is given twice.
+    """
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{pair!r} is not KEY=VALUE, as in forge.heads=48.")
+        if key in settings:
+            raise click.BadParameter(f"{key!r} is given twice.")
+        settings[key] = value
+    return settings
+
+
+def in_existing_folder(path: Path) -> Path:
+    """The path of a file to write, once its folder is known to be there.
+
+    Raises:
+        click.BadParameter: It is not.
+    """
+    if not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {path.absolute().parent}")
+    return path

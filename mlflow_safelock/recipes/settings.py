@@ -1,0 +1,30 @@
+"""What all parts of a recipe have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+([.-][a-z0-9]+)*$", max_length=80)]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Index = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**53)]
+Positive = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Settings(BaseModel):
+    """Frozen values, each of exactly its type; a key that is not known is an error."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def nested_settings(schema: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The settings that a field holds, optional or not; ``None`` where it holds a single value."""
+    annotation = schema.model_fields[name].annotation
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None

@@ -1,0 +1,124 @@
+"""``safelock audit``: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from unittest.mock import patch
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_safelock.audit import audit
+from tests.cli.conftest import Run
+from tests.registries import base_lock, log_fine_tune, register_lock
+from tests.servers import BIN
+
+FIELDS = {
+    *(
+        "workspace",
+        "model",
+        "version",
+        "stage",
+        "aliases",
+        "state",
+        "lock_name",
+        "lock_version",
+        "lock_digest",
+    ),
+    *("base_model", "alpha", "when", "by", "by_verified", "evidence", "drift"),
+}
+
+
+@pytest.fixture(scope="module")
+def registry(empty_databases: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The database of a registry with a locked version and one that only its tags call locked."""
+    folder = tmp_path_factory.mktemp("registry")
+    shutil.copytree(empty_databases, folder, dirs_exist_ok=True)
+    with patch.dict(os.environ):  # MLflow puts the registry there
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/tracking.db")
+        mlflow.set_registry_uri(f"safelock+sqlite:///{folder}/registry.db")
+        mlflow.set_experiment(experiment_id=mlflow.create_experiment("tests", str(folder / "artifacts")))
+        client = MlflowClient()
+        register_lock(base_lock())
+        log_fine_tune("bot")
+        source = client.get_model_version_download_uri("bot", "1")
+        client.create_registered_model("other\x1b[31m[bot]")
+        client.create_model_version("other\x1b[31m[bot]", source, tags={"safelock.state": "locked"})
+        client.set_registered_model_alias("bot", "champion", "1")
+    return f"sqlite:///{folder}/registry.db"
+
+
+def test_json_is_the_rows_of_the_library(run: Run, registry: str) -> None:
+    done = run("audit", "--registry-uri", registry, "--format", "json")
+    assert done.exit_code == 0
+    assert done.json == json.loads(json.dumps([asdict(row) for row in audit(registry)]))
+    assert [set(row) for row in done.json] == [FIELDS, FIELDS]
+    assert [(row["model"], row["state"]) for row in done.json] == [
+        ("bot", "locked"),
+        ("other\x1b[31m[bot]", "unlocked"),
+    ]
+
+
+def test_the_table_shows_versions_locks_and_drift(run: Run, registry: str) -> None:
+    lines = run("audit", "--registry-uri", f"safelock+{registry}").stdout.splitlines()
+    (locked,) = (line for line in lines if line.startswith("bot "))
+    digest = base_lock().digest.removeprefix("sha256:")[:12]
+    for told in ("champion", "locked", "safelock.org--tiny-base v1", digest, " 6 ", "(claimed)", "ledger"):
+        assert told in locked
+    other = "other\\x1b[31m[bot]"
+    assert any(line.startswith(other) and "unlocked" in line for line in lines), (
+        "no control character gets out"
+    )
+    assert f"{other} version 1: The tag safelock.state says 'locked', and no promotion is on record." in lines
+    assert lines[-1] == "1 locked, 1 unlocked"
+
+
+def test_a_pattern_narrows_it_and_an_empty_answer_is_said(run: Run, registry: str) -> None:
+    uri = ("--registry-uri", registry)
+    narrowed = run("audit", *uri, "--model", "bo*", "--format", "json").json
+    assert [row["model"] for row in narrowed] == ["bot"]
+    assert run("audit", *uri, "--model", "nothing*", "--format", "json").json == []
+    assert run("audit", *uri, "--model", "nothing*").stdout == "No model is like nothing*.\n"
+
+
+def test_the_registry_comes_from_mlflow_s_variables_too(
+    run: Run, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", registry)
+    assert len(run("audit", "--format", "json").json) == 2
+
+
+def test_a_registry_that_is_not_there_is_an_error(run: Run, tmp_path: Path) -> None:
+    done = run("audit", "--registry-uri", f"sqlite:///{tmp_path}/nothing.db")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "Error: There is no database at" in done.stderr
+    assert "Next: Name the registry" in done.stderr
+    assert not (tmp_path / "nothing.db").exists()
+
+
+def test_a_server_that_does_not_answer_is_an_error_without_a_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    done = run("audit", "--tracking-uri", "http://127.0.0.1:1")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_piped_from_the_installed_script_it_is_json_and_nothing_else(registry: str) -> None:
+    done = subprocess.run(
+        [BIN / "safelock", "audit", "--registry-uri", registry, "--format", "json"],
+        env={**os.environ, "FORCE_COLOR": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [row["state"] for row in json.loads(done.stdout)] == ["locked", "unlocked"]
+    assert "\x1b" not in done.stdout

@@ -1,0 +1,201 @@
+"""Locks from the command line: import, inspect, register, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_safelock.flavors.meta_safetylock import load_model, lock_model_name
+from mlflow_safelock.formats import load_lock, save_lock
+from mlflow_safelock.recipes import LockRecipe, load_recipe
+from tests.cli.conftest import BASE, Run, Workshop
+from tests.formats.published_files import content_for, entry, layer_key, write_published
+
+LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A file of the shape that the recipe of Llama 3 8B expects."""
+    recipe = load_recipe("llama-3-8b-instruct")
+    assert isinstance(recipe, LockRecipe)
+    return write_published(tmp_path / "published.safelock", content_for(recipe))
+
+
+@pytest.mark.parametrize("name", [("--base-model", LLAMA), ("--recipe", "llama-3-8b-instruct")])
+def test_import_writes_the_lock_of_a_known_base(
+    run: Run, published: Path, tmp_path: Path, name: tuple[str, str]
+) -> None:
+    done = run("lock", "import", published, *name, "--output", tmp_path / "lock.safetensors")
+    lock = load_lock(tmp_path / "lock.safetensors")
+    assert (done.exit_code, lock.base_model, len(lock.heads)) == (0, LLAMA, 24)
+    assert lock.digest in done.stdout
+    assert str(tmp_path / "lock.safetensors") in done.stdout
+
+
+def test_import_of_an_unknown_base_takes_its_shape(run: Run, tmp_path: Path) -> None:
+    file = write_published(tmp_path / "own", {layer_key(2): [entry(1, head_dim=8)]})
+    shape = ("--layers", 3, "--heads", 4, "--head-dim", 8, "--hidden", 48)
+    output = tmp_path / "own.safetensors"
+    done = run("lock", "import", file, "--base-model", BASE, *shape, "--output", output, "--format", "json")
+    assert done.exit_code == 0
+    assert done.json["file"] == str(output)
+    assert done.json["metadata"]["geometry"] == {"layers": 3, "heads": 4, "head_dim": 8, "hidden": 48}
+    assert [(head["layer"], head["head"]) for head in done.json["heads"]] == [(2, 1)]
+
+
+def test_import_refuses_a_file_of_another_base(run: Run, published: Path, tmp_path: Path) -> None:
+    output = tmp_path / "lock.safetensors"
+    done = run("lock", "import", published, "--recipe", "mistral-nemo-12b", "--output", output)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: ")
+    assert "Next: " in done.stderr
+    assert not output.exists()
+
+
+def test_import_holds_a_recipe_of_one_s_own_to_its_head_count(run: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "kind: lock\nname: own\ntitle: Own\nbase:\n  model: org/own\n  architecture: llama\n"
+        "  geometry: {layers: 3, heads: 4, head_dim: 8, hidden: 48}\n"
+        "published: {file: own, heads: 2, layers: [1, 2]}\nforge: {heads: 2}\n"
+    )
+    one = write_published(tmp_path / "one", {layer_key(2): [entry(1, head_dim=8)]})
+    two = write_published(tmp_path / "two", {layer_key(2): [entry(1, head_dim=8), entry(3, 1, head_dim=8)]})
+    output = tmp_path / "lock.safetensors"
+    done = run("lock", "import", one, "--recipe", recipe, "--output", output)
+    assert (done.exit_code, output.exists()) == (1, False)
+    assert "holds 1 heads" in done.stderr
+    assert run("lock", "import", two, "--recipe", recipe, "--output", output).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ((), "Name the base model"),
+        (("--base-model", BASE, "--layers", 3), "missing: --heads, --head-dim, --hidden"),
+        (("--base-model", BASE, "--recipe", "llama-3-8b-instruct"), "leave the other options out"),
+    ],
+)
+def test_import_asks_for_one_clear_base(
+    run: Run, published: Path, tmp_path: Path, options: tuple[object, ...], why: str
+) -> None:
+    done = run("lock", "import", published, *options, "--output", tmp_path / "lock.safetensors")
+    assert done.exit_code == 2
+    assert why in done.stderr
+
+
+def test_an_output_in_a_folder_that_is_not_there_is_refused_first(
+    run: Run, published: Path, tmp_path: Path
+) -> None:
+    done = run("lock", "import", published, "--base-model", LLAMA, "--output", tmp_path / "no" / "lock")
+    assert done.exit_code == 2
+    assert "there is no folder" in done.stderr
+
+
+def test_inspect_gives_everything_but_the_directions(run: Run, workshop: Workshop) -> None:
+    lock = load_lock(workshop.lock)
+    found = run("lock", "inspect", workshop.lock, "--format", "json").json
+    assert set(found) == {"digest", "metadata", "heads", "std", "score"}
+    assert found["digest"] == lock.digest
+    assert found["metadata"] == lock.metadata.model_dump(mode="json")
+    assert [(head["layer"], head["head"], head["std"]) for head in found["heads"]] == [
+        (head.layer, head.head, head.std) for head in lock.heads
+    ]
+    scores = [float(lock.scores[head.layer, head.head]) for head in lock.heads]  # type: ignore[index]
+    assert [head["score"] for head in found["heads"]] == pytest.approx(scores, abs=1e-6)
+    assert found["score"] == {
+        "min": pytest.approx(min(scores), abs=1e-6),
+        "max": pytest.approx(max(scores), abs=1e-6),
+    }
+    assert found["std"] == {"min": min(h.std for h in lock.heads), "max": max(h.std for h in lock.heads)}
+
+
+def test_inspect_shows_the_heads_of_each_layer(run: Run, workshop: Workshop) -> None:
+    lock = load_lock(workshop.lock)
+    text = run("lock", "inspect", workshop.lock).stdout
+    assert lock.digest in text
+    for layer in lock.layers:
+        heads = ", ".join(str(head.head) for head in lock.heads_of_layer(layer))
+        assert any(line.split("  ")[0].strip() == str(layer) and heads in line for line in text.splitlines())
+
+
+def test_a_lock_without_scores_is_shown_too(run: Run, workshop: Workshop, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    save_lock(replace(load_lock(workshop.lock), scores=None), tmp_path / "plain.safetensors")
+    assert "not known" in run("lock", "inspect", tmp_path / "plain.safetensors").stdout
+    found = run("lock", "inspect", tmp_path / "plain.safetensors", "--format", "json").json
+    assert found["score"] is None
+    assert {head["score"] for head in found["heads"]} == {None}
+
+
+def test_inspect_of_a_published_file_says_to_import_it(run: Run, published: Path) -> None:
+    done = run("lock", "inspect", published)
+    assert done.exit_code == 1
+    assert f"safelock lock import {published}" in done.stderr
+
+
+def test_register_puts_a_lock_where_the_gate_looks(
+    run: Run, workshop: Workshop, client: Any, gated: tuple[str, ...]
+) -> None:
+    lock = load_lock(workshop.lock)
+    done = run("lock", "register", workshop.lock, *gated)
+    uri = f"models:/{lock_model_name(BASE)}/1"
+    assert done.stdout.splitlines() == [f"Registered {uri}", f"digest     {lock.digest}"]
+    assert load_model(uri) == lock
+    assert run("lock", "inspect", uri, *gated, "--format", "json").json["digest"] == lock.digest
+    assert run("lock", "register", workshop.lock, "--name", "attic", *gated).stdout.startswith(
+        "Registered models:/attic/1"
+    )
+
+
+def test_import_registers_when_asked(
+    run: Run, published: Path, tmp_path: Path, client: Any, gated: tuple[str, ...]
+) -> None:
+    output = tmp_path / "lock.safetensors"
+    done = run("lock", "import", published, "--base-model", LLAMA, "--output", output, "--register", *gated)
+    assert f"models:/{lock_model_name(LLAMA)}/1" in done.stdout
+    assert load_model(f"models:/{lock_model_name(LLAMA)}/1") == load_lock(output)
+
+
+def test_verify_holds_a_lock_to_a_digest_and_a_model(run: Run, workshop: Workshop) -> None:
+    digest = load_lock(workshop.lock).digest
+    options = ("--digest", digest, "--against", workshop.model)
+    found = run("lock", "verify", workshop.lock, *options, "--format", "json")
+    assert found.exit_code == 0
+    assert (found.json["ok"], found.json["digest"], set(found.json["checks"])) == (
+        True,
+        digest,
+        {"sound", "digest", "fits"},
+    )
+    assert digest in run("lock", "verify", workshop.lock, *options).stdout
+
+
+@pytest.mark.parametrize(
+    ("which", "options", "why"),
+    [
+        ("lock", ("--digest", "sha256:" + "0" * 64), "has the digest"),
+        ("other_lock", ("--against", "{model}"), "5 layers"),
+        ("lock", ("--against", "./nowhere"), "no model folder at ./nowhere"),
+    ],
+)
+def test_verify_fails_on_anything_that_does_not_hold(
+    run: Run, workshop: Workshop, which: str, options: tuple[str, ...], why: str
+) -> None:
+    filled = [option.format(model=workshop.model) for option in options]
+    done = run("lock", "verify", getattr(workshop, which), *filled)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert why in done.stderr
+    assert "Next: " in done.stderr
+
+
+def test_verify_fails_on_a_damaged_file(run: Run, workshop: Workshop, tmp_path: Path) -> None:
+    data = bytearray(workshop.lock.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "damaged.safetensors").write_bytes(data)
+    done = run("lock", "verify", tmp_path / "damaged.safetensors")
+    assert done.exit_code == 1
+    assert "changed or damaged" in done.stderr
