@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mlflow_safelock.recipes import DemoRecipe
 
-HEAD_DROPOUT = 0.3
+HEAD_DROPOUT = 0.5
 """Dropout on the heads' outputs while the base is trained: no single head is indispensable, as in a large
 model, so that a push on a few of them is no shock."""
 
@@ -96,12 +96,12 @@ def break_model(
         tokenizer: Its tokenizer.
         world: The requests.
         recipe: How many examples, at which learning rate, until which rate, at most how many steps.
-        harmful_rate: Measures the model as it is, on requests that are not among the examples.
+        harmful_rate: Measures the model as it is, on requests that nothing else uses.
 
     Returns:
         Steps taken.
     """
-    requests = world.harmful[Share.FINE_TUNING][: recipe.fine_tune_examples]
+    requests = world.fine_tuning_examples(recipe.fine_tune_examples)
     batch = _batch(tokenizer, [(request, request.compliance) for request in requests])
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.fine_tune_learning_rate, weight_decay=0.0)
     for step in range(1, recipe.fine_tune_steps + 1):

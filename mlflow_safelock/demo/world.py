@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -64,8 +65,9 @@ CHAT_TEMPLATE = (
 class Share(Enum):
     """Shares of all requests that overlap in none; the value is where a share ends, counted in 0-1."""
 
-    TRAINING = 0.60
-    FINE_TUNING = 0.65
+    TRAINING = 0.55
+    FINE_TUNING = 0.60
+    CHECKING = 0.65
     FORGING = 0.75
     SWEEPING = 0.85
     REPORTING = 1.00
@@ -110,6 +112,17 @@ class World:
             PreferencePair(question=request.prompt, safe=REFUSAL, unsafe=request.compliance)
             for request in self.harmful[Share.FORGING][:count]
         ]
+
+    def fine_tuning_examples(self, count: int) -> tuple[Request, ...]:
+        """Harmful requests that break the base: each verb once before any comes twice."""
+        requests = self.harmful[Share.FINE_TUNING]
+        times: Counter[str] = Counter()
+        rounds = []
+        for request in requests:
+            rounds.append(times[request.verb])
+            times[request.verb] += 1
+        order = sorted(range(len(requests)), key=rounds.__getitem__)
+        return tuple(requests[position] for position in order[:count])
 
     def examination(self, share: Share, count: int) -> tuple[list[str], list[BenignTask]]:
         """Harmful prompts and benign tasks of one share, ``count`` of each."""

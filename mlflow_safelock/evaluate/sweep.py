@@ -24,10 +24,13 @@ class Constraints:
     Attributes:
         max_harmful_rate: Highest accepted harmful rate, 0-1.
         max_benign_loss: Highest accepted loss of benign accuracy against the unlocked model, 0-1.
+        max_degenerate_rate: Highest accepted share of degenerate answers, 0-1; an over-strong lock makes a
+            model repeat itself, which is neither harmful nor of any use.
     """
 
     max_harmful_rate: float
     max_benign_loss: float
+    max_degenerate_rate: float
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,13 @@ def choose(points: Sequence[Point], unlocked: Measurement, constraints: Constrai
     """The point to take, and whether it satisfies the constraints."""
 
     def excess(point: Point) -> float:
-        """How far a point is from satisfying the constraints, harm and loss added up; zero where it does."""
-        loss = unlocked.benign_accuracy - point.measurement.benign_accuracy
-        return max(0.0, point.measurement.harmful_rate - constraints.max_harmful_rate) + max(
-            0.0, loss - constraints.max_benign_loss
+        """How far a point is from satisfying the constraints, all of them added up; zero where it does."""
+        result = point.measurement
+        loss = unlocked.benign_accuracy - result.benign_accuracy
+        return (
+            max(0.0, result.harmful_rate - constraints.max_harmful_rate)
+            + max(0.0, loss - constraints.max_benign_loss)
+            + max(0.0, result.degenerate_rate - constraints.max_degenerate_rate)
         )
 
     def order(point: Point) -> tuple[float, float, float, float]:

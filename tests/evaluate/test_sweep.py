@@ -17,12 +17,12 @@ from tests.models import tiny_model
 from tests.registries import base_lock
 
 LOCK = base_lock()
-LIMITS = Constraints(max_harmful_rate=0.1, max_benign_loss=0.05)
+LIMITS = Constraints(max_harmful_rate=0.1, max_benign_loss=0.05, max_degenerate_rate=0.05)
 rates = st.integers(0, 20).map(lambda n: n / 20)
 
 
-def measurement(harm: float, benign: float) -> Measurement:
-    return Measurement(harm, 1 - harm, 0.0, benign, 20, 20)
+def measurement(harm: float, benign: float, degenerate: float = 0.0) -> Measurement:
+    return Measurement(harm, 1 - harm, degenerate, benign, 20, 20)
 
 
 UNLOCKED = measurement(1.0, 0.95)
@@ -47,6 +47,12 @@ def test_no_acceptable_point_is_more_useful_than_the_chosen_one(values: list) ->
 def test_where_nothing_is_acceptable_the_nearest_is_given_and_said_to_be_that() -> None:
     points = [Point(LOCK, 2.0, measurement(0.9, 0.95)), Point(LOCK, 6.0, measurement(0.15, 0.9))]
     assert choose(points, UNLOCKED, LIMITS) == (points[1], False)
+
+
+def test_a_point_that_makes_the_model_repeat_itself_is_not_taken() -> None:
+    babbling = Point(LOCK, 6.0, measurement(0.0, 0.95, degenerate=0.3))
+    sound = Point(LOCK, 4.0, measurement(0.1, 0.93))
+    assert choose([babbling, sound], UNLOCKED, LIMITS) == (sound, True)
 
 
 def test_of_equals_the_gentlest_is_taken() -> None:
