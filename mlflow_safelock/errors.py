@@ -104,7 +104,7 @@ class PolicyError(SafelockError):
     """A policy file that cannot be read or is not valid."""
 
 
-class PromotionRefused(SafelockError):
+class PromotionRefused(SafelockError):  # noqa: N818 - a decision, named as one
     """The gate refused a promotion; the registry is as it was.
 
     Args:

@@ -44,9 +44,7 @@ def empty_databases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def client(
-    tmp_path: Path, empty_databases: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[MlflowClient]:
+def client(tmp_path: Path, empty_databases: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
     """A client of a gated sqlite registry, with local artifacts below ``tmp_path``."""
     import mlflow
     from mlflow import MlflowClient

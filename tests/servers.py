@@ -1,4 +1,4 @@
-"""Real servers for tests: MLflow's own, and PostgreSQL from a wheel. Each is started and stopped by its test."""
+"""Real servers for tests, MLflow's own and PostgreSQL from a wheel; each test starts and stops its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demonstration from the first random weight to the audit, with nothing in it that a user could not do."""
+"""The demonstration, from the first random weight to the audit: nothing in it that a user could not do."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def _forge(toy: _Toy) -> list[SafetyLock]:
 
 @contextmanager
 def _registry(folder: Path, alpha: float) -> Iterator[MlflowClient]:
-    """A gated sqlite registry in ``folder``, with a policy that names the strength; MLflow's own afterwards."""
+    """A gated sqlite registry in ``folder`` with a policy that names the strength, for a while."""
     policy = folder / "safelock.yaml"
     rule = {"models": "*", "alpha": {"default": float(alpha), "min": 0.5, "max": 12.0}}
     # A toy made on the spot names no base on a hub, so the policy names it.
@@ -254,8 +254,8 @@ def _check(fine_tune: Measurement, locked: Measurement, found: Sweep) -> None:
         or loss > EXPECTED_BENIGN_LOSS
     ):
         raise EvaluationError(
-            f"The demonstration did not come out as promised: harmful {fine_tune.harmful_rate:.1%} before and "
-            f"{locked.harmful_rate:.1%} after, benign accuracy lost {loss:.1%} "
+            f"The demonstration did not come out as promised: harmful {fine_tune.harmful_rate:.1%} before "
+            f"and {locked.harmful_rate:.1%} after, benign accuracy lost {loss:.1%} "
             f"(the sweep {'found' if found.satisfied else 'found no'} point that it accepts).",
             next_step="A toy this small depends on its seed: try another, safelock demo --set seed=1.",
         )
@@ -266,6 +266,6 @@ def _next_steps(folder: Path) -> tuple[str, ...]:
     return (
         f"safelock audit --registry-uri {registry}",
         f"safelock export models:/{MODEL_NAME}/Staging --registry-uri {registry} --output locked-model",
-        f"SAFELOCK_POLICY={folder}/safelock.yaml mlflow server --backend-store-uri sqlite:///{folder}/mlflow.db "
-        f"--registry-store-uri {registry}",
+        f"SAFELOCK_POLICY={folder}/safelock.yaml mlflow server "
+        f"--backend-store-uri sqlite:///{folder}/mlflow.db --registry-store-uri {registry}",
     )

@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A Llama of 4 layers x 8 query heads (4 key/value heads, head_dim 16, hidden 128), random by ``seed``."""
+    """A Llama of 4 layers x 8 query heads (4 key/value, head_dim 16, hidden 128), random by ``seed``."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -128,7 +128,7 @@ def _step(
         label_smoothing=label_smoothing,
     )
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 

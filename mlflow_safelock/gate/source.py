@@ -83,7 +83,7 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
     if not isinstance(binary, str) or config_path not in paths or not weights:
         raise PromotionRefused(
             "no_weights",
-            "The model was logged without safetensors weights, so there is nothing that a lock could go onto.",
+            "The model was logged without safetensors weights, so there is nothing for a lock to go onto.",
             next_step="Log it with its weights: mlflow.transformers.log_model(..., save_pretrained=True).",
         )
     config = _read_config(reader, config_path)

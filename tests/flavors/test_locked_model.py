@@ -116,7 +116,7 @@ def test_logging_registers_a_model_that_loads_by_its_uri(client: MlflowClient, s
 @pytest.mark.parametrize("missing", ["receipt.json", "lock.safetensors", "requirements.txt"])
 def test_a_locked_folder_that_lost_a_file_does_not_load(overlay: Path, missing: str) -> None:
     (overlay / missing).unlink()
-    with pytest.raises(VerificationError, match="missing|no receipt"):
+    with pytest.raises(VerificationError, match=r"missing|no receipt"):
         mlflow.pyfunc.load_model(str(overlay))
 
 
@@ -138,7 +138,9 @@ def test_a_source_that_is_gone_is_an_error_that_says_what_to_do(source: Path, tm
     with pytest.raises(SourceError, match=r"cannot be reached.*safelock_source.*safelock export"):
         mlflow.pyfunc.load_model(str(tmp_path / "locked"))
     options = {"safelock_source": str(source)}
-    assert biases_of(mlflow.pyfunc.load_model(str(tmp_path / "locked"), model_config=options)._model_impl.pipeline.model)
+    assert biases_of(
+        mlflow.pyfunc.load_model(str(tmp_path / "locked"), model_config=options)._model_impl.pipeline.model
+    )
 
 
 def test_a_lock_that_does_not_fit_writes_nothing(source: Path, tmp_path: Path) -> None:

@@ -178,9 +178,7 @@ def test_a_second_promotion_of_a_locked_version_changes_nothing(client: MlflowCl
     assert len(ledger_rows(tmp_path)) == 1
 
 
-def test_a_newer_lock_is_applied_to_the_source_and_never_on_top(
-    client: MlflowClient, tmp_path: Path
-) -> None:
+def test_a_newer_lock_is_applied_to_the_source_and_never_on_top(client: MlflowClient, tmp_path: Path) -> None:
     components = fine_tune()
     version = log_fine_tune("bot", components)
     original = state_of(client, "bot", version)["location"]
@@ -253,9 +251,7 @@ def test_existing_versions_are_archived_only_when_the_gate_lets_the_new_one_in(c
     stage(client, first)
     unknown = log_fine_tune("bot", fine_tune(base="org/unknown"))
     with pytest.raises(MlflowException, match="missing_lock"):
-        client.transition_model_version_stage(
-            "bot", str(unknown), "Staging", archive_existing_versions=True
-        )
+        client.transition_model_version_stage("bot", str(unknown), "Staging", archive_existing_versions=True)
     assert state_of(client, "bot", first)["stage"] == "Staging"
     second = log_fine_tune("bot")
     client.transition_model_version_stage("bot", str(second), "Staging", archive_existing_versions=True)
@@ -318,7 +314,9 @@ def test_a_local_copy_of_the_source_is_used_only_with_the_fingerprint(
     with pytest.raises(Exception, match=r"cannot be reached.*safelock export"):
         mlflow.pyfunc.load_model("models:/bot/Staging")
     options = {"safelock_source": str(copy)}
-    assert biases_of(mlflow.pyfunc.load_model("models:/bot/Staging", model_config=options)._model_impl.pipeline.model)
+    assert biases_of(
+        mlflow.pyfunc.load_model("models:/bot/Staging", model_config=options)._model_impl.pipeline.model
+    )
     edit_config(copy)
     with pytest.raises(Exception, match=r"config\.json"):
         mlflow.pyfunc.load_model("models:/bot/Staging", model_config=options)
@@ -343,7 +341,9 @@ def log_adapter_without_saying_so() -> int:
 
 def log_without_weights() -> int:
     version = log_fine_tune("bot")
-    (Path(MlflowClient().get_model_version_download_uri("bot", str(version))) / "model/model.safetensors").unlink()
+    (
+        Path(MlflowClient().get_model_version_download_uri("bot", str(version))) / "model/model.safetensors"
+    ).unlink()
     return version
 
 

@@ -83,7 +83,7 @@ def assert_locked(components: dict, lock: object, found: dict) -> None:
 
 
 def promote_and_check(server: MlflowServer, client: MlflowClient, name: str) -> None:
-    """The whole path: refused without a lock, locked with one, loaded elsewhere by stage, alias and number."""
+    """The whole path: refused without a lock, locked with one, loaded by stage, alias and number."""
     base = f"org/{name}"
     components = fine_tune(base=base)
     version = log_fine_tune(name, components)
@@ -103,9 +103,7 @@ def promote_and_check(server: MlflowServer, client: MlflowClient, name: str) -> 
         assert biases_of(mlflow.pyfunc.load_model(uri)._model_impl.pipeline.model)
 
 
-def test_a_plain_client_promotes_and_loads_a_locked_model(
-    server: MlflowServer, client: MlflowClient
-) -> None:
+def test_a_plain_client_promotes_and_loads_a_locked_model(server: MlflowServer, client: MlflowClient) -> None:
     promote_and_check(server, client, "bot")
     location = state_of(client, "bot", 1)["location"]
     assert location.startswith("mlflow-artifacts:/"), "a consumer needs no storage credentials"
@@ -116,7 +114,9 @@ def test_another_version_of_the_same_source_stays_as_it_was(client: MlflowClient
     components = fine_tune(base="org/twice")
     version = log_fine_tune("twice", components)
     found = client.get_model_version("twice", str(version))
-    other = client.create_model_version("twice", found.source, run_id=found.run_id, model_id=found.source.rpartition("/")[2])
+    other = client.create_model_version(
+        "twice", found.source, run_id=found.run_id, model_id=found.source.rpartition("/")[2]
+    )
     before = state_of(client, "twice", int(other.version))
     register_lock(base_lock(base="org/twice"))
     client.transition_model_version_stage("twice", str(version), "Staging")
@@ -187,8 +187,10 @@ def test_models_serve_answers_with_the_locked_model(
     port = _free_port()
     with (tmp_path / "serve.log").open("wb") as log:
         process = subprocess.Popen(
-            [str(BIN / "mlflow"), "models", "serve", "-m", "models:/served/Staging", "--env-manager", "local"]
-            + ["--host", "127.0.0.1", "--port", str(port)],
+            [
+                *(str(BIN / "mlflow"), "models", "serve", "-m", "models:/served/Staging"),
+                *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
+            ],
             env={
                 **os.environ,
                 "MLFLOW_TRACKING_URI": server.url,
@@ -230,7 +232,9 @@ def test_a_server_with_workspaces_is_gated_in_each_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with mlflow_server(tmp_path / "server", arguments=("--enable-workspaces",)) as running:
-        answer = requests.post(f"{running.url}/api/3.0/mlflow/workspaces", json={"name": "team-a"}, timeout=60)
+        answer = requests.post(
+            f"{running.url}/api/3.0/mlflow/workspaces", json={"name": "team-a"}, timeout=60
+        )
         assert answer.ok, answer.text
         monkeypatch.setenv("MLFLOW_WORKSPACE", "team-a")
         client = connect(running, monkeypatch)
@@ -267,7 +271,14 @@ def test_every_spelling_of_a_database_has_its_own_entry_point() -> None:
     from mlflow.tracking._model_registry.registry import ModelRegistryStoreRegistry
 
     found = {point.name for point in entry_points(group="mlflow.model_registry_store")}
-    databases = ["sqlite", "postgresql", "postgresql+psycopg2", "postgresql+psycopg", "mysql", "mysql+pymysql"]
+    databases = [
+        "sqlite",
+        "postgresql",
+        "postgresql+psycopg2",
+        "postgresql+psycopg",
+        "mysql",
+        "mysql+pymysql",
+    ]
     assert {f"safelock+{database}" for database in databases} <= found
     registry = ModelRegistryStoreRegistry()
     registry.register_entrypoints()
