@@ -52,7 +52,7 @@ class TestOtherFiles:
         ("data", "kind"),
         [
             (b"", "an empty file"),
-            (gzip.compress(b"x" * 100), "a gzip file"),
+            (gzip.compress(b"x" * 100, mtime=0), "a gzip file"),
             (b"\x93NUMPY\x01\x00v\x00{'descr'", "a NumPy array"),
             (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file"),
             (b"GGUF\x03\0\0\0" + bytes(20), "a GGUF model"),
