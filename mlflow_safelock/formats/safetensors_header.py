@@ -66,7 +66,9 @@ def header_length(data: bytes, origin: str) -> int:
             than any lock's.
     """
     length = int.from_bytes(data[:LENGTH_BYTES], "little")
-    if len(data) < LENGTH_BYTES or length > MAX_HEADER_BYTES:
+    # Another kind of file can begin with a believable length, but not with a JSON object after it.
+    is_one = length <= MAX_HEADER_BYTES and data[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{"
+    if not is_one:
         kind = known_content(data)
         if kind is not None:
             raise LockFormatError(

@@ -42,11 +42,25 @@ print(json.dumps({"biases": biases, "text": model.predict(["how do i bake"])[0]}
 """
 
 
+def environment_of(server: MlflowServer) -> dict[str, str]:
+    """An environment that knows the server and nothing else of MLflow."""
+    kept = {"MLFLOW_WORKSPACE"}
+    inherited = {
+        name: value for name, value in os.environ.items() if name in kept or not name.startswith("MLFLOW_")
+    }
+    return {
+        **inherited,
+        "MLFLOW_TRACKING_URI": server.url,
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
 def consume(server: MlflowServer, uri: str) -> dict:
     """What another process gets that has the server's address and nothing else."""
     done = subprocess.run(
         [sys.executable, "-c", CONSUMER, uri],
-        env={**os.environ, "MLFLOW_TRACKING_URI": server.url, "HF_HUB_OFFLINE": "1"},
+        env=environment_of(server),
         capture_output=True,
         text=True,
         check=False,
@@ -58,7 +72,8 @@ def consume(server: MlflowServer, uri: str) -> dict:
 def connect(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     mlflow.set_tracking_uri(server.url)
-    mlflow.set_registry_uri(None)
+    # Named, because an earlier test's registry stays in the environment where none is.
+    mlflow.set_registry_uri(server.url)
     mlflow.set_experiment("tests")
     return MlflowClient(server.url)
 
@@ -191,11 +206,7 @@ def test_models_serve_answers_with_the_locked_model(
                 *(str(BIN / "mlflow"), "models", "serve", "-m", "models:/served/Staging"),
                 *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
             ],
-            env={
-                **os.environ,
-                "MLFLOW_TRACKING_URI": server.url,
-                "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            },
+            env=environment_of(server),
             stdout=log,
             stderr=log,
             start_new_session=True,
