@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from mlflow_safelock.documents import parse_document
+from mlflow_safelock.documents import read_document
 from mlflow_safelock.errors import PolicyError
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
 
@@ -40,10 +40,10 @@ def load_policy(path: str | Path) -> Policy:
         PolicyError: It cannot be read, or is not a valid policy; faults are named with their lines.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        data = Path(path).read_bytes()
+    except OSError as error:
         raise PolicyError(
             f"The policy file {path} cannot be read: {error}.",
             next_step="Set SAFELOCK_POLICY to a readable file, or unset it for the default policy.",
         ) from error
-    return parse_document(text, Policy, f"The policy file {path}", PolicyError)
+    return read_document(data, f"The policy file {path}", PolicyError).parsed(Policy)

@@ -9,16 +9,12 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
+from mlflow_safelock.documents import MAX_BYTES, Document, read_document
 from mlflow_safelock.errors import RecipeError
 from mlflow_safelock.recipes.demo_recipe import DemoRecipe
 from mlflow_safelock.recipes.lock_recipe import LockRecipe
 from mlflow_safelock.recipes.overrides import overridden
-from mlflow_safelock.recipes.settings import nested_settings
-from mlflow_safelock.recipes.strict_yaml import MAX_BYTES, Document, Place, read_document
 
 Recipe = LockRecipe | DemoRecipe
 """A recipe of any kind; ``kind`` says of which."""
@@ -73,7 +69,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Mapping[str, st
     """
     if _is_path(name_or_path):
         path = Path(name_or_path)
-        return _checked(read_document(_read(path), str(path)), overrides)
+        return _checked(read_document(_read(path), str(path), RecipeError), overrides)
     name = str(name_or_path)
     if name not in _shipped_names():
         raise _unknown(name)
@@ -108,7 +104,7 @@ def _shipped(name: str) -> Recipe:
 
 def _shipped_document(name: str) -> Document:
     file = resources.files(__package__) / f"{name}.yaml"
-    return read_document(file.read_bytes(), f"recipe {name}")
+    return read_document(file.read_bytes(), f"recipe {name}", RecipeError)
 
 
 def _read(path: Path) -> bytes:
@@ -131,33 +127,4 @@ def _checked(document: Document, overrides: Mapping[str, str]) -> Recipe:
         raise RecipeError(
             f"{document.where(('kind',))}: kind must be one of {', '.join(_KINDS)}, not {kind!r}.",
         )
-    document = overridden(document, schema, overrides)
-    try:
-        return schema.model_validate(document.values)
-    except ValidationError as error:
-        faults = [_fault(document, schema, dict(fault)) for fault in error.errors(include_url=False)]
-        raise RecipeError("\n".join(faults)) from error
-
-
-def _fault(document: Document, schema: type[BaseModel], fault: dict[str, Any]) -> str:
-    place: Place = fault["loc"]
-    key = ".".join(str(part) for part in place)
-    where = document.where(place)
-    if fault["type"] == "missing":
-        return f"{where}: {key} is missing."
-    if fault["type"] == "extra_forbidden":
-        known = ", ".join(_fields(schema, place[:-1]))
-        return f"{where}: the key {key} is not known; known here: {known}."
-    shown = "" if isinstance(fault["input"], dict) else f", not {str(fault['input'])[:80]!r}"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: {key + ': ' if key else ''}{message}{shown}."
-
-
-def _fields(schema: type[BaseModel], place: Place) -> tuple[str, ...]:
-    """The keys that a mapping at a place of a recipe may have."""
-    for part in place:
-        inner = nested_settings(schema, str(part))
-        if inner is None:
-            return ()
-        schema = inner
-    return tuple(schema.model_fields)
+    return overridden(document, schema, overrides).parsed(schema)

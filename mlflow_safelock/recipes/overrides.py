@@ -9,9 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from mlflow_safelock.documents import Document, nested_form, read_value
 from mlflow_safelock.errors import RecipeError
-from mlflow_safelock.recipes.settings import nested_settings
-from mlflow_safelock.recipes.strict_yaml import Document, read_value
 
 _FIXED = {"kind", "name"}
 
@@ -19,7 +18,7 @@ _FIXED = {"kind", "name"}
 def setting_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted keys of every single setting of a kind of recipe, in the order of its fields."""
     for name in schema.model_fields:
-        inner = nested_settings(schema, name)
+        inner = nested_form(schema, name)
         if inner is None:
             yield prefix + name
         else:
@@ -48,7 +47,7 @@ def overridden(document: Document, schema: type[BaseModel], overrides: Mapping[s
                 next_step=f"The settings are: {', '.join(valid)}.",
             )
         place = tuple(key.split("."))
-        _put(values, place, read_value(text, f"The value of {key}"), document.origin)
+        _put(values, place, read_value(text, f"The value of {key}", RecipeError), document.origin)
         places[place] = f"--set {key}={text[:80]}"
     return replace(document, values=values, places=places)
 

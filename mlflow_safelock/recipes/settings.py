@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,12 +19,3 @@ class Settings(BaseModel):
     """Frozen values, each of exactly its type; a key that is not known is an error."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-
-def nested_settings(schema: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The settings that a field holds, optional or not; ``None`` where it holds a single value."""
-    annotation = schema.model_fields[name].annotation
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None

@@ -1,11 +1,11 @@
-"""YAML in recipes is read in one way only."""
+"""YAML files of people are read in one way only."""
 
 from __future__ import annotations
 
 import pytest
 
+from mlflow_safelock.documents import read_document, read_value
 from mlflow_safelock.errors import RecipeError
-from mlflow_safelock.recipes.strict_yaml import read_document, read_value
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ from mlflow_safelock.recipes.strict_yaml import read_document, read_value
     ],
 )
 def test_plain_values_are_read_without_surprises(text, value):
-    read = read_value(text, "It")
+    read = read_value(text, "It", RecipeError)
     assert (read, type(read)) == (value, type(value))
 
 
@@ -79,11 +79,11 @@ def test_plain_values_are_read_without_surprises(text, value):
 )
 def test_anything_else_is_refused_with_its_line(text, message):
     with pytest.raises(RecipeError, match=f"(?s)^my.yaml.*{message}"):
-        read_document(text, "my.yaml")
+        read_document(text, "my.yaml", RecipeError)
 
 
 def test_place_of_every_value_is_known():
-    document = read_document(b"a: 1\nb:\n  c:\n    - 2\n    - d: 3\n", "my.yaml")
+    document = read_document(b"a: 1\nb:\n  c:\n    - 2\n    - d: 3\n", "my.yaml", RecipeError)
     assert document.values == {"a": 1, "b": {"c": (2, {"d": 3})}}
     assert document.where(("a",)) == "my.yaml, line 1"
     assert document.where(("b", "c")) == "my.yaml, line 3"
@@ -91,7 +91,7 @@ def test_place_of_every_value_is_known():
 
 
 def test_what_is_not_there_is_placed_at_what_is_around_it():
-    document = read_document(b"a: 1\nb:\n  c: 2\n", "my.yaml")
+    document = read_document(b"a: 1\nb:\n  c: 2\n", "my.yaml", RecipeError)
     assert document.where(("b", "x", "y")) == "my.yaml, line 2"
     assert document.where(("z",)) == "my.yaml, line 1"
 
@@ -99,5 +99,5 @@ def test_what_is_not_there_is_placed_at_what_is_around_it():
 def test_nothing_in_a_recipe_is_run(tmp_path):
     marker = tmp_path / "it ran"
     with pytest.raises(RecipeError, match="tag"):
-        read_document(f"a: !!python/object/apply:os.mkdir ['{marker}']\n".encode(), "my.yaml")
+        read_document(f"a: !!python/object/apply:os.mkdir ['{marker}']\n".encode(), "my.yaml", RecipeError)
     assert not marker.exists()
