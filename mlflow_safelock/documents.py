@@ -1,8 +1,8 @@
-"""YAML files that people write (recipes, policies): plain values, every key once, and faults with their lines.
+"""YAML files that people write (recipes, policies): plain values, every key once, faults with their lines.
 
 Plain values are read without the surprises of YAML 1.1: ``no``, ``010`` and ``2026-01-31`` are texts, and
-``1e-3`` is a number. Aliases and tags are refused: these files need neither, and both are ways to make a small
-file mean something large or live.
+``1e-3`` is a number. Aliases and tags are refused: these files need neither, and both are ways to make a
+small file mean something large or live.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Document:
         """The content as a pydantic model, which should be strict and forbid what it does not know.
 
         Raises:
-            SafelockError: Of the type ``error``: a key is unknown or missing, a value of the wrong type or not
-                allowed; one line for each fault, with its place.
+            SafelockError: Of the type ``error``: a key is unknown or missing, a value of the wrong type or
+                not allowed; one line for each fault, with its place.
         """
         try:
             return form.model_validate(self.values)
@@ -91,7 +91,7 @@ def read_value(text: str, origin: str, error: type[SafelockError]) -> Any:
 
 
 def nested_form(form: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The model that a field holds, optional or in a sequence or not; ``None`` where it holds plain values."""
+    """The model that a field holds, optional or in a sequence or not; ``None`` for plain values."""
     return _model_in(form.model_fields[name].annotation)
 
 

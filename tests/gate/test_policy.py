@@ -84,7 +84,7 @@ def test_the_digest_is_of_what_the_policy_means_not_of_how_it_is_written(write) 
     [
         (
             "version: 1\ngates:\n  - modles: '*'\n",
-            "line 3: the key gates.0.modles is not known; known here: models, ",
+            "line 3: the key gates.0.modles is not known.*: models, ",
         ),
         ("version: 1\nversion: 1\ngates: [{}]\n", "line 2.*twice"),
         ("version: 2\ngates: [{}]\n", "line 1.*version"),
