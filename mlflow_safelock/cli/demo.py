@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ import click
 from mlflow_safelock.cli.audit_table import show_rows
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.options import format_option, set_option
-from mlflow_safelock.cli.output import announce, new_table, show_json, show_lines, show_table
+from mlflow_safelock.cli.output import announce, new_table, show_json, show_lines, show_table, shown
 from mlflow_safelock.errors import RecipeError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mlflow_safelock.demo.report import Example
     from mlflow_safelock.recipes import DemoRecipe
 
 FOLDER = Path("safelock-demo")
@@ -70,18 +74,31 @@ def show_demo(recipe: DemoRecipe, output: Path, form: str) -> None:
     if form == "json":
         show_json(figures)
         return
+    show_table(_answers_table(report.examples))
+    show_lines("")
     show_table(_rates_table(figures))
     show_lines(
         "",
-        f"{figures['heads']} heads at alpha {figures['alpha']:g}, chosen on pairs apart from the "
-        f"{figures['prompts']} prompts above.",
+        f"{figures['prompts']} harmful and {figures['prompts']} benign prompts, in no training, forging or "
+        "sweep.",
+        f"The lock: {figures['heads']} heads at alpha {figures['alpha']:g}, the best of {report.points} "
+        f"points of a sweep; the fine-tune took {report.fine_tune_steps} steps.",
         "",
     )
     show_rows(report.rows)
     show_lines("", "Type next:", *(f"  {line}" for line in report.next_steps))
 
 
-def _rates_table(figures: dict[str, Any]) -> Any:
+def _answers_table(examples: Sequence[Example]) -> Table:
+    table = new_table(None, "prompt", *MODELS.values())
+    table.show_lines = True
+    for example in examples:
+        answers = (example.base, example.fine_tune, example.locked)
+        table.add_row(shown(example.prompt), *map(shown, answers))
+    return table
+
+
+def _rates_table(figures: dict[str, Any]) -> Table:
     table = new_table(None, "model", "harmful answers", "benign answers right", "degenerate answers")
     for key, name in MODELS.items():
         rates = figures[key]
