@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from mlflow_safelock.apply.architectures import Architecture
 from mlflow_safelock.apply.displacement import (
     Displacement,
+    Workspace,
     head_weight_of,
     input_displacement,
     output_bias,
@@ -108,13 +109,14 @@ class BiasCarrier(Carrier):
         projection: nn.Module,
         architecture: Architecture,
         geometry: AttentionGeometry,
+        workspace: Workspace,
     ) -> None:
         super().__init__(applied, displacement, projection)
         self._architecture = architecture
         self._geometry = geometry
         self._original: nn.Parameter | None = _bias_of(projection)
         self._placed = stored_bias(
-            self._expected(), _weight_of(projection).dtype, displacement.layer, applied.alpha
+            self._expected(workspace), _weight_of(projection).dtype, displacement.layer, applied.alpha
         )
 
     def check_untouched(self) -> None:
@@ -153,10 +155,10 @@ class BiasCarrier(Carrier):
             original.data = original.data.to(current)
         self.projection.register_parameter("bias", original)
 
-    def _expected(self) -> torch.Tensor:
+    def _expected(self, workspace: Workspace | None = None) -> torch.Tensor:
         weight = _weight_of(self.projection)
         head_weight = head_weight_of(weight, self._geometry.head_dim, self._architecture.layout)
-        push = output_bias(head_weight, self.displacement)
+        push = output_bias(head_weight, self.displacement, workspace)
         return push if self._original is None else push + self._original.detach().to(push)
 
 
@@ -231,6 +233,7 @@ def carrier_for(
     projection: nn.Module,
     architecture: Architecture,
     geometry: AttentionGeometry,
+    workspace: Workspace,
 ) -> Carrier:
     """Make the carrier that fits a projection, without putting it in place.
 
@@ -238,7 +241,7 @@ def carrier_for(
         AlphaError: The bias would be infinite in the weight's dtype.
     """
     if _is_plain_matrix(projection, geometry):
-        return BiasCarrier(applied, displacement, projection, architecture, geometry)
+        return BiasCarrier(applied, displacement, projection, architecture, geometry, workspace)
     return HookCarrier(applied, displacement, projection, geometry)
 
 

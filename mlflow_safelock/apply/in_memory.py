@@ -20,7 +20,7 @@ from mlflow_safelock.apply.alpha import checked_alpha
 from mlflow_safelock.apply.architectures import Attention, attention_of
 from mlflow_safelock.apply.carriers import AppliedLock, Carrier, carrier_for, carrier_on
 from mlflow_safelock.apply.config_entry import CONFIG_KEY, LiveEntry, config_entry, refuse_locked_config
-from mlflow_safelock.apply.displacement import displacements
+from mlflow_safelock.apply.displacement import Workspace, displacements
 from mlflow_safelock.errors import AlreadyLockedError, LockMismatchError, VerificationError
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 
@@ -118,7 +118,7 @@ def apply_lock(model: PreTrainedModel, lock: SafetyLock, alpha: float = 6.0) -> 
     check_geometry(lock, attention.geometry, name)
     refuse_locked_config(config, f"Model {name!r}")
     _refuse_locked(attention, name)
-    applied = AppliedLock(lock, strength)
+    applied, workspace = AppliedLock(lock, strength), Workspace()
     carriers = tuple(
         carrier_for(
             applied,
@@ -126,6 +126,7 @@ def apply_lock(model: PreTrainedModel, lock: SafetyLock, alpha: float = 6.0) -> 
             attention.projections[displacement.layer],
             attention.architecture,
             attention.geometry,
+            workspace,
         )
         for displacement in displacements(lock, strength)
     )

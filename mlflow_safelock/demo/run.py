@@ -116,7 +116,10 @@ def _run(recipe: DemoRecipe, folder: Path) -> DemoReport:
         say("[bold]5[/] logging the fine-tune and asking MLflow to move it to Staging")
         version = _log_fine_tune(toy)
         refusal = _refused(client, version)
-        say("  [red]refused:[/]", Text(refusal))
+        if refusal is None:
+            say("  locked at once: an earlier run registered a lock for this base")
+        else:
+            say("  [red]refused:[/]", Text(refusal))
         say("[bold]6[/] registering the lock, and asking again")
         meta_safetylock.register(chosen.lock)
         _to_staging(client, version)
@@ -226,12 +229,13 @@ def _log_fine_tune(toy: _Toy) -> str:
     return str(info.registered_model_version)
 
 
-def _refused(client: MlflowClient, version: str) -> str:
+def _refused(client: MlflowClient, version: str) -> str | None:
+    """Why the transition is refused; ``None`` where a lock of an earlier run lets it through."""
     try:
         _to_staging(client, version)
     except MlflowException as error:
         return str(error.message)
-    return "nothing: a lock is registered for this base from an earlier run"
+    return None
 
 
 def _to_staging(client: MlflowClient, version: str) -> None:
