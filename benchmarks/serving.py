@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def run(settings: Settings) -> Iterator[Row]:
     client.transition_model_version_stage(NAME, locked, "Staging")
     size = sum(path.stat().st_size for path in (source / "model").glob("*.safetensors"))
     case = f"{size / 1e6:.0f} MB of weights, {len(lock.layers)} of {geometry.layers} layers locked"
-    yield _loading(case, locked, unlocked, source, settings)
+    with _own_temporary_folder(settings.scratch):
+        yield _loading(case, locked, unlocked, source, settings)
     yield from _generating(case, locked, unlocked, settings)
 
 
@@ -78,9 +80,21 @@ def _load(version: str) -> Any:
     return mlflow.pyfunc.load_model(f"models:/{NAME}/{version}")
 
 
+@contextmanager
+def _own_temporary_folder(folder: Path) -> Iterator[None]:
+    """Let what is downloaded go below ``folder``, where it is this benchmark's to remove."""
+    before, folder = tempfile.tempdir, folder / "temporary"
+    folder.mkdir(parents=True)
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 def _forget(_model: Any) -> None:
     """Remove what the load has downloaded."""
-    for path in Path(tempfile.gettempdir()).glob("tmp*"):
+    for path in Path(tempfile.gettempdir()).iterdir():
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -7,7 +7,9 @@ attribute of that module, so a deep copy of a model carries working copies of it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -58,14 +60,20 @@ class Carrier(ABC):
         self.projection = projection
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that this sits on: the projection, and whatever may come to stand in its place."""
+        return (self.projection,)
+
+    @property
     def attached(self) -> bool:
         """Whether the projection carries this."""
-        return carrier_on(self.projection) is self
+        return getattr(self.projection, _ATTRIBUTE, None) is self
 
     def attach(self) -> None:
         """Put the layer's share of the lock in place."""
         self._put_in_place()
-        setattr(self.projection, _ATTRIBUTE, self)
+        for module in self.modules:
+            setattr(module, _ATTRIBUTE, self)
 
     def detach(self) -> None:
         """Leave the projection as it was before ``attach``.
@@ -75,7 +83,8 @@ class Carrier(ABC):
         """
         self.check_untouched()
         self._take_away()
-        delattr(self.projection, _ATTRIBUTE)
+        for module in self.modules:
+            delattr(module, _ATTRIBUTE)
 
     @abstractmethod
     def check_untouched(self) -> None:
@@ -166,7 +175,10 @@ class HookCarrier(Carrier):
     """Carries a displacement as a hook that adds it to the projection's input.
 
     Right for any projection whose weight is not a plain matrix in memory: quantised, wrapped by an adapter,
-    or offloaded.
+    or offloaded. An adapter computes ``W x + scale B A x`` or something else of its input, so adding to that
+    input is right for every kind of adapter, for several, and for whichever is switched on. When an adapter
+    is merged and its wrapper taken away, the wrapped module stands in its place, so that one has a hook too,
+    which rests while the wrapper runs.
     """
 
     def __init__(
@@ -178,11 +190,29 @@ class HookCarrier(Carrier):
     ) -> None:
         super().__init__(applied, displacement, projection)
         self._geometry = geometry
-        self._hook = AddToInput(input_displacement(displacement, geometry))
+        push = AddToInput(input_displacement(displacement, geometry))
+        inner = _wrapped_by(projection)
+        self._hooks: tuple[tuple[nn.Module, Callable[..., Any]], ...]
+        if inner:
+            outer = _AddAndTell(push)
+            self._hooks = (
+                (projection, outer),
+                (projection, _Told(outer)),
+                *((module, _AddUnlessTold(outer)) for module in inner),
+            )
+        else:
+            self._hooks = ((projection, push),)
+        self._push = push
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The projection, and the modules that it wraps."""
+        return (self.projection, *_wrapped_by(self.projection))
 
     def check_untouched(self) -> None:
         """Raise VerificationError unless the hook is in place and adds what the lock says."""
-        if self._hook_id() is None or not torch.equal(self._hook.displacement, self._expected()):
+        in_place = all(_place_of(hook, module) is not None for module, hook in self._hooks)
+        if not in_place or not torch.equal(self._push.displacement, self._expected()):
             raise self._fault(
                 "the hook that carries the lock was changed or taken away", "Load the model again"
             )
@@ -192,17 +222,19 @@ class HookCarrier(Carrier):
         self.check_untouched()
 
     def _put_in_place(self) -> None:
-        self.projection.register_forward_pre_hook(self._hook)
+        for module, hook in self._hooks:
+            if isinstance(hook, _Told):
+                module.register_forward_hook(hook, always_call=True)
+            else:
+                module.register_forward_pre_hook(hook)
 
     def _take_away(self) -> None:
-        hook_id = self._hook_id()
-        if hook_id is not None:
-            del self.projection._forward_pre_hooks[hook_id]
-
-    def _hook_id(self) -> int | None:
-        # Looked up instead of kept: torch's handle for a hook does not follow a deep copy of its module.
-        hooks = self.projection._forward_pre_hooks
-        return next((number for number, hook in hooks.items() if hook is self._hook), None)
+        for module, hook in self._hooks:
+            place = _place_of(hook, module)
+            if place is not None:
+                table, number = place
+                del table[number]
+                module._forward_hooks_always_called.pop(number, None)
 
     def _expected(self) -> torch.Tensor:
         return input_displacement(self.displacement, self._geometry)
@@ -227,6 +259,60 @@ class AddToInput:
         return (first + self._cast, *others)
 
 
+class _AddAndTell:
+    """Adds to the input of a wrapper, and remembers in which threads the wrapper runs."""
+
+    def __init__(self, push: AddToInput) -> None:
+        self.push = push
+        self.running: set[int] = set()
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        self.running.add(get_ident())
+        return self.push(module, inputs)
+
+
+class _Told:
+    """A forward hook of a wrapper: it has run."""
+
+    def __init__(self, outer: _AddAndTell) -> None:
+        self.outer = outer
+
+    def __call__(self, module: nn.Module, inputs: object, output: object) -> None:
+        self.outer.running.discard(get_ident())
+
+
+class _AddUnlessTold:
+    """Adds to the input of a wrapped module, but not while its wrapper runs, whose input it was added to."""
+
+    def __init__(self, outer: _AddAndTell) -> None:
+        self.outer = outer
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+        return None if get_ident() in self.outer.running else self.outer.push(module, inputs)
+
+
+def _place_of(hook: object, module: nn.Module) -> tuple[dict[int, Any], int] | None:
+    """Where a hook is among a module's hooks.
+
+    Looked up instead of kept: torch's handle for a hook does not follow a deep copy of its module.
+    """
+    tables: tuple[dict[int, Any], ...] = (module._forward_pre_hooks, module._forward_hooks)
+    return next(
+        ((table, number) for table in tables for number, one in table.items() if one is hook),
+        None,
+    )
+
+
+def _wrapped_by(projection: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that a projection wraps, from outside in, as PEFT's layers do."""
+    found: list[nn.Module] = []
+    inner = getattr(projection, "base_layer", None)
+    while isinstance(inner, nn.Module) and inner not in found:
+        found.append(inner)
+        inner = getattr(inner, "base_layer", None)
+    return tuple(found)
+
+
 def carrier_for(
     applied: AppliedLock,
     displacement: Displacement,
@@ -246,9 +332,9 @@ def carrier_for(
 
 
 def carrier_on(projection: nn.Module) -> Carrier | None:
-    """The carrier that sits on a projection, if any."""
-    carrier = getattr(projection, _ATTRIBUTE, None)
-    return carrier if isinstance(carrier, Carrier) else None
+    """The carrier that sits on a projection, or on what it wraps, if any."""
+    found = (getattr(module, _ATTRIBUTE, None) for module in (projection, *_wrapped_by(projection)))
+    return next((carrier for carrier in found if isinstance(carrier, Carrier)), None)
 
 
 def _is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:

@@ -36,11 +36,11 @@ class LockHandle:
         alpha: Its strength.
     """
 
-    def __init__(self, carriers: tuple[Carrier, ...], config: PretrainedConfig) -> None:
+    def __init__(self, carriers: tuple[Carrier, ...], model: PreTrainedModel) -> None:
         self.lock = carriers[0].applied.lock
         self.alpha = carriers[0].applied.alpha
         self._carriers = carriers
-        self._config = config
+        self._model = model
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -52,12 +52,18 @@ class LockHandle:
 
         Raises:
             VerificationError: It is not, and the layer that shows it: the lock was removed, a bias or hook
-                is gone or has another value, or the weights changed so that the bias no longer fits them.
+                is gone or has another value, the projection was wrapped or replaced, or the weights changed
+                so that the bias no longer fits them.
         """
+        projections = attention_of(self._model).projections
         for carrier in self._carriers:
+            layer = carrier.displacement.layer
             if not carrier.attached:
+                raise VerificationError(f"Layer {layer}: the lock was removed.", next_step="Apply it again.")
+            if projections[layer] not in carrier.modules:
                 raise VerificationError(
-                    f"Layer {carrier.displacement.layer}: the lock was removed.", next_step="Apply it again."
+                    f"Layer {layer}: its output projection was wrapped or replaced after it was locked.",
+                    next_step="Remove the lock and apply it to the model as it is now.",
                 )
             carrier.verify()
 
@@ -73,8 +79,9 @@ class LockHandle:
             carrier.check_untouched()
         for carrier in attached:
             carrier.detach()
-        if attached and isinstance(getattr(self._config, CONFIG_KEY, None), LiveEntry):
-            delattr(self._config, CONFIG_KEY)
+        config = _config_of(self._model)
+        if attached and isinstance(getattr(config, CONFIG_KEY, None), LiveEntry):
+            delattr(config, CONFIG_KEY)
 
     def __enter__(self) -> LockHandle:
         return self
@@ -130,7 +137,7 @@ def apply_lock(model: PreTrainedModel, lock: SafetyLock, alpha: float = 6.0) -> 
         )
         for displacement in displacements(lock, strength)
     )
-    handle = LockHandle(carriers, config)
+    handle = LockHandle(carriers, model)
     try:
         for carrier in carriers:
             carrier.attach()
@@ -151,7 +158,7 @@ def handle_of(model: PreTrainedModel) -> LockHandle | None:
     """
     found = (carrier_on(projection) for projection in attention_of(model).projections)
     carriers = tuple(carrier for carrier in found if carrier is not None)
-    return LockHandle(carriers, _config_of(model)) if carriers else None
+    return LockHandle(carriers, model) if carriers else None
 
 
 def check_geometry(lock: SafetyLock, geometry: AttentionGeometry, name: str) -> None:

@@ -32,7 +32,7 @@ class DemoReport:
         prompts: Number of harmful prompts, and of benign tasks, that each figure stands on.
         fine_tune_steps: Optimiser steps that broke the base.
         points: Points that the sweep measured.
-        refusal: What the registry answered when there was no lock yet; ``None`` where an earlier run's was there.
+        refusal: What the registry answered without a lock; ``None`` where an earlier run left one.
         examples: A few prompts with everybody's answers.
         rows: The audit of the registry.
         next_steps: Commands to type next.

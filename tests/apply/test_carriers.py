@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from mlflow_safelock.apply import apply_lock, attention_of, handle_of
+from mlflow_safelock.apply.displacement import displacements, input_displacement
 from mlflow_safelock.errors import AlreadyLockedError, VerificationError
-from tests.apply.conftest import lock_for, logits
+from mlflow_safelock.lock import SafetyLock
+from tests.apply.conftest import TOKENS, lock_for, logits
 from tests.models import tiny_model
 
 # PEFT asks transformers for a name that transformers has deprecated.
@@ -49,11 +54,23 @@ def dequantised(model: nn.Module) -> nn.Module:
     return plain
 
 
-def with_adapter(target_modules: list[str]) -> PeftModel:
+def with_adapter(target_modules: list[str], **settings: Any) -> PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = LoraConfig(r=4, target_modules=target_modules, init_lora_weights=False)
+        config = LoraConfig(r=4, target_modules=target_modules, init_lora_weights=False, **settings)
         return get_peft_model(tiny_model("llama"), config).eval()
+
+
+def pushed_by_hand(model: nn.Module, lock: SafetyLock, alpha: float) -> torch.Tensor:
+    """Logits of a copy that is not locked, with the displacement added to what goes into its projections."""
+    plain = copy.deepcopy(model)
+    projections = attention_of(plain).projections
+    for push in displacements(lock, alpha):
+        constant = input_displacement(push, lock.geometry).float()
+        projections[push.layer].register_forward_pre_hook(
+            lambda _, inputs, constant=constant: (inputs[0] + constant, *inputs[1:])
+        )
+    return logits(plain)
 
 
 def test_a_quantised_projection_is_locked_through_its_input_and_unlocked_without_a_trace():
@@ -126,6 +143,105 @@ def test_an_adapter_that_is_not_merged_is_locked_as_the_merged_model_is(target_m
     assert torch.equal(logits(model), unlocked)
 
 
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_every_kind_of_adapter_on_the_projection_gets_the_push_through_its_input(kind):
+    model = with_adapter(["o_proj"], use_dora=kind == "dora", use_rslora=kind == "rslora")
+    lock = lock_for(model.get_base_model())
+    expected = pushed_by_hand(model, lock, 2.0)
+    with apply_lock(model, lock, 2.0) as handle:
+        handle.verify()
+        assert torch.allclose(logits(model), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_lock_outlives_the_merging_of_the_adapter_that_it_was_put_on(kind):
+    model = with_adapter(["q_proj", "o_proj"], use_dora=kind == "dora")
+    merged = copy.deepcopy(model).merge_and_unload()
+    lock, unlocked = lock_for(merged), logits(merged)
+    expected = pushed_by_hand(merged, lock, 2.0)
+    handle = apply_lock(model, lock, 2.0)
+    plain = model.merge_and_unload()
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+    assert torch.allclose(logits(plain), expected, atol=1e-5)
+    assert not torch.allclose(logits(plain), unlocked, atol=1e-2)
+    handle_of(plain).verify()
+    handle.remove()
+    assert torch.allclose(logits(plain), unlocked, atol=1e-6)
+
+
+def test_adapters_can_be_merged_in_place_switched_added_and_turned_off_under_a_lock():
+    model = with_adapter(["o_proj"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+    lock = lock_for(model.get_base_model())
+    states = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        states[name] = pushed_by_hand(model, lock, 2.0)
+    with model.disable_adapter():
+        off = pushed_by_hand(model, lock, 2.0)
+    handle = apply_lock(model, lock, 2.0)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        assert torch.allclose(logits(model), states[name], atol=1e-5)
+        handle.verify()
+    model.merge_adapter(["other"])
+    assert torch.allclose(logits(model), states["other"], atol=1e-5)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), off, atol=1e-5)
+    model.add_adapter("third", LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+    model.set_adapter("third")
+    with_third = logits(model)
+    handle.remove()
+    assert torch.allclose(with_third, pushed_by_hand(model, lock, 2.0), atol=1e-5)
+
+
+def test_an_adapter_that_is_put_on_a_locked_projection_is_noticed_and_no_second_lock_accepted():
+    model = tiny_model("llama")
+    lock = lock_for(model)
+    handle = apply_lock(model, lock, 2.0)
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False))
+    with pytest.raises(VerificationError, match="wrapped or replaced"):
+        handle.verify()
+    with pytest.raises(AlreadyLockedError):
+        apply_lock(wrapped, lock, 2.0)
+    handle.remove()
+    apply_lock(wrapped, lock, 2.0).verify()
+
+
+def test_a_projection_that_was_replaced_is_noticed():
+    model = tiny_model("llama")
+    lock = lock_for(model)
+    handle = apply_lock(model, lock, 2.0)
+    attention = model.model.layers[lock.layers[0]].self_attn
+    attention.o_proj = nn.Linear(attention.o_proj.in_features, attention.o_proj.out_features, bias=False)
+    with pytest.raises(VerificationError, match=f"Layer {lock.layers[0]}: .* wrapped or replaced"):
+        handle.verify()
+
+
+def test_a_locked_adapter_model_can_be_used_from_several_threads():
+    model = with_adapter(["o_proj"])
+    lock = lock_for(model.get_base_model())
+    expected = pushed_by_hand(model, lock, 2.0)
+    apply_lock(model, lock, 2.0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: logits(model), range(24)):
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_failed_forward_pass_of_an_adapter_leaves_the_push_as_it_was():
+    model = with_adapter(["o_proj"])
+    lock = lock_for(model.get_base_model())
+    apply_lock(model, lock, 2.0)
+    projection = attention_of(model).projections[lock.layers[0]]
+    with pytest.raises(RuntimeError):
+        projection(torch.zeros(1, 3))
+    plain = model.merge_and_unload()
+    unlocked = copy.deepcopy(plain)
+    handle_of(unlocked).remove()
+    assert torch.allclose(logits(plain), pushed_by_hand(unlocked, lock, 2.0), atol=1e-5)
+
+
 def test_a_projection_class_that_is_not_known_to_be_plain_is_not_given_a_bias():
     class Packed(nn.Linear):
         """Its forward pass ignores the bias, as some quantised classes do."""
@@ -140,3 +256,60 @@ def test_a_projection_class_that_is_not_known_to_be_plain_is_not_given_a_bias():
     apply_lock(reference, lock)
     apply_lock(model, lock)
     assert torch.allclose(logits(model), logits(reference), atol=2e-5)
+
+
+def test_a_compiled_model_is_locked_and_unlocked_like_any_other():
+    model, adapted = tiny_model("llama"), with_adapter(["o_proj"])
+    for each in (model, adapted):
+        lock = lock_for(each if each is model else each.get_base_model())
+        expected = pushed_by_hand(each, lock, 2.0)
+        handle = apply_lock(each, lock, 2.0)
+        compiled = torch.compile(each, backend="eager")
+        with torch.no_grad():
+            found = compiled(input_ids=TOKENS).logits
+            assert torch.allclose(found, expected, atol=1e-5)
+            handle.verify()
+            handle.remove()
+            assert not torch.allclose(compiled(input_ids=TOKENS).logits, expected, atol=1e-2)
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_model_that_accelerate_has_spread_over_devices_is_locked_where_its_weights_are(offloaded, tmp_path):
+    plain = tiny_model("llama")
+    plain.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+        "model.rotary_emb": "cpu",
+    }
+    layers = range(plain.config.num_hidden_layers)
+    device_map |= {f"model.layers.{n}": "disk" if offloaded and n % 2 else "cpu" for n in layers}
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    lock = lock_for(plain)
+    expected = pushed_by_hand(plain, lock, 2.0)
+    handle = apply_lock(model, lock, 2.0)
+    handle.verify()
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    handle.remove()
+    assert torch.allclose(logits(model), logits(plain), atol=1e-6)
+
+
+def test_gradients_under_checkpointing_are_those_without(tmp_path):
+    gradients = []
+    for checkpointing in (False, True):
+        model = with_adapter(["o_proj"])
+        apply_lock(model, lock_for(model.get_base_model()), 2.0)
+        model.train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        found = [value.grad for name, value in model.named_parameters() if "lora_" in name]
+        assert all(gradient is not None for gradient in found)
+        gradients.append(found)
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
