@@ -102,7 +102,7 @@ def _check(
             f"The newest lock is {name}, and the policy asks for version {rule.lock.min_version} or later.",
             next_step="Register a newer lock: safelock lock register.",
         )
-    if found.lock.geometry != source.geometry:
+    if source.geometry is not None and found.lock.geometry != source.geometry:
         raise PromotionRefused(
             "geometry_mismatch",
             f"The lock {name} is for {found.lock.geometry}, and {version.name!r} version {version.version} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -32,13 +33,12 @@ class LanguageModel:
     """A fine-tune that a lock goes onto.
 
     Attributes:
-        model_type: Its architecture.
-        geometry: Its attention shape.
+        geometry: Its attention shape; ``None`` for an adapter alone, whose shape is that of its base. The
+            loader checks it before anything is served.
         said_bases: What the model itself says that it was made from, most telling first.
     """
 
-    model_type: str
-    geometry: AttentionGeometry
+    geometry: AttentionGeometry | None
     said_bases: tuple[str, ...]
 
 
@@ -70,14 +70,16 @@ def examine(reader: ArtifactReader) -> LanguageModel | None:
 
 
 def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:
-    if flavor.get("peft_adaptor"):
-        raise PromotionRefused(
-            "unmerged_adapter",
-            "The model was logged as a base and a PEFT adapter, a form that transformers 5 reloads with "
-            "random weights in place of the adapted ones.",
-            next_step=MERGE_FIRST,
-        )
     binary = flavor.get("model_binary")
+    if flavor.get("peft_adaptor"):
+        if binary is not None:
+            raise PromotionRefused(
+                "unmerged_adapter",
+                "The model was logged as a PEFT adapter together with its base's weights, a form that "
+                "transformers 5 reloads with random weights in place of the adapted ones.",
+                next_step=MERGE_FIRST,
+            )
+        return _adapter(reader, paths, flavor)
     config_path = f"{binary}/config.json"
     weights = [path for path in paths if path.startswith(f"{binary}/") and path.endswith(".safetensors")]
     if not isinstance(binary, str) or config_path not in paths or not weights:
@@ -106,7 +108,31 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
         raise PromotionRefused("unsupported_architecture", error.cause, next_step=error.next_step) from error
     said = (flavor.get("source_model_name"), config.get("_name_or_path"))
     bases = tuple(dict.fromkeys(name for name in said if isinstance(name, str) and name))
-    return LanguageModel(str(config.get("model_type")), geometry, bases)
+    return LanguageModel(geometry, bases)
+
+
+def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:
+    """A PEFT adapter that names its base: a repository on a hub, at one commit."""
+    folder = flavor["peft_adaptor"]
+    base, commit = flavor.get("source_model_name"), str(flavor.get("source_model_revision"))
+    if not isinstance(base, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise PromotionRefused(
+            "base_not_pinned",
+            "The model was logged as a PEFT adapter whose base is not named by a repository and a commit, so "
+            "its weights could change after the promotion.",
+            next_step="Log it over a base that was loaded from a hub by its name, or merge it: "
+            + MERGE_FIRST,
+        )
+    config_path = f"{folder}/adapter_config.json"
+    if config_path not in paths or f"{folder}/adapter_model.safetensors" not in paths:
+        raise PromotionRefused(
+            "no_weights",
+            f"The adapter's configuration or its safetensors weights are missing in {folder!r}.",
+            next_step="Log it again: mlflow.transformers.log_model saves both.",
+        )
+    named = _read_config(reader, config_path).get("base_model_name_or_path")
+    bases = tuple(dict.fromkeys(name for name in (named, base) if isinstance(name, str) and name))
+    return LanguageModel(None, bases)
 
 
 def _writes_text(flavor: Mapping[str, Any]) -> bool:

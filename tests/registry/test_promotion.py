@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sqlite3
 from collections.abc import Callable
@@ -12,12 +13,15 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LinearRegression
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mlflow_safelock.errors import PolicyError
+from mlflow_safelock.apply import apply_lock, handle_of
+from mlflow_safelock.errors import LockMismatchError, PolicyError
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.gate.ledger import row_digest
 from tests.registries import (
@@ -380,6 +384,80 @@ def log_an_unknown_architecture() -> int:
     path = Path(MlflowClient().get_model_version_download_uri("bot", str(version))) / "model/config.json"
     path.write_text(path.read_text().replace('"llama"', '"bert"'))
     return version
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A base model in the hub's cache, as a download leaves it, and what MLflow asks the hub about it."""
+    repository = tmp_path / "hub" / f"models--{BASE.replace('/', '--')}"
+    snapshot = repository / "snapshots" / COMMIT
+    components = fine_tune()
+    components["model"].save_pretrained(snapshot)
+    components["tokenizer"].save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("mlflow.transformers.is_valid_hf_repo_id", lambda _name: True)
+    monkeypatch.setattr("mlflow.transformers.flavor_config.get_latest_commit_for_repo", lambda _name: COMMIT)
+    return BASE
+
+
+def log_adapter_alone(target_modules: list[str], **options: Any) -> tuple[int, Any]:
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    config = LoraConfig(r=4, target_modules=target_modules, init_lora_weights=False)
+    adapted = get_peft_model(base, config).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    return log_fine_tune("bot", {"model": adapted, "tokenizer": tokenizer}, **options), adapted
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+@pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], ["q_proj", "o_proj"]])
+def test_an_adapter_that_names_its_base_is_promoted_and_loads_locked(
+    client: MlflowClient, hub: str, target_modules: list[str]
+) -> None:
+    lock = base_lock()
+    register_lock(lock)
+    version, adapted = log_adapter_alone(target_modules)
+    stage(client, version)
+    state = state_of(client, "bot", version)
+    assert state["tags"]["safelock.base"] == hub
+    served = mlflow.pyfunc.load_model("models:/bot/Staging").get_raw_model().model
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    tokens = torch.arange(5, 15)[None]
+    with torch.no_grad(), apply_lock(merged, lock, 6.0):
+        expected = merged(input_ids=tokens).logits
+        unlocked = adapted(input_ids=tokens).logits
+        found = served(input_ids=tokens).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, unlocked, atol=1e-2)
+    assert handle_of(served).alpha == 6.0
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+def test_an_adapter_whose_base_could_change_is_refused(
+    client: MlflowClient, hub: str, tmp_path: Path
+) -> None:
+    register_lock(base_lock())
+    folder = tmp_path / "hub" / f"models--{BASE.replace('/', '--')}" / "snapshots" / COMMIT
+    version, _ = log_adapter_alone(["q_proj"], base_model_path=str(folder))
+    with pytest.raises(MlflowException, match=r"base_not_pinned.*merge_and_unload"):
+        stage(client, version)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+def test_an_adapter_on_a_base_of_another_shape_than_the_lock_never_loads(
+    client: MlflowClient, hub: str
+) -> None:
+    register_lock(base_lock(layers=7))
+    version, _ = log_adapter_alone(["q_proj"])
+    stage(client, version)
+    with pytest.raises(LockMismatchError):
+        mlflow.pyfunc.load_model("models:/bot/Staging")
 
 
 @pytest.mark.parametrize(
