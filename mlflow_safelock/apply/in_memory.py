@@ -47,8 +47,12 @@ class LockHandle:
         """The layers that the lock displaces, ascending."""
         return tuple(carrier.displacement.layer for carrier in self._carriers)
 
-    def verify(self) -> None:
-        """Prove that the lock is in force, computing anew what each locked layer has to have.
+    def verify(self, *, recompute: bool = True) -> None:
+        """Prove that the lock is in force.
+
+        Args:
+            recompute: Whether to compute anew, from the weights as they are now, what each locked layer has
+                to have; otherwise what is in place is compared with what locking computed.
 
         Raises:
             VerificationError: It is not, and the layer that shows it: the lock was removed, a bias or hook
@@ -65,7 +69,10 @@ class LockHandle:
                     f"Layer {layer}: its output projection was wrapped or replaced after it was locked.",
                     next_step="Remove the lock and apply it to the model as it is now.",
                 )
-            carrier.verify()
+            if recompute:
+                carrier.verify()
+            else:
+                carrier.check_untouched()
 
     def remove(self) -> None:
         """Unlock the model: every parameter is the one that it was. Doing it again does nothing.

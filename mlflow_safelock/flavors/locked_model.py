@@ -21,7 +21,14 @@ from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 from mlflow_safelock.apply.in_memory import apply_lock
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.flavors.environment import default_conda_env, default_pip_requirements
-from mlflow_safelock.flavors.overlay import FLAVOR_NAME, SOURCE_OPTION, Overlay, read_overlay, write_overlay
+from mlflow_safelock.flavors.overlay import (
+    FLAVOR_NAME,
+    SOURCE_OPTION,
+    Overlay,
+    read_mlmodel,
+    read_overlay,
+    write_overlay,
+)
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import LocalArtifacts, LockReference, check_fingerprint
 
@@ -158,8 +165,7 @@ def _fetch(uri: str) -> Path:
 
 def _locked_implementation(source: Path, lock: SafetyLock, alpha: float, options: Mapping[str, Any]) -> Any:
     """MLflow's own pyfunc implementation of the fine-tune, locked."""
-    model = Model.load(str(source))
-    loader = model.flavors.get("python_function", {}).get("loader_module")
+    loader = read_mlmodel(LocalArtifacts(source))["flavors"]["python_function"].get("loader_module")
     if loader != "mlflow.transformers":
         raise SourceError(
             f"The fine-tune at {source} is loaded by {loader}, not by mlflow.transformers.",
@@ -167,5 +173,5 @@ def _locked_implementation(source: Path, lock: SafetyLock, alpha: float, options
         )
     implementation = mlflow.transformers._load_pyfunc(str(source), dict(options) or None)
     handle = apply_lock(implementation.get_raw_model().model, lock, alpha)
-    handle.verify()
+    handle.verify(recompute=False)  # made from these very weights a moment ago
     return implementation
