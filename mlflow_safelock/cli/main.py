@@ -11,6 +11,7 @@ from mlflow_safelock.cli.demo import demo
 from mlflow_safelock.cli.export import export
 from mlflow_safelock.cli.forge import forge
 from mlflow_safelock.cli.lock import lock
+from mlflow_safelock.cli.prepare import prepare
 from mlflow_safelock.cli.recipes import recipes
 from mlflow_safelock.cli.run import run
 
@@ -40,5 +41,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, forge, lock, compare, export, audit, recipes, run):
+for _command in (demo, forge, lock, compare, prepare, export, audit, recipes, run):
     main.add_command(_command)

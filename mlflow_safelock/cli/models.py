@@ -79,6 +79,11 @@ def geometry_of(reference: str) -> AttentionGeometry:
     found = examine(LocalArtifacts(fetch_mlflow_model(reference)))
     if found is None:
         raise _no_language_model(reference)
+    if found.geometry is None:
+        raise SourceError(
+            f"{reference} is an adapter, which says nothing of its base's attention shape.",
+            next_step=f"Name the base itself: {found.said_bases[0]}.",
+        )
     return found.geometry
 
 

@@ -62,7 +62,8 @@ class GateRule(_Section):
         aliases: Aliases that are gated.
         lock: Which locks are good enough.
         alpha: Strength.
-        carrier: How the lock is carried.
+        carrier: How the lock is carried: in an ``overlay``, or in a ``standalone`` model that is prepared
+            before the promotion.
         missing_lock: What happens to a fine-tune whose base has no lock: ``reject``, or ``allow``, unlocked.
         not_an_llm: What happens to a model that is no language model.
     """
@@ -72,7 +73,7 @@ class GateRule(_Section):
     aliases: tuple[NonEmpty, ...] = ("staging", "champion")
     lock: LockRule = LockRule()
     alpha: AlphaRange = AlphaRange()
-    carrier: Literal["overlay"] = "overlay"
+    carrier: Literal["overlay", "standalone"] = "overlay"
     missing_lock: Literal["reject", "allow"] = "reject"
     not_an_llm: Literal["reject", "allow"] = "allow"
 

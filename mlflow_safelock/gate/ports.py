@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import ArtifactReader
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a version is being promoted to: a stage or an alias."""
+    """Where a version is being promoted to: a stage or an alias; or that it is being prepared for either."""
 
-    kind: Literal["stage", "alias"]
+    kind: Literal["stage", "alias", "prepare"]
     name: str
 
     def __str__(self) -> str:
@@ -85,6 +87,11 @@ class Registry(Protocol):
         """Append a row to the ledger."""
 
 
+Writer = Callable[[Path, Path, bool], Standalone]
+"""Gets a local folder of the source, an empty one to write into, and whether the first one is complete: all
+bytes there, and not only those that a lock's biases are computed from."""
+
+
 class Artifacts(Protocol):
     """The artifacts behind the registry, reached with the registry's own rights."""
 
@@ -96,3 +103,13 @@ class Artifacts(Protocol):
 
     def publish(self, folder: Path, uri: str) -> None:
         """Write a local folder to ``uri``."""
+
+    def derive(self, original: str, uri: str, lock: SafetyLock, write: Writer) -> Standalone:
+        """Write a standalone model to ``uri`` that shares its weights with the model at ``original``.
+
+        Args:
+            original: The fine-tune.
+            uri: Where the new model goes; it appears there whole, or not at all.
+            lock: The lock, which says what of the weights is needed.
+            write: Writes it into an empty local folder.
+        """

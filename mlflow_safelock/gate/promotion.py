@@ -1,30 +1,38 @@
 """The decision: one promotion from the request to a locked version, or to a refusal that changes nothing.
 
-Order of steps: policy; source (never a locked one); base and lock; the overlay, written beside the source and
-read back; one database transaction for the redirection, the tags and the ledger row. Stock MLflow performs
-the transition afterwards. A crash between any two steps leaves the version not promoted, or locked and not
-promoted, and doing it again finishes it.
+Order of steps: policy; source (never a locked one); base and lock; the locked model, which is an overlay that
+is written beside the source and read back, or a standalone model that was prepared there; one database
+transaction for the redirection, the tags and the ledger row. Stock MLflow performs the transition afterwards.
+A crash between any two steps leaves the version not promoted, or locked and not promoted, and doing it again
+finishes it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from mlflow_safelock.errors import PromotionRefused, SafelockError
+import rfc8785
+
+from mlflow_safelock.errors import PromotionRefused, SafelockError, SourceError, VerificationError
 from mlflow_safelock.flavors.overlay import read_overlay, write_overlay
+from mlflow_safelock.flavors.standalone import read_standalone, write_standalone
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.locks import RegisteredLock, find_lock
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
 from mlflow_safelock.gate.source import examine
-from mlflow_safelock.provenance import Actor, LockReference, Promotion, Receipt
+from mlflow_safelock.provenance import Actor, LockReference, Promotion, Receipt, check_fingerprint
 
 _logger = logging.getLogger(__name__)
+
+STANDALONE = "standalone-"
+"""Beginning of the last part of a standalone model's location."""
 
 MAX_LOCATION = 500
 """Longest download location that MLflow's table holds, in characters."""
@@ -42,15 +50,67 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """What was made ready for a promotion.
+
+    Attributes:
+        carrier: How the policy has the lock carried.
+        location: Where the locked model is; ``None`` for an overlay, which the promotion itself writes.
+        lock: The lock in it, ``models:/name/version``.
+        alpha: Its strength.
+        check: How it was confirmed, in words; ``None`` where it was there already, or nothing was written.
+    """
+
+    carrier: str
+    location: str | None
+    lock: str
+    alpha: float
+    check: str | None
+
+
+@dataclass(frozen=True)
 class _Approved:
     """What a promotion will apply, and onto what."""
 
     request: Request
     policy: Policy
+    rule: GateRule
     found: ModelVersion
     original: str
     lock: RegisteredLock
     alpha: float
+
+    @property
+    def uri(self) -> str:
+        """The version's address in the registry."""
+        return f"models:/{self.request.name}/{self.request.version}"
+
+    @property
+    def lock_reference(self) -> LockReference:
+        """The lock, for receipts."""
+        return LockReference(
+            digest=self.lock.lock.digest,
+            base_model=self.lock.lock.base_model,
+            model=self.lock.model,
+            version=self.lock.version,
+        )
+
+    @property
+    def promotion(self) -> Promotion:
+        """The decision, for receipts."""
+        return Promotion(
+            model=self.request.name,
+            version=self.request.version,
+            target=str(self.request.target),
+            policy=self.policy.digest,
+            actor=self.request.actor,
+        )
+
+    @property
+    def standalone_location(self) -> str:
+        """Where the standalone model is: the same for the same source, lock and strength."""
+        made_of = rfc8785.dumps([self.original, self.lock.lock.digest, self.alpha])
+        return f"{self.original.rstrip('/')}-safelock/{STANDALONE}{hashlib.sha256(made_of).hexdigest()[:32]}"
 
 
 @dataclass(frozen=True)
@@ -89,53 +149,78 @@ class Gate:
             self._record(request, policy, "rejected", unreadable)
             raise unreadable from error
 
-    def _promote(self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion) -> None:
-        known = self.registry.promotion_at(found.location)
-        original = self.artifacts.resolve((known and known.original_location) or found.location)
-        source = examine(self.artifacts.reader(original))
-        if source is None:
-            if rule.not_an_llm == "reject":
-                raise PromotionRefused(
-                    "not_an_llm",
-                    f"{request.name!r} version {request.version} is no language model, and the policy lets "
-                    "only locked language models through.",
-                    next_step="Set 'not_an_llm: allow' in the policy's gate for it.",
-                )
-            return
+    def prepare(self, request: Request) -> Preparation:
+        """Write what a promotion needs and must not take the time for; doing it again changes nothing.
+
+        Raises:
+            PromotionRefused: The version could not be promoted as it is; nothing was written.
+        """
+        policy = self.policy()
+        rule = policy.rule_for(request.name)
+        if rule is None:
+            raise PromotionRefused(
+                "not_gated",
+                f"No gate of the policy is for {request.name!r}, so its promotions lock nothing.",
+                next_step="Promote it, or add a gate for it to the policy.",
+            )
+        found = self.registry.model_version(request.name, request.version)
         try:
-            lock = find_lock(found, source, policy, rule, self.registry, self.artifacts)
+            return self._prepare(request, policy, rule, found)
+        except PromotionRefused:
+            raise
+        except SafelockError as error:
+            raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+
+    def _prepare(self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion) -> Preparation:
+        approved = self._approve(request, policy, rule, found)
+        if approved is None:
+            raise PromotionRefused(
+                "nothing_to_lock",
+                f"{request.name!r} version {request.version} passes the gate as it is.",
+                next_step="Promote it: there is nothing to prepare.",
+            )
+        lock = f"models:/{approved.lock.model}/{approved.lock.version}"
+        if rule.carrier == "overlay":
+            return Preparation("overlay", None, lock, approved.alpha, None)
+        location = _short_enough(approved.standalone_location)
+        check = None
+        if self._prepared(approved) is None:
+            check = self.artifacts.derive(
+                approved.original,
+                location,
+                approved.lock.lock,
+                lambda source, folder, complete: write_standalone(
+                    folder,
+                    source,
+                    self.artifacts.reader(approved.original),
+                    approved.original,
+                    approved.lock.lock,
+                    approved.lock_reference,
+                    approved.alpha,
+                    approved.promotion,
+                    complete=complete,
+                ),
+            ).check
+            read_standalone(self.artifacts.reader(location))
+        return Preparation("standalone", location, lock, approved.alpha, check)
+
+    def _promote(self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion) -> None:
+        try:
+            approved = self._approve(request, policy, rule, found)
         except PromotionRefused as refusal:
             if refusal.reason != "missing_lock" or rule.missing_lock == "reject":
                 raise
             self._record(request, policy, "passed", refusal)
             return
-        approved = _Approved(request, policy, found, original, lock, rule.alpha.default)
+        if approved is None:
+            return
+        known = self.registry.promotion_at(found.location)
         if known is not None and _is_in_force(known, approved):
             return
-        self._lock(approved)
-
-    def _lock(self, approved: _Approved) -> None:
-        request, found = approved.request, approved.found
-        with TemporaryDirectory(prefix="safelock-") as temporary:
-            folder = Path(temporary)
-            receipt = self._write(approved, folder)
-            location = (
-                f"{approved.original.rstrip('/')}-safelock/{receipt.digest.removeprefix('sha256:')[:32]}"
-            )
-            if len(location) > MAX_LOCATION:
-                raise PromotionRefused(
-                    "location_too_long",
-                    f"The locked model's location would have {len(location)} characters, and MLflow holds "
-                    f"{MAX_LOCATION}.",
-                    next_step="Log the model under a shorter artifact location.",
-                )
-            self.artifacts.publish(folder, location)
-        if read_overlay(self.artifacts.reader(location)).receipt != receipt:
-            raise PromotionRefused(
-                "not_written",
-                f"The locked model at {location} did not read back as it was written.",
-                next_step="Look at the artifact store, then promote again.",
-            )
+        if rule.carrier == "overlay":
+            location, receipt = self._write_overlay(approved)
+        else:
+            location, receipt = approved.standalone_location, self._found_prepared(approved)
         redirection = Redirection(
             name=request.name,
             version=request.version,
@@ -147,28 +232,79 @@ class Gate:
         if not self.registry.redirect(redirection):
             self._accept_the_faster_one(approved)
 
-    def _write(self, approved: _Approved, folder: Path) -> Receipt:
-        request, lock = approved.request, approved.lock
-        return write_overlay(
-            folder,
-            self.artifacts.reader(approved.original),
-            approved.original,
-            lock.lock,
-            LockReference(
-                digest=lock.lock.digest,
-                base_model=lock.lock.base_model,
-                model=lock.model,
-                version=lock.version,
-            ),
-            approved.alpha,
-            Promotion(
-                model=request.name,
-                version=request.version,
-                target=str(request.target),
-                policy=approved.policy.digest,
-                actor=request.actor,
-            ),
-        )
+    def _approve(
+        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion
+    ) -> _Approved | None:
+        """What is to be applied to a version; ``None`` where nothing is."""
+        known = self.registry.promotion_at(found.location)
+        original = self.artifacts.resolve((known and known.original_location) or found.location)
+        source = examine(self.artifacts.reader(original))
+        if source is None:
+            if rule.not_an_llm == "reject":
+                raise PromotionRefused(
+                    "not_an_llm",
+                    f"{request.name!r} version {request.version} is no language model, and the policy lets "
+                    "only locked language models through.",
+                    next_step="Set 'not_an_llm: allow' in the policy's gate for it.",
+                )
+            return None
+        lock = find_lock(found, source, policy, rule, self.registry, self.artifacts)
+        return _Approved(request, policy, rule, found, original, lock, rule.alpha.default)
+
+    def _write_overlay(self, approved: _Approved) -> tuple[str, Receipt]:
+        with TemporaryDirectory(prefix="safelock-") as temporary:
+            folder = Path(temporary)
+            receipt = write_overlay(
+                folder,
+                self.artifacts.reader(approved.original),
+                approved.original,
+                approved.lock.lock,
+                approved.lock_reference,
+                approved.alpha,
+                approved.promotion,
+            )
+            name = receipt.digest.removeprefix("sha256:")[:32]
+            location = _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
+            self.artifacts.publish(folder, location)
+        if read_overlay(self.artifacts.reader(location)).receipt != receipt:
+            raise PromotionRefused(
+                "not_written",
+                f"The locked model at {location} did not read back as it was written.",
+                next_step="Look at the artifact store, then promote again.",
+            )
+        return location, receipt
+
+    def _found_prepared(self, approved: _Approved) -> Receipt:
+        receipt = self._prepared(approved)
+        if receipt is None:
+            raise PromotionRefused(
+                "not_prepared",
+                f"The policy has {approved.request.name!r} promoted as a standalone model, and none is there "
+                f"for version {approved.request.version} with lock {approved.lock.model} version "
+                f"{approved.lock.version} at alpha {approved.alpha:g}.",
+                next_step=f"Write it, where the registry's database and artifacts can be reached: safelock "
+                f"prepare {approved.uri}. Then promote again.",
+            )
+        return receipt
+
+    def _prepared(self, approved: _Approved) -> Receipt | None:
+        """The receipt of the standalone model for a promotion, checked; ``None`` where there is none."""
+        reader = self.artifacts.reader(approved.standalone_location)
+        try:
+            reader.files()
+        except SourceError:
+            return None
+        receipt = read_standalone(reader)
+        stated = receipt.predicate
+        wanted = (approved.original, approved.lock.lock.digest, approved.alpha)
+        if (stated.source.uri, stated.lock.digest, stated.alpha) != wanted:
+            raise VerificationError(
+                f"The locked model at {reader.location} is not of the source, lock and alpha that its place "
+                "stands for.",
+                next_step="Delete it, and write it again: safelock prepare.",
+            )
+        check_fingerprint(stated.source.fingerprint, self.artifacts.reader(approved.original))
+        return receipt
 
     def _accept_the_faster_one(self, approved: _Approved) -> None:
         """Somebody redirected the version meanwhile: fine if they did what this promotion wanted."""
@@ -213,7 +349,23 @@ def _is_in_force(known: LedgerEntry, approved: _Approved) -> bool:
         and known.lock is not None
         and known.lock.digest == approved.lock.lock.digest
         and known.alpha == approved.alpha
+        and _is_standalone(known.location) == (approved.rule.carrier == "standalone")
     )
+
+
+def _is_standalone(location: str | None) -> bool:
+    return PurePosixPath(location or "").name.startswith(STANDALONE)
+
+
+def _short_enough(location: str) -> str:
+    if len(location) > MAX_LOCATION:
+        raise PromotionRefused(
+            "location_too_long",
+            f"The locked model's location would have {len(location)} characters, and MLflow holds "
+            f"{MAX_LOCATION}.",
+            next_step="Log the model under a shorter artifact location.",
+        )
+    return location
 
 
 def _promoted(approved: _Approved, receipt: Receipt, location: str) -> LedgerEntry:

@@ -1,6 +1,12 @@
 """What a locked model can prove: where its weights come from, which lock, which strength, decided by whom."""
 
-from mlflow_safelock.provenance.artifacts import ArtifactFile, ArtifactReader, LocalArtifacts
+from mlflow_safelock.provenance.artifacts import (
+    ArtifactFile,
+    ArtifactReader,
+    LocalArtifacts,
+    Span,
+    StoreChecksum,
+)
 from mlflow_safelock.provenance.fingerprint import (
     FileFingerprint,
     SourceFingerprint,
@@ -29,6 +35,8 @@ __all__ = [
     "ReceiptPredicate",
     "SourceFingerprint",
     "SourceReference",
+    "Span",
+    "StoreChecksum",
     "WeightsHeader",
     "check_fingerprint",
     "read_header",

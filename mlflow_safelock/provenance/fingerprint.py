@@ -3,6 +3,8 @@
 Taking one reads every small file whole, and of every large one its beginning and blocks at places drawn at
 random when it is taken: one block in each tensor of a safetensors file, spread evenly elsewhere. So the cost
 does not grow with the size of the weights, and nobody can know beforehand which bytes will be compared.
+Where an object store keeps a checksum of its own, that is recorded too; it is compared with what the same
+store says later, and not with a downloaded copy, which has none.
 
 What it catches: a file added, removed, resized or renamed, any change of a small file (configuration,
 tokenizer, chat template), and a change of weights that touches more than a few bytes of a tensor. What it
@@ -13,14 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import rfc8785
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from mlflow_safelock.errors import SourceError, VerificationError
-from mlflow_safelock.provenance.artifacts import ArtifactReader, Span
+from mlflow_safelock.provenance.artifacts import ArtifactFile, ArtifactReader, Span, StoreChecksum
 from mlflow_safelock.provenance.weights import read_header
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 WHOLE_FILE_BYTES = 1 << 20
 """Files up to this size are compared whole."""
@@ -46,6 +53,7 @@ class FileFingerprint(BaseModel):
         size: Size of the whole file in bytes.
         spans: ``(start, length)`` in bytes of what was read, in order.
         sha256: Hexadecimal digest of the spans' bytes, one after the other.
+        checksum: What the store said of the whole file; where that is nothing, ``None``, and not in JSON.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -54,6 +62,15 @@ class FileFingerprint(BaseModel):
     size: int
     spans: tuple[Span, ...]
     sha256: str
+    checksum: StoreChecksum | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_an_absent_checksum(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As receipts were written before there were checksums, so that those still read back the same."""
+        values: dict[str, Any] = serialize(self)
+        if self.checksum is None:
+            values.pop("checksum", None)
+        return values
 
 
 class SourceFingerprint(BaseModel):
@@ -68,6 +85,27 @@ class SourceFingerprint(BaseModel):
         """``sha256:…`` over the canonical JSON of the fingerprint."""
         return f"sha256:{hashlib.sha256(rfc8785.dumps(self.model_dump(mode='json'))).hexdigest()}"
 
+    def of_copies(self, origins: Mapping[str, str]) -> SourceFingerprint:
+        """What the fingerprint says of files that are copies of this folder's.
+
+        Args:
+            origins: Path in this folder, by path of the copy.
+
+        Raises:
+            VerificationError: This folder has no such file.
+        """
+        known = {file.path: file for file in self.files}
+        missing = sorted(set(origins.values()) - known.keys())
+        if missing:
+            raise VerificationError(f"The fine-tune has no file {missing[0]!r} that this could be a copy of.")
+        # A store's checksum depends on how a file was uploaded or copied, and not only on its bytes.
+        return SourceFingerprint(
+            files=tuple(
+                known[origin].model_copy(update={"path": path, "checksum": None})
+                for path, origin in sorted(origins.items())
+            )
+        )
+
 
 def take_fingerprint(reader: ArtifactReader) -> SourceFingerprint:
     """Fingerprint the model folder behind ``reader`` with blocks drawn now.
@@ -75,35 +113,69 @@ def take_fingerprint(reader: ArtifactReader) -> SourceFingerprint:
     Raises:
         SourceError: The folder is empty, or something in it cannot be read.
     """
-    files = [file for file in reader.files() if file.path not in ADDED_BY_CLIENTS]
+    files = _files(reader)
     if not files:
         raise SourceError(f"There are no files at {reader.location}.")
-    prints = []
-    for file in files:
-        spans = _spans(reader, file.path, file.size)
-        sha256 = _hash_spans(reader, file.path, spans)
-        prints.append(FileFingerprint(path=file.path, size=file.size, spans=spans, sha256=sha256))
-    return SourceFingerprint(files=tuple(prints))
+    return SourceFingerprint(files=tuple(_for_each(reader, files, lambda file: _take(reader, file))))
 
 
-def check_fingerprint(fingerprint: SourceFingerprint, reader: ArtifactReader) -> None:
+def check_fingerprint(
+    fingerprint: SourceFingerprint, reader: ArtifactReader, *, others: Collection[str] = ()
+) -> None:
     """Compare the model folder behind ``reader`` with a fingerprint taken earlier.
+
+    Args:
+        fingerprint: The fingerprint.
+        reader: The folder.
+        others: Paths of files that may be there and are not compared.
 
     Raises:
         VerificationError: A file is missing, new, of another size or of other bytes; the message names it.
         SourceError: The folder cannot be read.
     """
-    found = {file.path: file.size for file in reader.files() if file.path not in ADDED_BY_CLIENTS}
+    found = {file.path: file for file in _files(reader)}
     expected = {file.path: file for file in fingerprint.files}
-    for path in sorted(found.keys() - expected.keys()):
+    for path in sorted(found.keys() - expected.keys() - set(others)):
         raise _changed(reader, path, "was not there when the model was locked")
-    for path, file in sorted(expected.items()):
+    for path, before in sorted(expected.items()):
         if path not in found:
             raise _changed(reader, path, "is missing")
-        if found[path] != file.size:
-            raise _changed(reader, path, f"has {found[path]} bytes and had {file.size} when it was locked")
-        if _hash_spans(reader, path, file.spans) != file.sha256:
+        now = found[path]
+        if now.size != before.size:
+            raise _changed(reader, path, f"has {now.size} bytes and had {before.size} when it was locked")
+        if before.checksum and now.checksum and now.checksum.differs_from(before.checksum):
+            raise _changed(reader, path, "has another checksum in its store than when the model was locked")
+    for path, same in _for_each(reader, sorted(expected.items()), lambda item: _is_same(reader, item)):
+        if not same:
             raise _changed(reader, path, "is not what it was when the model was locked")
+
+
+def _files(reader: ArtifactReader) -> list[ArtifactFile]:
+    return [file for file in reader.files() if file.path not in ADDED_BY_CLIENTS]
+
+
+def _for_each(reader: ArtifactReader, items: Iterable[T], work: Callable[[T], R]) -> list[R]:
+    """The results of ``work`` in order, several at once where reading means waiting."""
+    if reader.parallel_files == 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(reader.parallel_files) as pool:
+        return list(pool.map(work, items))
+
+
+def _take(reader: ArtifactReader, file: ArtifactFile) -> FileFingerprint:
+    spans = _spans(reader, file.path, file.size)
+    return FileFingerprint(
+        path=file.path,
+        size=file.size,
+        spans=spans,
+        sha256=_hash_spans(reader, file.path, spans),
+        checksum=file.checksum,
+    )
+
+
+def _is_same(reader: ArtifactReader, item: tuple[str, FileFingerprint]) -> tuple[str, bool]:
+    path, before = item
+    return path, _hash_spans(reader, path, before.spans) == before.sha256
 
 
 def _changed(reader: ArtifactReader, path: str, what: str) -> VerificationError:
@@ -115,8 +187,8 @@ def _changed(reader: ArtifactReader, path: str, what: str) -> VerificationError:
 
 def _hash_spans(reader: ArtifactReader, path: str, spans: Sequence[Span]) -> str:
     state = hashlib.sha256()
-    for start, length in spans:
-        state.update(reader.read(path, start, length))
+    for data in reader.read_many(path, spans):
+        state.update(data)
     return state.hexdigest()
 
 
@@ -124,7 +196,7 @@ def _spans(reader: ArtifactReader, path: str, size: int) -> tuple[Span, ...]:
     if size <= WHOLE_FILE_BYTES:
         return ((0, size),)
     if path.endswith(".safetensors"):
-        header = read_header(reader, path)
+        header = read_header(reader, path, size)
         tensors = sorted(span for span in header.tensors.values() if span[1])
         step = max(1, -(-len(tensors) // MAX_BLOCKS))
         offset = secrets.randbelow(step)

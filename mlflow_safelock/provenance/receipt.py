@@ -90,6 +90,8 @@ class ReceiptPredicate(_Part):
         carrier: How the lock is carried.
         promotion: The gate's decision; ``None`` for a locked model that somebody saved by hand.
         files: SHA-256, hexadecimal, of the locked model's own files, by path.
+        shared: Files of a standalone model that are, byte for byte, files of the source: path there by path
+            here. An overlay has none.
         created: When, ISO 8601 in UTC.
         tools: Versions of the software that made it.
     """
@@ -97,9 +99,10 @@ class ReceiptPredicate(_Part):
     source: SourceReference
     lock: LockReference
     alpha: float
-    carrier: Literal["overlay"]
+    carrier: Literal["overlay", "standalone"]
     promotion: Promotion | None
     files: dict[str, str]
+    shared: dict[str, str] = Field(default_factory=dict)
     created: NonEmpty
     tools: dict[str, str]
 

@@ -6,12 +6,16 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.provenance.artifacts import ArtifactReader, Span
 
 MAX_HEADER_BYTES = 100 << 20
 """Longest header that safetensors itself accepts."""
+
+USUAL_HEADER_BYTES = 64 << 10
+"""How much of a file is read at first; the header of most fits, and is then there in one read."""
 
 
 @dataclass(frozen=True)
@@ -27,28 +31,39 @@ class WeightsHeader:
     tensors: Mapping[str, Span]
 
 
-def read_header(reader: ArtifactReader, path: str) -> WeightsHeader:
-    """Read the header of the safetensors file ``path`` and nothing else of it.
+def read_header(reader: ArtifactReader, path: str, size: int | None = None) -> WeightsHeader:
+    """Read the header of the safetensors file ``path`` and, at most, a few kilobytes after it.
+
+    Args:
+        reader: The folder.
+        path: The file's path in it.
+        size: The file's size in bytes, where it is known; otherwise the folder is listed.
 
     Raises:
         SourceError: The file is not safetensors, or its header points beyond its end.
     """
-    size = next((file.size for file in reader.files() if file.path == path), 0)
+    if size is None:
+        size = next((file.size for file in reader.files() if file.path == path), 0)
     where = f"The file {path!r} at {reader.location}"
     if size < 8:
         raise SourceError(f"{where} is not a safetensors file: it has {size} bytes.")
-    (length,) = struct.unpack("<Q", reader.read(path, 0, 8))
+    beginning = reader.read(path, 0, min(size, USUAL_HEADER_BYTES))
+    (length,) = struct.unpack_from("<Q", beginning)
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise SourceError(f"{where} is not a safetensors file, or it is cut off.")
     start = 8 + length
+    if start > len(beginning):
+        beginning += reader.read(path, len(beginning), start - len(beginning))
     try:
         offsets = {
             name: entry["data_offsets"]
-            for name, entry in json.loads(reader.read(path, 8, length)).items()
+            for name, entry in json.loads(beginning[8:start]).items()
             if name != "__metadata__"
         }
-        tensors = {name: (start + begin, end - begin) for name, (begin, end) in offsets.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        tensors = {
+            name: (start + index(begin), index(end) - index(begin)) for name, (begin, end) in offsets.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{where} has a header that cannot be read.") from error
     if any(begin < start or length < 0 or begin + length > size for begin, length in tensors.values()):
         raise SourceError(f"{where} has a header that points beyond the file's end: the file is cut off.")

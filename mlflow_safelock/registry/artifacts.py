@@ -11,21 +11,29 @@ import os
 import posixpath
 import shutil
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.parse import unquote, urlparse
 from uuid import uuid4
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.artifact.utils.models import _parse_model_uri
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from mlflow_safelock.errors import SourceError
-from mlflow_safelock.provenance import ArtifactFile, ArtifactReader, LocalArtifacts
+from mlflow_safelock.flavors.standalone import Standalone
+from mlflow_safelock.gate.ports import Writer
+from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import ArtifactReader, LocalArtifacts
+from mlflow_safelock.registry.derived import derive_by_download, derive_locally, derive_on_s3
+from mlflow_safelock.registry.proxied import PROXIED_SCHEMES, ProxiedArtifacts
+from mlflow_safelock.registry.remote import RemoteArtifacts
+from mlflow_safelock.registry.s3 import SCHEME, S3Artifacts
+from mlflow_safelock.registry.s3_publication import S3Publication
 
 DESTINATION_VARIABLE = "_MLFLOW_SERVER_ARTIFACT_DESTINATION"
 """Environment variable in which ``mlflow server`` tells its workers the artifact destination."""
@@ -73,7 +81,10 @@ class RegistryArtifacts:
         physical = physical_uri(self.resolve(uri))
         if is_local_uri(physical, is_tracking_or_registry_uri=False):
             return LocalArtifacts(Path(local_file_uri_to_path(physical)))
-        return RemoteArtifacts(physical)
+        scheme = urlparse(physical).scheme
+        if scheme == SCHEME:
+            return S3Artifacts(physical)
+        return ProxiedArtifacts(physical) if scheme in PROXIED_SCHEMES else RemoteArtifacts(physical)
 
     def publish(self, folder: Path, uri: str) -> None:
         """Write a local folder to ``uri``; writing the same once more changes nothing.
@@ -85,12 +96,37 @@ class RegistryArtifacts:
         try:
             if is_local_uri(physical, is_tracking_or_registry_uri=False):
                 _publish_locally(folder, Path(local_file_uri_to_path(physical)))
+            elif urlparse(physical).scheme == SCHEME:
+                with S3Publication(S3Artifacts(physical)) as publication:
+                    publication.put_folder(folder)
             else:
-                get_artifact_repository(physical).log_artifacts(str(folder))
+                _publish_remotely(folder, get_artifact_repository(physical))
         except (MlflowException, OSError) as error:
             raise SourceError(
                 f"The locked model cannot be written to {uri}: {error}.",
                 next_step="Let the registry's process write beside the model's artifacts.",
+            ) from error
+
+    def derive(self, original: str, uri: str, lock: SafetyLock, write: Writer) -> Standalone:
+        """Write a standalone model to ``uri`` that shares its weights with the model at ``original``.
+
+        Between two places of one file system, or of S3, nothing but the lock's share of the weights is read;
+        from any other store the fine-tune is fetched whole.
+
+        Raises:
+            SourceError: Something cannot be read or written.
+        """
+        source, physical = self.reader(original), physical_uri(uri)
+        try:
+            if isinstance(source, LocalArtifacts):
+                return derive_locally(source.folder, Path(local_file_uri_to_path(physical)), write)
+            if isinstance(source, S3Artifacts):
+                return derive_on_s3(source, S3Artifacts(physical), lock, write)
+            return derive_by_download(source, lambda folder: self.publish(folder, uri), write)
+        except OSError as error:
+            raise SourceError(
+                f"The locked model cannot be written to {uri}: {error}.",
+                next_step="Make room, or let this process write beside the model's artifacts.",
             ) from error
 
 
@@ -111,56 +147,12 @@ def _publish_locally(folder: Path, destination: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class RemoteArtifacts:
-    """An artifact folder that MLflow's repository for its scheme reads, whole files at a time."""
-
-    uri: str
-
-    @property
-    def location(self) -> str:
-        """The folder's URI."""
-        return self.uri
-
-    def files(self) -> tuple[ArtifactFile, ...]:
-        """Every file below the folder, sorted by path."""
-        return self._files
-
-    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes of one file, which is downloaded once."""
-        local = Path(self._downloads.name)
-        if not (local / path).is_file():
-            try:
-                self._repository.download_artifacts(path, str(local))
-            except Exception as error:  # each kind of store raises its own
-                raise SourceError(f"The file {path!r} at {self.uri} cannot be read: {error}.") from error
-        return LocalArtifacts(local).read(path, start, length)
-
-    @cached_property
-    def _files(self) -> tuple[ArtifactFile, ...]:
-        found: list[ArtifactFile] = []
-        folders: list[str | None] = [None]
-        try:
-            while folders:
-                for entry in self._repository.list_artifacts(folders.pop()):
-                    if entry.is_dir:
-                        folders.append(entry.path)
-                    else:
-                        found.append(ArtifactFile(entry.path, entry.file_size or 0))
-        except Exception as error:  # each kind of store raises its own
-            raise SourceError(f"The artifacts at {self.uri} cannot be listed: {error}.") from error
-        return tuple(sorted(found))
-
-    @cached_property
-    def _repository(self):  # type: ignore[no-untyped-def]
-        try:
-            return get_artifact_repository(self.uri)
-        except MlflowException as error:
-            raise SourceError(f"There is no way to read {self.uri}: {error.message}") from error
-
-    @cached_property
-    def _downloads(self) -> TemporaryDirectory[str]:
-        return TemporaryDirectory(prefix="safelock-source-")
+def _publish_remotely(folder: Path, repository: Any) -> None:
+    """Write file by file, and last the MLmodel file, which makes a folder a model."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: (path == folder / MLMODEL_FILE_NAME, path)):
+        below = path.relative_to(folder).parent.as_posix()
+        repository.log_artifact(str(path), None if below == "." else below)
 
 
 def physical_uri(uri: str) -> str:

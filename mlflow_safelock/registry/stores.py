@@ -23,7 +23,7 @@ from mlflow_safelock.gate.ledger import create_table
 from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.policy_file import policy_in_force
 from mlflow_safelock.gate.ports import Target
-from mlflow_safelock.gate.promotion import Gate, Request
+from mlflow_safelock.gate.promotion import Gate, Preparation, Request
 from mlflow_safelock.registry.actor import current_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.sql import SqlRegistry
@@ -61,6 +61,17 @@ class GateMixin:
         """MLflow's own alias, once the gate has locked the version or found nothing to do."""
         self._pass_gate(name, version, Target("alias", alias))
         super().set_registered_model_alias(name, alias, version)  # type: ignore[misc]
+
+    def prepare(self, name: str, version: int) -> Preparation:
+        """Write ahead what the version's promotion needs; see ``Gate.prepare``.
+
+        Raises:
+            PromotionRefused: The version could not be promoted as it is.
+            MlflowException: There is no such version.
+        """
+        workspace = self._get_active_workspace()  # type: ignore[attr-defined]
+        target = Target("prepare", "standalone")
+        return self._gate.prepare(Request(name, version, target, current_actor(), workspace))
 
     def _pass_gate(self, name: str, version: Any, target: Target) -> None:
         try:

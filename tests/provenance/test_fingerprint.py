@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlflow_safelock.errors import SourceError, VerificationError
-from mlflow_safelock.provenance import LocalArtifacts, check_fingerprint, take_fingerprint
+from mlflow_safelock.provenance import (
+    LocalArtifacts,
+    StoreChecksum,
+    check_fingerprint,
+    read_header,
+    take_fingerprint,
+)
+from mlflow_safelock.provenance.weights import USUAL_HEADER_BYTES
 
 WEIGHTS = "model/model.safetensors"
 
@@ -127,3 +135,63 @@ def test_a_missing_or_empty_folder_is_an_error(tmp_path: Path) -> None:
         take_fingerprint(LocalArtifacts(tmp_path / "nowhere"))
     with pytest.raises(SourceError, match="no files"):
         take_fingerprint(LocalArtifacts(tmp_path))
+
+
+def test_a_folder_that_is_linked_is_compared_like_any_other(source: Path, tmp_path: Path) -> None:
+    shutil.move(source / "model", tmp_path / "elsewhere")
+    (source / "model").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(source)
+    fingerprint = take_fingerprint(LocalArtifacts(source))
+    assert WEIGHTS in {file.path for file in fingerprint.files}
+    retrain(source)
+    with pytest.raises(VerificationError, match=WEIGHTS):
+        check_fingerprint(fingerprint, LocalArtifacts(source))
+
+
+def test_parts_are_read_in_the_order_asked_for_and_through_links(source: Path, tmp_path: Path) -> None:
+    data = (source / WEIGHTS).read_bytes()
+    shutil.move(source / WEIGHTS, tmp_path / "blob")
+    (source / WEIGHTS).symlink_to(tmp_path / "blob")
+    reader = LocalArtifacts(source)
+    assert reader.read_many(WEIGHTS, [(500, 7), (3, 0), (0, 9)]) == [data[500:507], b"", data[:9]]
+    with pytest.raises(SourceError, match=rf"ends at byte {len(data)}, before {len(data) + 1}"):
+        reader.read_many(WEIGHTS, [(0, 1), (len(data) - 1, 2)])
+
+
+def test_a_header_longer_than_the_first_read_is_read_whole(tmp_path: Path) -> None:
+    tensors = {f"{'layer' * 20}.{number}": np.ones(100, np.float32) for number in range(3000)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    header = read_header(LocalArtifacts(tmp_path), "model.safetensors")
+    assert header.size > USUAL_HEADER_BYTES
+    assert header.tensors.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("offsets", ['[0, "4"]', "[0, 4.0]", "[0, 99]", "[-4, 0]", "[0]"])
+def test_a_header_with_offsets_that_cannot_be_is_an_error(tmp_path: Path, offsets: str) -> None:
+    header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": {offsets}}}}}'.encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(SourceError, match="header"):
+        read_header(LocalArtifacts(tmp_path), "model.safetensors")
+
+
+def test_a_fingerprint_without_checksums_is_written_as_it_was_before_there_were_any(source: Path) -> None:
+    fingerprint = take_fingerprint(LocalArtifacts(source))
+    for file in fingerprint.model_dump(mode="json")["files"]:
+        assert file.keys() == {"path", "size", "spans", "sha256"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "differ"),
+    [
+        ({"etag": "a"}, {"etag": "a"}, False),
+        ({"etag": "a"}, {"etag": "b"}, True),
+        ({"etag": "a", "version_id": "1"}, {"etag": "a", "version_id": "2"}, False),
+        ({"etag": "a", "sha256": "x"}, {"etag": "b", "sha256": "x"}, False),
+        ({"etag": "a", "sha256": "x"}, {"etag": "a", "sha256": "y"}, True),
+        ({"etag": "a", "sha256": "x"}, {"etag": "b"}, True),
+    ],
+)
+def test_checksums_are_compared_as_far_as_both_go(
+    before: dict[str, str], now: dict[str, str], differ: bool
+) -> None:
+    assert StoreChecksum(**now).differs_from(StoreChecksum(**before)) is differ

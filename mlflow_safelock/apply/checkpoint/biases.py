@@ -8,16 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from mlflow_safelock.apply.architectures import ARCHITECTURES, Architecture
+from mlflow_safelock.apply.checkpoint.columns import bias_dtype, columns_of
+from mlflow_safelock.apply.checkpoint.fp8 import CODE, unknown_scheme
 from mlflow_safelock.apply.checkpoint.source import CheckpointSource
-from mlflow_safelock.apply.checkpoint.weights import StoredTensor, StoredWeights
-from mlflow_safelock.apply.displacement import (
-    Displacement,
-    HeadWeight,
-    displacements,
-    head_columns,
-    output_bias,
-    stored_bias,
-)
+from mlflow_safelock.apply.checkpoint.weights import StoredWeights
+from mlflow_safelock.apply.displacement import Displacement, displacements, output_bias, stored_bias
 from mlflow_safelock.errors import CheckpointError, UnsupportedArchitectureError
 from mlflow_safelock.lock import SafetyLock
 
@@ -30,11 +25,13 @@ class Biases:
         added: New tensors, by name.
         replaced: New values of tensors that are there, by name, of the same shape and dtype.
         layers: The layers with a bias from the lock.
+        error: Largest distance of a stored bias from the one in float64, relative to the length of that.
     """
 
     added: Mapping[str, torch.Tensor]
     replaced: Mapping[str, torch.Tensor]
     layers: tuple[int, ...]
+    error: float
 
 
 def biases_of(source: CheckpointSource, lock: SafetyLock, alpha: float) -> Biases:
@@ -54,18 +51,20 @@ def biases_of(source: CheckpointSource, lock: SafetyLock, alpha: float) -> Biase
         UnsupportedArchitectureError: The architecture has no place for the biases.
     """
     paths = [_projection_path(source, layer) for layer in range(source.geometry.layers)]
-    pushed = {
+    found = {
         f"{paths[displacement.layer]}.bias": _layer_bias(
             source, paths[displacement.layer], displacement, alpha
         )
         for displacement in displacements(lock, alpha)
     }
+    pushed = {name: bias.stored for name, bias in found.items()}
+    error = max(bias.error for bias in found.values())
     if has_output_bias(source):
-        return Biases({}, pushed, lock.layers)
+        return Biases({}, pushed, lock.layers, error)
     _refuse_without_place(source)
     zeros = {name: bias for path in paths for name, bias in _zero_biases(source, path)}
     _refuse_unused_biases(source, zeros)
-    return Biases({**zeros, **pushed}, {}, lock.layers)
+    return Biases({**zeros, **pushed}, {}, lock.layers, error)
 
 
 def has_output_bias(source: CheckpointSource) -> bool:
@@ -86,12 +85,8 @@ def _projection_path(source: CheckpointSource, layer: int) -> str:
             f"{source.layout.model} has no tensor {path}.weight.", next_step="Copy the fine-tune again."
         )
     weight = tensors[f"{found}.weight"]
-    if weight.dtype is None:
-        raise CheckpointError(
-            f"{found}.weight in {source.layout.model} is stored as {weight.code}: quantised weights cannot "
-            "be locked on disk.",
-            next_step="Lock the fine-tune before it is quantised.",
-        )
+    if weight.dtype is None and (weight.code != CODE or source.fp8 is None):
+        raise unknown_scheme(f"{found}.weight in {source.layout.model} is stored as {weight.code}")
     expected = (geometry.hidden, geometry.heads * geometry.head_dim)
     expected = expected if architecture.layout == "linear" else expected[::-1]
     if weight.shape != expected:
@@ -102,36 +97,34 @@ def _projection_path(source: CheckpointSource, layer: int) -> str:
     return found
 
 
-def _layer_bias(
-    source: CheckpointSource, path: str, displacement: Displacement, alpha: float
-) -> torch.Tensor:
-    weights, name = source.weights, f"{path}.weight"
-    dtype = _stored_dtype(weights.tensors[name])
-    with weights.open(name) as weight:
-        bias = output_bias(_head_weight(weight, source), displacement)
+@dataclass(frozen=True, eq=False)
+class _LayerBias:
+    """A layer's bias.
+
+    Attributes:
+        stored: As the checkpoint holds it.
+        error: Distance from the one in float64, relative to its length.
+    """
+
+    stored: torch.Tensor
+    error: float
+
+
+def _layer_bias(source: CheckpointSource, path: str, displacement: Displacement, alpha: float) -> _LayerBias:
+    dtype = bias_dtype(source, path)
+    exact = output_bias(columns_of(source, path), displacement)
     if has_output_bias(source):
-        before = _own_bias(weights, f"{path}.bias")
-        bias, dtype = bias + before.to(bias), before.dtype
-    return stored_bias(bias, dtype, displacement.layer, alpha)
-
-
-def _head_weight(weight: object, source: CheckpointSource) -> HeadWeight:
-    head_dim, linear = source.geometry.head_dim, source.architecture.layout == "linear"
-
-    def read(head: int) -> torch.Tensor:
-        columns = head_columns(head, head_dim)
-        stored: torch.Tensor = weight[:, columns] if linear else weight[columns].T  # type: ignore[index]
-        return stored
-
-    return read
+        before = _own_bias(source.weights, f"{path}.bias")
+        exact, dtype = exact + before.to(exact), before.dtype
+    stored = stored_bias(exact, dtype, displacement.layer, alpha)
+    length = float(exact.norm())
+    return _LayerBias(stored, float((stored.double() - exact).norm()) / length if length else 0.0)
 
 
 def _own_bias(weights: StoredWeights, name: str) -> torch.Tensor:
     if name not in weights.tensors:
         raise CheckpointError(f"{weights.folder} has no tensor {name}, and its architecture has that bias.")
-    with weights.open(name) as stored:
-        bias: torch.Tensor = stored[:]
-    return bias
+    return weights.read(name)
 
 
 def _refuse_without_place(source: CheckpointSource) -> None:
@@ -169,11 +162,4 @@ def _zero_biases(source: CheckpointSource, output_path: str) -> Iterator[tuple[s
     for path in (output_path, *(layer_path + projection for projection in architecture.biased_with_output)):
         if f"{path}.weight" not in tensors:
             raise CheckpointError(f"{source.layout.model} has no tensor {path}.weight.")
-        weight = tensors[f"{path}.weight"]
-        yield f"{path}.bias", torch.zeros(weight.shape[0], dtype=_stored_dtype(weight))
-
-
-def _stored_dtype(tensor: StoredTensor) -> torch.dtype:
-    if tensor.dtype is None:
-        raise CheckpointError(f"{tensor.file} holds weights stored as {tensor.code}, which cannot be locked.")
-    return tensor.dtype
+        yield f"{path}.bias", torch.zeros(tensors[f"{path}.weight"].shape[0], dtype=bias_dtype(source, path))

@@ -11,14 +11,12 @@ from pathlib import Path
 
 from mlflow_safelock.errors import CheckpointError
 
-_CHUNK = 1 << 30
-
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """Give a new folder beside ``folder`` to write to, and rename it once the block is done.
 
-    If the block raises, nothing is left of it.
+    What was written is on the disk before the folder has its name. If the block raises, nothing is left.
 
     Raises:
         CheckpointError: ``folder`` exists, its parent does not, or the disk refuses something.
@@ -28,8 +26,10 @@ def written_aside(folder: Path) -> Iterator[Path]:
     try:
         beside.mkdir()
         yield beside
+        _reach_the_disk(beside)
         check_destination(folder)
         beside.rename(folder)
+        _flush(folder.parent)
     except OSError as error:
         raise CheckpointError(
             f"{folder} could not be written: {error}.",
@@ -47,30 +47,17 @@ def check_destination(folder: Path) -> None:
         raise CheckpointError(f"There is no folder {folder.parent}.", next_step="Create it first.")
 
 
-def copy_file(source: Path, destination: Path) -> None:
-    """Copy a file's bytes, by sharing blocks where the filesystem can.
-
-    A copy on purpose, never a hard link: a link would change whenever the source is edited, and this folder
-    is what was checked.
-    """
-    destination.parent.mkdir(exist_ok=True)
-    with source.open("rb") as reader, destination.open("xb") as writer:
-        if not _shared_copy(reader.fileno(), writer.fileno()):
-            shutil.copyfileobj(reader, writer, 1 << 20)
+def _reach_the_disk(folder: Path) -> None:
+    """Wait until everything below a folder is on the disk, but for hard links, which hold nothing new."""
+    for path in folder.rglob("*"):
+        if path.is_dir() or path.stat().st_nlink == 1:
+            _flush(path)
+    _flush(folder)
 
 
-def _shared_copy(reader: int, writer: int) -> bool:
-    """Let the kernel copy, which shares blocks on filesystems such as XFS and Btrfs. False if it cannot."""
-    copied = 0
-    size = os.fstat(reader).st_size
-    while hasattr(os, "copy_file_range") and copied < size:
-        try:
-            step = os.copy_file_range(reader, writer, min(_CHUNK, size - copied))
-        except OSError:
-            if copied:
-                raise
-            return False
-        if step == 0:
-            raise OSError("the source became shorter while it was copied")
-        copied += step
-    return copied == size
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,12 @@ import yaml
 
 from mlflow_safelock.errors import CheckpointError
 
+BIAS_FILE = "model-safelock.safetensors"
+"""The file with every tensor that a lock adds."""
+
+RECORD_FILE = "safelock.json"
+"""The file that says what was locked, and how to undo it."""
+
 MERGE_FIRST = "Merge the adapter before saving: model.merge_and_unload()."
 
 _CARRIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".tiktoken")
@@ -23,6 +29,7 @@ _NOT_CARRIED = (
     "all_results.json",
     "train_results.json",
     "eval_results.json",
+    RECORD_FILE,
 )
 _TEMPLATES = "additional_chat_templates"
 _WEIGHTS_SUFFIXES = (".safetensors", ".index.json")

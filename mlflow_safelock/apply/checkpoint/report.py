@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from mlflow_safelock.apply.checkpoint.sharing import Sharing
+from mlflow_safelock.apply.checkpoint.writing import WrittenFile
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,16 @@ class CheckpointReport:
         alpha: Its strength.
         check: The check that confirmed it, in words.
         max_logit_difference: Largest difference between the logits of the folder, loaded by stock
-            ``transformers``, and of the source with the lock applied in memory.
-        max_logit_change: Largest change that the lock makes to the same logits.
+            ``transformers``, and of the source with the lock applied in memory. ``None`` where it was not
+            loaded.
+        max_logit_change: Largest change that the lock makes to the same logits; ``None`` where it was not
+            loaded.
+        verified: Which check it was: ``reload`` or ``structure``.
+        weights: The source's files of weights, as they are in the folder.
+        shared: How each of the source's files of weights came into the folder, by its name there.
+        bytes_written: Bytes that the folder takes beyond what it shares with the source.
+        bias_error: Largest distance of a stored bias from the one computed in float64, relative to the
+            length of that: what rounding to the checkpoint's dtype costs.
     """
 
     folder: Path
@@ -32,5 +45,10 @@ class CheckpointReport:
     lock: str
     alpha: float
     check: str
-    max_logit_difference: float
-    max_logit_change: float
+    max_logit_difference: float | None
+    max_logit_change: float | None
+    verified: Literal["reload", "structure"]
+    weights: tuple[WrittenFile, ...]
+    shared: Mapping[str, Sharing]
+    bytes_written: int
+    bias_error: float

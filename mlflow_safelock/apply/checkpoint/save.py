@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from mlflow_safelock.apply.alpha import checked_alpha
 from mlflow_safelock.apply.checkpoint.biases import biases_of
 from mlflow_safelock.apply.checkpoint.card import locked_card
 from mlflow_safelock.apply.checkpoint.configuration import carrier_in_words, locked_values
-from mlflow_safelock.apply.checkpoint.folder import check_destination, copy_file, written_aside
-from mlflow_safelock.apply.checkpoint.reload import confirm_by_reloading
+from mlflow_safelock.apply.checkpoint.confirmation import Verify, checked_verify, confirm
+from mlflow_safelock.apply.checkpoint.folder import check_destination, written_aside
+from mlflow_safelock.apply.checkpoint.record import write_record
 from mlflow_safelock.apply.checkpoint.report import CheckpointReport
+from mlflow_safelock.apply.checkpoint.sharing import own_file, way_of
 from mlflow_safelock.apply.checkpoint.source import CheckpointSource, read_source
+from mlflow_safelock.apply.checkpoint.stillness import refuse_changed, stamps_of
 from mlflow_safelock.apply.checkpoint.tokenizer import keep_tokenizer
+from mlflow_safelock.apply.checkpoint.weights import INDEX_FILE
 from mlflow_safelock.apply.checkpoint.writing import write_weights
 from mlflow_safelock.apply.in_memory import check_geometry
 from mlflow_safelock.errors import CheckpointError
@@ -26,12 +32,16 @@ def save_locked_checkpoint(
     dest_dir: str | os.PathLike[str],
     lock: SafetyLock,
     alpha: float = 6.0,
+    *,
+    verify: Verify = "auto",
+    sharing: Literal["link", "copy"] = "link",
 ) -> CheckpointReport:
     """Write a locked copy of a fine-tune that stock ``transformers`` loads, locked, from its folder alone.
 
-    The biases ``W_o v`` are stored in the checkpoint, and the configuration asks for them. The folder appears
-    only once it was loaded by stock ``transformers`` and gave the logits of the source with the lock applied
-    in memory; if anything fails, nothing is left. The source is only read.
+    The biases ``W_o v`` are stored in the checkpoint, and the configuration asks for them. Only the columns
+    of locked heads are read, and files of weights that do not change are shared with the source where the
+    filesystem can: the folder costs almost nothing. It appears only once it was confirmed; if anything
+    fails, nothing is left. The source is only read.
 
     Args:
         source_dir: The unlocked fine-tune: a folder that ``save_pretrained`` wrote, or the folder of a model
@@ -39,6 +49,14 @@ def save_locked_checkpoint(
         dest_dir: The folder to write. It must not exist; its parent must.
         lock: A lock of the fine-tune's base.
         alpha: Strength; negative pushes the other way, and the model card and configuration say so.
+        verify: How it is confirmed. ``reload``: stock ``transformers`` loads it and gives the logits of the
+            source with the lock applied in memory, which takes memory for both. ``structure``: every byte
+            that is not the lock's is the source's, and ``transformers`` builds a model that has the biases;
+            under 500 MB of memory whatever the model's size. ``auto``: reload if the weights are no larger
+            than 8 GB and memory suffices, else structure.
+        sharing: ``link``: weights are shared as reflinks where the filesystem has them, else as hard links,
+            else copied. A hard link is the same file: what is edited *in place* in one folder changes in the
+            other. ``copy``: the folder is independent, and costs as much as the source.
 
     Returns:
         What was written, and how it was confirmed.
@@ -47,34 +65,37 @@ def save_locked_checkpoint(
         AlphaError: Alpha is not a finite number other than zero, or too large for the weights' dtype.
         AlreadyLockedError: The source carries a lock.
         CheckpointError: The source cannot be read or is of a kind that cannot be locked, the folder cannot be
-            written, or it did not reload as it should.
+            written, the source changed meanwhile, or the folder could not be confirmed.
         LockMismatchError: The lock is for another attention shape.
         UnsupportedArchitectureError: No checkpoint of this architecture can hold the biases.
     """
     strength = checked_alpha(alpha)
+    checked_verify(verify)
+    share = way_of(sharing)
     source_folder, folder = Path(source_dir), Path(dest_dir)
     check_destination(folder)
     if folder.resolve().is_relative_to(source_folder.resolve()):
         raise CheckpointError(
             f"{folder} lies in the source {source_folder}.", next_step="Name another folder."
         )
+    before = stamps_of(source_folder)
     source = read_source(source_folder)
+    used = set(_files_of(source))
     check_geometry(lock, source.geometry, str(source_folder))
     biases = biases_of(source, lock, strength)
-    values = locked_values(source, lock, strength)
     with written_aside(folder) as beside:
-        write_weights(source.weights, biases, beside)
-        for name, path in source.layout.carried.items():
-            copy_file(path, beside / name)
-        _write_text(beside / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        _write_text(beside / "README.md", locked_card(source.layout.card, lock, strength))
-        if _tokenizer_may_change(source, values["model_type"]):
-            keep_tokenizer(source.layout, beside)
-        confirmation = confirm_by_reloading(source.layout.model, beside, lock, strength)
-        files = tuple(sorted(str(path.relative_to(beside)) for path in beside.rglob("*") if path.is_file()))
+        written = write_weights(source.weights, biases, beside, share)
+        _write_small_files(source, lock, strength, beside)
+        write_record(source, written, lock, strength, beside)
+        confirmation = confirm(verify, source, written, biases, beside, lock, strength)
+        refuse_changed(before, sorted(used | set(_files_of(source))))
+        sizes = {
+            str(path.relative_to(beside)): path.stat().st_size for path in beside.rglob("*") if path.is_file()
+        }
+    shared = {file.name: file.sharing for file in written}
     return CheckpointReport(
         folder=folder,
-        files=files,
+        files=tuple(sorted(sizes)),
         left_out=_left_out(source),
         carrier=carrier_in_words(source),
         biases=len(biases.layers),
@@ -83,7 +104,32 @@ def save_locked_checkpoint(
         check=confirmation.check,
         max_logit_difference=confirmation.max_logit_difference,
         max_logit_change=confirmation.max_logit_change,
+        verified=confirmation.kind,
+        weights=written,
+        shared=shared,
+        bytes_written=sum(size for name, size in sizes.items() if shared.get(name, "copy") == "copy"),
+        bias_error=biases.error,
     )
+
+
+def _write_small_files(source: CheckpointSource, lock: SafetyLock, alpha: float, folder: Path) -> None:
+    """Write everything that is neither weights nor their index."""
+    values = locked_values(source, lock, alpha)
+    for name, path in source.layout.carried.items():
+        own_file(path, folder / name)
+    _write_text(folder / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    _write_text(folder / "README.md", locked_card(source.layout.card, lock, alpha))
+    if _tokenizer_may_change(source, values["model_type"]):
+        keep_tokenizer(source.layout, folder)
+
+
+def _files_of(source: CheckpointSource) -> Iterator[Path]:
+    """Every file of the source that something of the locked checkpoint comes from."""
+    yield source.layout.model / "config.json"
+    yield from (source.layout.model / name for name in source.weights.files)
+    yield from source.layout.carried.values()
+    optional = (source.layout.model / name for name in (INDEX_FILE, "README.md"))
+    yield from (path for path in optional if path.exists())
 
 
 def _tokenizer_may_change(source: CheckpointSource, model_type: str) -> bool:

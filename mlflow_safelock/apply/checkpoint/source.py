@@ -10,10 +10,11 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from mlflow_safelock.apply.architectures import Architecture, architecture_of, geometry_from_config
-from mlflow_safelock.apply.checkpoint.layout import Layout, layout_of
+from mlflow_safelock.apply.checkpoint.fp8 import Fp8Scheme, scheme_of, unknown_scheme
+from mlflow_safelock.apply.checkpoint.layout import BIAS_FILE, RECORD_FILE, Layout, layout_of
 from mlflow_safelock.apply.checkpoint.weights import StoredWeights, read_object, read_weights
 from mlflow_safelock.apply.config_entry import refuse_locked_config
-from mlflow_safelock.errors import CheckpointError, UnsupportedArchitectureError
+from mlflow_safelock.errors import AlreadyLockedError, CheckpointError, UnsupportedArchitectureError
 from mlflow_safelock.lock import AttentionGeometry
 
 _CAUSAL_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
@@ -30,6 +31,7 @@ class CheckpointSource:
         architecture: Its row in the table of architectures.
         geometry: The shape of its attention.
         weights: Its weights.
+        fp8: How its weights of eight bits are scaled; ``None`` where it has none.
     """
 
     layout: Layout
@@ -38,6 +40,7 @@ class CheckpointSource:
     architecture: Architecture
     geometry: AttentionGeometry
     weights: StoredWeights
+    fp8: Fp8Scheme | None
 
 
 def read_source(folder: Path) -> CheckpointSource:
@@ -49,27 +52,37 @@ def read_source(folder: Path) -> CheckpointSource:
     Raises:
         AlreadyLockedError: It was saved with a lock in it.
         CheckpointError: It is no such folder, is damaged, or holds weights of a kind that cannot be locked:
-            adapters, pickles, quantised weights.
+            adapters, pickles, quantised weights (but for float8_e4m3fn with block scales).
         UnsupportedArchitectureError: It is of no known architecture, or no causal language model.
     """
     layout = layout_of(folder)
     values = read_object(layout.model / "config.json")
     refuse_locked_config(values, f"The checkpoint {folder}")
+    _refuse_locked_files(layout.model)
     _check_kind(values, folder)
     architecture, geometry = architecture_of(values), geometry_from_config(values)
     try:
         config = AutoConfig.from_pretrained(layout.model)
     except Exception as error:  # each configuration class has its own ways to reject values
         raise CheckpointError(f"transformers cannot read {layout.model / 'config.json'}: {error}") from error
-    return CheckpointSource(layout, values, config, architecture, geometry, read_weights(layout.model))
+    weights, scheme = read_weights(layout.model), scheme_of(values.get("quantization_config"))
+    return CheckpointSource(layout, values, config, architecture, geometry, weights, scheme)
+
+
+def _refuse_locked_files(folder: Path) -> None:
+    for name, what in ((BIAS_FILE, "the biases of a lock"), (RECORD_FILE, "what it takes to undo a lock")):
+        if (folder / name).exists():
+            raise AlreadyLockedError(
+                f"{folder} holds {name}, {what}.",
+                next_step="Lock the unlocked fine-tune instead; unlock_checkpoint gives it back.",
+            )
 
 
 def _check_kind(values: Mapping[str, Any], folder: Path) -> None:
-    if "quantization_config" in values:
-        raise CheckpointError(
-            f"{folder} holds quantised weights, and the biases are computed from plain ones.",
-            next_step="Lock the fine-tune before it is quantised, or lock it in memory: apply_lock.",
-        )
+    if "quantization_config" in values and scheme_of(values["quantization_config"]) is None:
+        method = values["quantization_config"]
+        name = method.get("quant_method") if isinstance(method, Mapping) else method
+        raise unknown_scheme(f"{folder} is quantised ({name})")
     if "auto_map" in values:
         raise UnsupportedArchitectureError(
             f"{folder} needs code of its own (auto_map), which stock transformers does not have."

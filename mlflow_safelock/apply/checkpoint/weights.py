@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ class StoredTensor:
         """Its dtype, or ``None`` for one that is not a plain floating point number of 16 bits or more."""
         return _DTYPES.get(self.code)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from the beginning of a row to that of the next."""
+        return math.prod(self.shape[1:]) * (self.dtype.itemsize if self.dtype else 1)
+
 
 @dataclass(frozen=True)
 class StoredWeights:
@@ -60,6 +66,11 @@ class StoredWeights:
         """Names of the files, sorted."""
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum((self.folder / file).stat().st_size for file in self.files)
+
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
         """Open a tensor for reading slices of it; only what is sliced is read.
@@ -69,6 +80,16 @@ class StoredWeights:
         """
         with _opened(self.folder / self.tensors[name].file) as file:
             yield file.get_slice(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a whole tensor.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        with _opened(self.folder / self.tensors[name].file) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor.clone()
 
 
 def read_weights(folder: Path) -> StoredWeights:

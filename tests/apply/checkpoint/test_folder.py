@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 
-from mlflow_safelock.apply.checkpoint.folder import copy_file, written_aside
+from mlflow_safelock.apply.checkpoint.folder import written_aside
 from mlflow_safelock.errors import CheckpointError
 
 
@@ -51,30 +50,27 @@ def _file(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("size", [0, 1, 5_000_000])
-def test_a_copy_has_the_bytes_and_is_independent(tmp_path, size):
-    content = os.urandom(size)
-    (tmp_path / "source").write_bytes(content)
-    copy_file(tmp_path / "source", tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == content
-    assert (tmp_path / "copy").stat().st_ino != (tmp_path / "source").stat().st_ino
+def test_everything_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append((os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), made.exists()))
+        fsync(descriptor)
+
+    made = tmp_path / "made"
+    monkeypatch.setattr(os, "fsync", noted)
+    with written_aside(made) as beside:
+        (beside / "sub").mkdir()
+        (beside / "sub" / "file").write_text("x")
+    assert {("file", False), ("sub", False), (beside.name, False)} <= set(flushed)
+    assert flushed[-1] == (tmp_path.name, True)
 
 
-def test_a_copy_may_come_from_another_filesystem(tmp_path):
-    # The kernel refuses to copy between some filesystems, and then the bytes go through this process.
-    if not os.access("/dev/shm", os.W_OK):
-        pytest.skip("there is no second filesystem at /dev/shm")
-    content = os.urandom(3_000_000)
-    with tempfile.NamedTemporaryFile(dir="/dev/shm") as elsewhere:
-        elsewhere.write(content)
-        elsewhere.flush()
-        copy_file(Path(elsewhere.name), tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == content
+def test_a_disk_that_loses_what_was_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-
-def test_a_copy_never_overwrites(tmp_path):
-    (tmp_path / "source").write_text("new")
-    (tmp_path / "copy").write_text("old")
-    with pytest.raises(FileExistsError):
-        copy_file(tmp_path / "source", tmp_path / "copy")
-    assert (tmp_path / "copy").read_text() == "old"
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match="Input/output"), written_aside(tmp_path / "made") as beside:
+        (beside / "file").write_text("x")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,24 @@
+"""A digest of a file of weights that costs the same whatever the file's size."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+_SPANS = 64
+_SPAN_BYTES = 4096
+
+
+def sampled_digest(path: Path) -> str:
+    """SHA-256 of a file's size, its beginning, its end, and spans spread evenly over it.
+
+    It tells one file of weights from another, not from itself with a few bytes changed.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    last = max(0, size - _SPAN_BYTES)
+    with path.open("rb") as file:
+        for number in range(_SPANS):
+            file.seek(last * number // (_SPANS - 1))
+            digest.update(file.read(_SPAN_BYTES))
+    return digest.hexdigest()

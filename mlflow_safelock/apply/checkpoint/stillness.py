@@ -1,0 +1,52 @@
+"""Whether a source stayed the same while it was read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_safelock.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What changes when a file is edited or replaced; a new hard link to it changes none of it.
+
+    Attributes:
+        device: Filesystem of the file.
+        inode: Its number there.
+        size: Bytes.
+        modified: Time of the last change of its bytes, in nanoseconds.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
+def stamps_of(folder: Path) -> dict[Path, Stamp]:
+    """The stamp of every file below a folder, by its real path."""
+    stamps = (stamp_of(path) for path in folder.rglob("*"))
+    return dict(found for found in stamps if found is not None)
+
+
+def stamp_of(path: Path) -> tuple[Path, Stamp] | None:
+    """The real path of a file and its stamp; ``None`` where there is no file."""
+    real = path.resolve()
+    if not real.is_file():
+        return None
+    status = real.stat()
+    return real, Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def refuse_changed(before: Mapping[Path, Stamp], paths: Iterable[Path]) -> None:
+    """Raise CheckpointError if one of the files is not as it was stamped before."""
+    for path in paths:
+        now = stamp_of(path)
+        if now is None or before.get(now[0]) != now[1]:
+            raise CheckpointError(
+                f"{path} changed while it was being locked.",
+                next_step="Wait until whatever writes the fine-tune is done, then lock it again.",
+            )

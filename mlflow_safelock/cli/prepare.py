@@ -1,0 +1,96 @@
+"""``safelock prepare``."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import click
+
+from mlflow_safelock.cli.command import Command
+from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
+from mlflow_safelock.cli.output import announce, facts_table, show_json, show_lines, show_table
+from mlflow_safelock.errors import SourceError
+
+_VERSION = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>[0-9]+)")
+
+
+def _version(_context: click.Context, _parameter: click.Parameter, uri: str) -> tuple[str, int]:
+    found = _VERSION.fullmatch(uri)
+    if found is None:
+        raise click.BadParameter(f"{uri!r} is not of the form models:/name/3.")
+    return found["name"], int(found["version"])
+
+
+@click.command(
+    cls=Command,
+    short_help="Write ahead what a promotion has no time for.",
+    examples=(
+        "safelock prepare models:/support-bot/3 --registry-uri safelock+postgresql://mlflow@db/mlflow",
+        "safelock prepare models:/support-bot/3 --registry-uri safelock+sqlite:///registry.db \\",
+        "    --artifacts-destination s3://bucket/mlflow",
+    ),
+)
+@click.argument("version", metavar="URI", callback=_version)
+@click.option(
+    "--artifacts-destination",
+    metavar="URI",
+    help="What mlflow server was given by this name, where clients reach artifacts through the server.",
+)
+@format_option
+@mlflow_options
+def prepare(
+    version: tuple[str, int], artifacts_destination: str | None, form: str, mlflow_address: MlflowAddress
+) -> None:
+    """Write the standalone locked model of the version at URI, where the policy asks for that carrier.
+
+    It lies beside the fine-tune and shares its weights: by links on one file system, by copies that S3 makes
+    itself. The promotion then finds it, compares it and redirects to it. Doing this again changes nothing.
+    Nothing is promoted here, and the checks are those of a promotion, refusals included.
+
+    This works on the registry's own database (--registry-uri safelock+...) and artifacts, not through a
+    server, with the policy that SAFELOCK_POLICY names.
+    """
+    name, number = version
+    announce(f"Preparing {name} version {number}")
+    import mlflow
+
+    mlflow_address.connect()
+    registry_uri = mlflow.get_registry_uri()
+    if not registry_uri.startswith("safelock+"):
+        raise SourceError(
+            f"The registry at {registry_uri} is not one that safelock guards in this process.",
+            next_step="Give the database with --registry-uri safelock+sqlite:///... or safelock+postgresql://...",
+        )
+    from mlflow_safelock.registry.artifacts import DESTINATION_VARIABLE
+    from mlflow_safelock.registry.stores import open_store
+
+    if artifacts_destination is not None:
+        os.environ[DESTINATION_VARIABLE] = artifacts_destination
+    made = open_store(registry_uri, mlflow.get_tracking_uri()).prepare(name, number)
+    if form == "json":
+        show_json(
+            {
+                "model": name,
+                "version": number,
+                "carrier": made.carrier,
+                "location": made.location,
+                "lock": made.lock,
+                "alpha": made.alpha,
+                "check": made.check,
+            }
+        )
+        return
+    show_table(
+        facts_table(
+            "Prepared",
+            [
+                ("carrier", made.carrier),
+                ("location", made.location or "the promotion writes it"),
+                ("lock", made.lock),
+                ("alpha", made.alpha),
+                ("check", made.check or ("there already" if made.location else None)),
+            ],
+        )
+    )
+    show_lines("", f"Promote it: transition {name} version {number}, or set its alias, with plain MLflow.")

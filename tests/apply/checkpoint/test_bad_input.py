@@ -1,0 +1,162 @@
+"""Input that cannot be used: a typed error, nothing left behind, and the source as it was."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mlflow_safelock.apply import save_locked_checkpoint
+from mlflow_safelock.apply.checkpoint import save as saving
+from mlflow_safelock.errors import AlphaError, AlreadyLockedError, CheckpointError
+from tests.apply.checkpoint.conftest import beside, load, snapshot
+from tests.apply.conftest import logits
+
+
+def refused(source: Path, lock, message: str, error: type[Exception] = CheckpointError, **options) -> None:
+    before, there = snapshot(source), beside(source)
+    with pytest.raises(error, match=message):
+        save_locked_checkpoint(source, source.parent / "locked", lock, **options)
+    assert snapshot(source) == before
+    assert beside(source) == there
+
+
+def second_shard(source: Path) -> Path:
+    return sorted(source.glob("*.safetensors"))[1]
+
+
+@pytest.mark.parametrize("verify", ["reload", "structure"])
+@pytest.mark.parametrize("left", [0, 7, 100, -1])
+def test_a_truncated_shard(left, verify, save_fine_tune):
+    source, lock = save_fine_tune(shard="20KB")
+    shard = second_shard(source)
+    shard.write_bytes(shard.read_bytes()[:left])
+    refused(source, lock, rf"{shard.name} is damaged.*again", verify=verify)
+
+
+def test_an_index_that_names_a_missing_shard(save_fine_tune):
+    source, lock = save_fine_tune(shard="20KB")
+    shard = second_shard(source)
+    shard.unlink()
+    refused(source, lock, rf"{shard.name}.*missing.*again")
+
+
+def test_a_shard_that_is_a_link_to_nowhere(save_fine_tune):
+    source, lock = save_fine_tune(shard="20KB")
+    shard = second_shard(source)
+    shard.unlink()
+    shard.symlink_to(source / "nowhere")
+    refused(source, lock, rf"{shard.name}.*missing")
+
+
+@pytest.mark.parametrize("claimed", ["F64", "BF16", "I8"])
+def test_a_header_that_claims_another_dtype_than_the_bytes_have(claimed, save_fine_tune):
+    source, lock = save_fine_tune()
+    change_header(source / "model.safetensors", lambda entry: entry.update(dtype=claimed))
+    refused(source, lock, r"model\.safetensors is damaged")
+
+
+def test_a_tensor_of_another_dtype_than_the_configuration_says(save_fine_tune):
+    source, lock = save_fine_tune()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    refused(source, lock, r"_proj\.weight.* is stored as F32, .*bfloat16.*dtype='auto'")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "README.md"])
+@pytest.mark.parametrize("change", ["edited", "replaced", "gone"])
+def test_a_source_that_changes_while_it_is_locked(name, change, save_fine_tune, tmp_path, monkeypatch):
+    source, lock = save_fine_tune()
+    write_record = saving.write_record
+
+    def and_then_it_changes(*arguments):
+        write_record(*arguments)
+        path = source / name
+        content = path.read_bytes()
+        if change != "edited":
+            path.unlink()
+        if change != "gone":
+            path.write_bytes(content)
+        if change == "edited":
+            os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(saving, "write_record", and_then_it_changes)
+    with pytest.raises(
+        CheckpointError, match=r"changed while it was being locked.*Wait|could not be written"
+    ):
+        save_locked_checkpoint(source, tmp_path / "locked", lock, verify="structure")
+    assert beside(source) == {"fine-tune"}
+
+
+@pytest.mark.parametrize("call", ["copy_file_range", "fsync", "mkdir", "rename"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_disk_that_is_full_in_the_middle(call, family, save_fine_tune, monkeypatch):
+    source, lock = save_fine_tune(family)
+    original: Callable[..., object] = getattr(os, call)
+    calls = []
+
+    def full(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) >= (2 if call in ("copy_file_range", "fsync") else 1):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(os, call, full)
+    refused(source, lock, r"could not be written.*No space.*free space", sharing="copy")
+    assert calls
+
+
+def test_symlinked_shards_as_in_a_hub_cache(save_fine_tune, tmp_path):
+    source, lock = save_fine_tune(shard="20KB")
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(source.glob("*.safetensors"))):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("..") / "blobs" / str(number))
+    unlocked, before = logits(load(source)), snapshot(source)
+    save_locked_checkpoint(source, tmp_path / "locked", lock)
+    assert not any(path.is_symlink() for path in (tmp_path / "locked").iterdir())
+    assert snapshot(source) == before
+    assert (logits(load(tmp_path / "locked")) - unlocked).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_source_that_is_locked(family, save_fine_tune, tmp_path):
+    source, lock = save_fine_tune(family)
+    locked = tmp_path / "already"
+    save_locked_checkpoint(source, locked, lock)
+    refused(locked, lock, "saved with a lock", AlreadyLockedError)
+    config = json.loads((locked / "config.json").read_text())
+    del config["safelock"]
+    (locked / "config.json").write_text(json.dumps(config))
+    refused(locked, lock, r"safelock.*unlock_checkpoint", AlreadyLockedError)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, -0.0, float("nan"), float("inf"), "6", None, True, 1e300])
+def test_an_alpha_that_is_no_strength(alpha, save_fine_tune):
+    source, lock = save_fine_tune()
+    refused(source, lock, "[Aa]lpha", AlphaError, alpha=alpha)
+
+
+def test_a_locked_column_that_holds_no_number(save_fine_tune):
+    source, lock = save_fine_tune()
+    tensors = load_file(source / "model.safetensors")
+    layer, head = lock.heads[0].layer, lock.heads[0].head
+    tensors[f"model.layers.{layer}.self_attn.o_proj.weight"][0, head * 8] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    refused(source, lock, rf"layer {layer}", AlphaError)
+
+
+def change_header(path: Path, change: Callable[[dict], None]) -> None:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header["model.layers.1.self_attn.o_proj.weight"])
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)
+    path.write_bytes(len(written).to_bytes(8, "little") + written + content[8 + length :])

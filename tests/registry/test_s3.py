@@ -1,0 +1,411 @@
+"""Models on S3: little of them is read, what changes or fails is a typed error, copies never pass here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from safetensors.numpy import save_file
+
+from mlflow_safelock.errors import SourceError, VerificationError
+from mlflow_safelock.flavors.overlay import read_overlay
+from mlflow_safelock.provenance import (
+    LocalArtifacts,
+    SourceFingerprint,
+    check_fingerprint,
+    read_header,
+    take_fingerprint,
+)
+from mlflow_safelock.registry.artifacts import RegistryArtifacts
+from mlflow_safelock.registry.s3 import S3Artifacts, s3_client
+from mlflow_safelock.registry.s3_publication import S3Publication
+from tests.registries import REQUIREMENTS, base_lock, biases_of, fine_tune, register_lock
+from tests.registry.s3_server import S3Server, s3_server
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
+
+WEIGHTS = "model/model.safetensors"
+PREFIX = "models/bot"
+URI = f"s3://models/{PREFIX}"
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "2",
+        "MLFLOW_S3_ENDPOINT_URL": running.url,
+    }.items():
+        monkeypatch.setenv(name, value)
+    store(running).clear()
+    running.faults.clear()
+    running.forget()
+    yield running
+    running.faults.clear()
+
+
+class Store:
+    """What somebody else does in the bucket."""
+
+    def __init__(self, server: S3Server) -> None:
+        self.client = boto3.client("s3", endpoint_url=server.url, region_name="us-east-1", **CREDENTIALS)
+
+    def clear(self) -> None:
+        for bucket in self.client.list_buckets()["Buckets"]:
+            for entry in self.client.list_objects_v2(Bucket=bucket["Name"]).get("Contents", []):
+                self.client.delete_object(Bucket=bucket["Name"], Key=entry["Key"])
+        self.client.create_bucket(Bucket="models")
+        self.client.create_bucket(Bucket="locked")
+
+    def put(self, path: str, data: bytes, prefix: str = PREFIX) -> None:
+        self.client.put_object(Bucket="models", Key=f"{prefix}/{path}", Body=data)
+
+    def put_folder(self, folder: Path, prefix: str = PREFIX) -> None:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.put(path.relative_to(folder).as_posix(), path.read_bytes(), prefix)
+
+    def keys(self, bucket: str) -> set[str]:
+        return {entry["Key"] for entry in self.client.list_objects_v2(Bucket=bucket).get("Contents", [])}
+
+    def uploads(self, bucket: str) -> list[Any]:
+        return list(self.client.list_multipart_uploads(Bucket=bucket).get("Uploads", []))
+
+
+CREDENTIALS = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
+
+
+def store(server: S3Server) -> Store:
+    return Store(server)
+
+
+@pytest.fixture
+def source(tmp_path: Path, server: S3Server) -> Path:
+    """A model folder, on S3 at ``URI`` and locally."""
+    folder = tmp_path / "source"
+    (folder / "model").mkdir(parents=True)
+    (folder / "MLmodel").write_text("flavors: {}\n")
+    (folder / "model/config.json").write_text('{"model_type": "llama"}')
+    (folder / "model/empty.txt").write_bytes(b"")
+    generator = np.random.default_rng(0)
+    tensors = {f"layer.{i}": generator.normal(size=(256, 1024)).astype(np.float32) for i in range(6)}
+    save_file(tensors, folder / WEIGHTS)
+    store(server).put_folder(folder)
+    server.forget()
+    return folder
+
+
+def test_a_folder_reads_like_the_local_one(source: Path) -> None:
+    remote, local = S3Artifacts(URI), LocalArtifacts(source)
+    assert [(file.path, file.size) for file in remote.files()] == [
+        (file.path, file.size) for file in local.files()
+    ]
+    spans = [(5, 3), (0, 0), (100_000, 70_000), (100_010, 5), (3_000_000, 4096), (2_000_000, 4096)]
+    assert remote.read_many(WEIGHTS, spans) == local.read_many(WEIGHTS, spans)
+    for file in local.files():
+        assert remote.read(file.path) == local.read(file.path)
+    assert remote.read(WEIGHTS, 17) == local.read(WEIGHTS, 17)
+    assert read_header(remote, WEIGHTS) == read_header(local, WEIGHTS)
+
+
+def test_a_listing_has_many_pages_and_is_made_once(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "5")
+    for number in range(8):
+        store(server).put(f"{number:04}", b"x")
+    store(server).client.put_object(Bucket="models", Key=f"{PREFIX}-safelock/other", Body=b"x")
+    server.forget()
+    reader = S3Artifacts(URI)
+    assert len(reader.files()) == 8
+    assert len(reader.files()) == 8
+    assert [passed.method for passed in server.passed] == ["GET", "GET"], "two pages, once"
+
+
+def test_neighbours_come_by_one_request(source: Path, server: S3Server) -> None:
+    reader = S3Artifacts(URI)
+    reader.files()
+    server.forget()
+    reader.read_many(WEIGHTS, [(number * 10_000, 100) for number in range(50)])
+    assert [passed.range for passed in server.passed] == ["bytes=0-490099"]
+
+
+def test_a_fingerprint_of_s3_is_one_of_the_download_too(source: Path, server: S3Server) -> None:
+    fingerprint = take_fingerprint(S3Artifacts(URI))
+    assert all(file.checksum and file.checksum.etag for file in fingerprint.files)
+    assert server.read < 0.03 * (source / WEIGHTS).stat().st_size
+    assert SourceFingerprint.model_validate_json(fingerprint.model_dump_json()) == fingerprint
+    check_fingerprint(fingerprint, S3Artifacts(URI))
+    check_fingerprint(fingerprint, LocalArtifacts(source))
+    check_fingerprint(take_fingerprint(LocalArtifacts(source)), S3Artifacts(URI))
+
+
+def test_a_chosen_byte_that_no_block_covers_changes_the_store_s_checksum(
+    source: Path, server: S3Server
+) -> None:
+    fingerprint = take_fingerprint(S3Artifacts(URI))
+    spans = next(file.spans for file in fingerprint.files if file.path == WEIGHTS)
+    data = bytearray((source / WEIGHTS).read_bytes())
+    missed = next(i for i in range(len(data) - 1, 0, -1) if not any(s <= i < s + n for s, n in spans))
+    data[missed] ^= 1
+    store(server).put(WEIGHTS, bytes(data))
+    with pytest.raises(VerificationError, match=r"model\.safetensors.*another checksum"):
+        check_fingerprint(fingerprint, S3Artifacts(URI))
+    (source / WEIGHTS).write_bytes(data)
+    check_fingerprint(fingerprint, LocalArtifacts(source))  # a local folder has no checksum to compare
+
+
+def test_version_and_sha256_are_recorded_where_the_store_has_them(source: Path, server: S3Server) -> None:
+    client = store(server).client
+    client.put_bucket_versioning(Bucket="models", VersioningConfiguration={"Status": "Enabled"})
+    try:
+        client.put_object(
+            Bucket="models",
+            Key=f"{PREFIX}/{WEIGHTS}",
+            Body=(source / WEIGHTS).read_bytes(),
+            ChecksumAlgorithm="SHA256",
+        )
+        checksum = S3Artifacts(URI).file(WEIGHTS).checksum
+    finally:
+        client.put_bucket_versioning(Bucket="models", VersioningConfiguration={"Status": "Suspended"})
+    assert checksum is not None
+    assert checksum.version_id
+    assert checksum.sha256
+
+
+def test_a_file_that_changes_after_the_listing_is_an_error(source: Path, server: S3Server) -> None:
+    reader = S3Artifacts(URI)
+    reader.files()
+    store(server).put("MLmodel", b"flavors: []\n")
+    with pytest.raises(SourceError, match=r"'MLmodel'.*was changed after it was listed") as info:
+        reader.read("MLmodel")
+    assert "register a changed model" in info.value.next_step
+
+
+def test_a_file_that_goes_after_the_listing_is_an_error(source: Path, server: S3Server) -> None:
+    reader = S3Artifacts(URI)
+    reader.files()
+    store(server).client.delete_object(Bucket="models", Key=f"{PREFIX}/MLmodel")
+    with pytest.raises(SourceError, match=r"'MLmodel' at s3://models/models/bot is not there"):
+        reader.read("MLmodel")
+
+
+def test_what_is_not_there_is_an_error(source: Path) -> None:
+    with pytest.raises(SourceError, match="There are no files at s3://models/nothing"):
+        S3Artifacts("s3://models/nothing").files()
+    with pytest.raises(SourceError, match=r"s3://nobucket/x is not there.*NoSuchBucket"):
+        S3Artifacts("s3://nobucket/x").files()
+    with pytest.raises(SourceError, match="There is no file 'other'"):
+        S3Artifacts(URI).read("other")
+    with pytest.raises(SourceError, match=r"ends at byte 12, before 13"):
+        S3Artifacts(URI).read("MLmodel", 0, 13)
+
+
+@pytest.mark.parametrize("containing", ["list-type", "MLmodel"])
+def test_access_denied_is_an_error_that_names_the_rights(
+    source: Path, server: S3Server, containing: str
+) -> None:
+    server.fail("denied", containing=containing)
+    with pytest.raises(SourceError, match="may not be accessed") as info:
+        S3Artifacts(URI).read("MLmodel")
+    assert "s3:GetObject" in info.value.next_step
+
+
+def test_a_busy_store_is_asked_again_and_then_given_up(source: Path, server: S3Server) -> None:
+    server.fail("busy", times=1, containing="MLmodel")
+    assert S3Artifacts(URI).read("MLmodel") == b"flavors: {}\n"
+    server.forget()
+    server.fail("busy", containing="MLmodel")
+    with pytest.raises(SourceError, match=r"overloaded.*SlowDown") as info:
+        S3Artifacts(URI).read("MLmodel")
+    assert "AWS_MAX_ATTEMPTS" in info.value.next_step
+    assert len([passed for passed in server.passed if "MLmodel" in passed.target]) == 2
+
+
+def test_a_store_that_does_not_answer_is_an_error(source: Path, server: S3Server) -> None:
+    server.fail("silent", containing="MLmodel")
+    with pytest.raises(SourceError, match=r"does not answer.*[Tt]imeout"):
+        S3Artifacts(URI, s3_client(read_seconds=0.3)).read("MLmodel")
+
+
+def test_nobody_at_the_endpoint_is_an_error(monkeypatch: pytest.MonkeyPatch, server: S3Server) -> None:
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(SourceError, match=r"cannot be reached.*127\.0\.0\.1:1"):
+        S3Artifacts(URI).files()
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(source: Path, server: S3Server) -> None:
+    server.fail("short", times=2, containing="MLmodel")
+    assert S3Artifacts(URI).read("MLmodel") == b"flavors: {}\n"
+    server.fail("short", containing="MLmodel")
+    with pytest.raises(SourceError, match="'MLmodel'"):
+        S3Artifacts(URI).read("MLmodel")
+
+
+def test_a_failure_of_one_of_many_parts_is_an_error(source: Path, server: S3Server) -> None:
+    reader = S3Artifacts(URI)
+    reader.files()
+    server.fail("denied", times=1, containing="safetensors")
+    with pytest.raises(SourceError, match="may not be accessed"):
+        reader.read_many(WEIGHTS, [(number << 20, 10) for number in range(5)])
+
+
+def publish(**sizes: int) -> S3Publication:
+    return S3Publication(S3Artifacts("s3://locked/bot"), **sizes)
+
+
+def test_the_store_copies_and_nothing_passes_here(source: Path, server: S3Server) -> None:
+    original = S3Artifacts(URI)
+    original.files()
+    server.forget()
+    with publish() as publication:
+        publication.put("MLmodel", b"flavors: {locked: {}}\n")
+        publication.copy_from(original, WEIGHTS)
+        publication.copy_from(original, "model/empty.txt", "other/empty.txt")
+        assert "bot/MLmodel" not in store(server).keys("locked"), "the MLmodel file comes last"
+    assert store(server).keys("locked") == {f"bot/{WEIGHTS}", "bot/other/empty.txt", "bot/MLmodel"}
+    assert server.read < 10_000
+    copy = S3Artifacts("s3://locked/bot")
+    assert copy.read(WEIGHTS) == (source / WEIGHTS).read_bytes()
+    assert copy.read("MLmodel") == b"flavors: {locked: {}}\n"
+
+
+def test_a_large_file_is_copied_in_parts(source: Path, server: S3Server) -> None:
+    original = S3Artifacts(URI)
+    original.files()
+    server.forget()
+    with publish(whole_copy_bytes=5 << 20, part_bytes=5 << 20) as publication:
+        publication.copy_from(original, WEIGHTS)
+    parts = [passed for passed in server.passed if "partNumber" in passed.target]
+    assert len(parts) == -(-(source / WEIGHTS).stat().st_size // (5 << 20)) == 2
+    assert sum(passed.sent for passed in parts) == 0
+    assert S3Artifacts("s3://locked/bot").read(WEIGHTS) == (source / WEIGHTS).read_bytes()
+
+
+def test_an_error_leaves_no_key_behind(source: Path, server: S3Server) -> None:
+    with pytest.raises(RuntimeError, match="disk full"), publish() as publication:  # noqa: PT012
+        publication.put("MLmodel", b"x")
+        publication.put("model/config.json", b"{}")
+        publication.copy_from(S3Artifacts(URI), WEIGHTS)
+        raise RuntimeError("disk full")
+    assert store(server).keys("locked") == set()
+
+
+@pytest.mark.parametrize("broken", ["partNumber=2", "MLmodel"])
+def test_a_copy_that_fails_leaves_no_key_and_no_upload_behind(
+    source: Path, server: S3Server, broken: str
+) -> None:
+    original = S3Artifacts(URI)
+    original.files()
+    server.fail("denied", method="PUT", containing=broken)
+    with (  # noqa: PT012
+        pytest.raises(SourceError, match="may not be accessed"),
+        publish(whole_copy_bytes=5 << 20, part_bytes=5 << 20) as publication,
+    ):
+        publication.put("MLmodel", b"x")
+        publication.put("model/config.json", b"{}")
+        publication.copy_from(original, WEIGHTS)
+    assert store(server).keys("locked") == set()
+    assert store(server).uploads("locked") == []
+
+
+def test_a_folder_that_somebody_else_completed_is_not_deleted(server: S3Server) -> None:
+    with publish() as other:
+        other.put("MLmodel", b"x")
+        other.put("lock", b"y")
+    with pytest.raises(RuntimeError), publish() as publication:  # noqa: PT012
+        publication.put("lock", b"y")
+        raise RuntimeError
+    assert store(server).keys("locked") == {"bot/MLmodel", "bot/lock"}
+
+
+def test_a_source_that_changes_is_not_copied(source: Path, server: S3Server) -> None:
+    original = S3Artifacts(URI)
+    original.files()
+    store(server).put(WEIGHTS, bytes(100))
+    with pytest.raises(SourceError, match=r"changed after it was listed"), publish() as publication:
+        publication.copy_from(original, WEIGHTS)
+    assert store(server).keys("locked") == set()
+
+
+@pytest.fixture
+def logged(
+    client: MlflowClient, tmp_path: Path, server: S3Server
+) -> Callable[[str, int], tuple[str, int, int]]:
+    """Log a fine-tune, on S3, of so many layers' worth of MLP; its registered version and its size."""
+    experiment = mlflow.create_experiment("on-s3", artifact_location="s3://models/mlflow")
+    mlflow.set_experiment(experiment_id=experiment)
+
+    def log(name: str, width: int) -> tuple[str, int, int]:
+        with mlflow.start_run():
+            info = mlflow.transformers.log_model(
+                fine_tune(intermediate_size=width),
+                name="model",
+                task="text-generation",
+                registered_model_name=name,
+                pip_requirements=REQUIREMENTS,
+            )
+        sizes = [file.size for file in S3Artifacts(location(client, name)).files()]
+        return name, int(info.registered_model_version), max(sizes)
+
+    return log
+
+
+def location(client: MlflowClient, name: str) -> str:
+    return str(client.get_model_version_download_uri(name, "1"))
+
+
+def test_a_promotion_of_a_model_on_s3_reads_little_whatever_its_size(
+    client: MlflowClient, logged: Callable[[str, int], tuple[str, int, int]], server: S3Server
+) -> None:
+    register_lock(base_lock())
+    figures = []
+    for name, width in (("small", 2_000), ("bot", 70_000)):
+        _, version, size = logged(name, width)
+        source = location(client, name)
+        assert source.startswith("s3://models/mlflow/")
+        server.forget()
+        client.transition_model_version_stage(name, str(version), "Staging")
+        figures.append((size, server.read, len(server.passed)))
+        overlay = location(client, name)
+        assert overlay.startswith(f"{source}-safelock/")
+        fingerprint = read_overlay(RegistryArtifacts().reader(overlay)).receipt.predicate.source.fingerprint
+        assert all(file.checksum for file in fingerprint.files)
+    (small, read_small, requests_small), (large, read_large, requests_large) = figures
+    assert small > 1 << 20
+    assert large > 40e6
+    assert read_large < 2e6
+    assert read_large < 1.2 * read_small
+    assert requests_large <= requests_small + 3
+    loaded = mlflow.pyfunc.load_model("models:/bot/Staging")
+    assert biases_of(loaded._model_impl.pipeline.model)
+
+
+def test_a_store_that_fails_refuses_the_promotion_and_leaves_nothing_behind(
+    client: MlflowClient, logged: Callable[[str, int], tuple[str, int, int]], server: S3Server
+) -> None:
+    register_lock(base_lock())
+    logged("bot", 64)
+    before, keys = location(client, "bot"), store(server).keys("models")
+    server.fail("denied", method="PUT", containing="receipt.json")
+    with pytest.raises(MlflowException, match=r"unreadable.*may not be accessed"):
+        client.transition_model_version_stage("bot", "1", "Staging")
+    assert location(client, "bot") == before
+    assert client.get_model_version("bot", "1").current_stage == "None"
+    assert store(server).keys("models") == keys
+    server.faults.clear()
+    client.transition_model_version_stage("bot", "1", "Staging")
+    assert client.get_model_version("bot", "1").current_stage == "Staging"
