@@ -15,7 +15,7 @@ from benchmarks.harness import Contender, take_turns
 from benchmarks.results import Limit, Ratio, Results, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("apply", "promotion", "s3", "probes", "serving", "transition")
+BENCHMARKS = ("apply", "promotion", "probes", "s3", "serving", "standalone", "transition")
 
 
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:

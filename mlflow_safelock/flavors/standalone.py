@@ -23,6 +23,7 @@ from mlflow_safelock.errors import SourceError, VerificationError
 from mlflow_safelock.flavors.overlay import FLAVOR_NAME, RECEIPT_FILE, read_mlmodel
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
+    ADDED_BY_CLIENTS,
     ArtifactReader,
     LocalArtifacts,
     LockReference,
@@ -102,7 +103,8 @@ def write_standalone(
     }
     for path in source.rglob("*"):
         inside = path.relative_to(source)
-        if path.is_file() and not path.is_relative_to(weights) and str(inside) != MLMODEL_FILE_NAME:
+        left_out = {MLMODEL_FILE_NAME, *ADDED_BY_CLIENTS}
+        if path.is_file() and not path.is_relative_to(weights) and inside.as_posix() not in left_out:
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / inside)
     _describe(folder, described, lock, alpha)
@@ -144,7 +146,7 @@ def read_standalone(reader: ArtifactReader) -> Receipt:
         raise VerificationError(f"There is no receipt at {reader.location}.", next_step=_AGAIN) from error
     stated = receipt.predicate
     expected = {*stated.files, *stated.shared, RECEIPT_FILE}
-    found = {file.path for file in reader.files()}
+    found = {file.path for file in reader.files()} - ADDED_BY_CLIENTS
     for path in sorted(expected ^ found):
         what = "is missing" if path in expected else "is not in its receipt"
         raise VerificationError(

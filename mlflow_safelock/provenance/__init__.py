@@ -8,6 +8,7 @@ from mlflow_safelock.provenance.artifacts import (
     StoreChecksum,
 )
 from mlflow_safelock.provenance.fingerprint import (
+    ADDED_BY_CLIENTS,
     FileFingerprint,
     SourceFingerprint,
     check_fingerprint,
@@ -24,6 +25,7 @@ from mlflow_safelock.provenance.receipt import (
 from mlflow_safelock.provenance.weights import WeightsHeader, read_header
 
 __all__ = [
+    "ADDED_BY_CLIENTS",
     "Actor",
     "ArtifactFile",
     "ArtifactReader",
