@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,25 @@ def deliver(lock: SafetyLock, output: Path, register_at: MlflowAddress | None, f
         show_json({"file": str(output), "registered": registered, **lock_facts(lock)})
     else:
         show_lock(lock, written=output, registered=registered)
+
+
+def deliver_several(locks: Sequence[SafetyLock], output: Path, form: str = "table") -> None:
+    """Write a lock file for each number of heads, ``output`` with the number added to its name, and show it.
+
+    Raises:
+        LockError: A file cannot be written.
+    """
+    from mlflow_safelock.formats import save_lock
+
+    facts = []
+    for lock in locks:
+        file = output.with_stem(f"{output.stem}-{len(lock.heads)}")
+        save_lock(lock, file)
+        if form == "table":
+            show_lock(lock, written=file, registered=None)
+        facts.append({"file": str(file), "registered": None, **lock_facts(lock)})
+    if form == "json":
+        show_json(facts)
 
 
 def register_lock(lock: SafetyLock, mlflow_address: MlflowAddress, name: str | None = None) -> str:

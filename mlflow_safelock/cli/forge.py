@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mlflow_safelock.cli.command import Command
-from mlflow_safelock.cli.delivery import deliver
-from mlflow_safelock.cli.forge_request import ForgeRequest, forge_lock
+from mlflow_safelock.cli.delivery import deliver, deliver_several
+from mlflow_safelock.cli.forge_request import ForgeRequest, forge_locks
 from mlflow_safelock.cli.options import (
     MlflowAddress,
     batch_size_option,
@@ -42,7 +42,14 @@ if TYPE_CHECKING:
 @click.option("--question-key", default="question", show_default=True, help="Column of the questions.")
 @click.option("--safe-key", default="safe", show_default=True, help="Column of the safe answers.")
 @click.option("--unsafe-key", default="unsafe", show_default=True, help="Column of the unsafe answers.")
-@click.option("--heads", type=click.IntRange(min=1), default=24, show_default=True, help="Heads to lock.")
+@click.option(
+    "--heads",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(24,),
+    show_default="24",
+    help="Heads to lock; given several times, one lock for each, OUTPUT-24 and so on, from one pass.",
+)
 @click.option(
     "--last-tokens",
     type=click.IntRange(min=1),
@@ -75,6 +82,12 @@ if TYPE_CHECKING:
 )
 @click.option("--base-model", metavar="ID", help="What the base is called.  [default: what MODEL says]")
 @click.option("--base-revision", metavar="COMMIT", help="Its revision.")
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder that keeps activations, so that a run that was cut off goes on where it was.",
+)
 @batch_size_option
 @model_options
 @output_file_option("Lock file to write.")
@@ -87,7 +100,7 @@ def forge(
     question_key: str,
     safe_key: str,
     unsafe_key: str,
-    heads: int,
+    heads: tuple[int, ...],
     last_tokens: int,
     system_prompt: str | None,
     split: Literal["pair", "row"],
@@ -96,6 +109,7 @@ def forge(
     default_alpha: float,
     base_model: str | None,
     base_revision: str | None,
+    cache: Path | None,
     batch_size: int,
     dtype: str,
     device: str,
@@ -110,7 +124,12 @@ def forge(
     The model reads every pair once and nothing is trained but small probes: minutes for a model of ten
     billion parameters on a GPU.
     """
-    lock = forge_lock(
+    if register and len(heads) > 1:
+        raise click.UsageError(
+            "The newest lock of a base is the one that the gate applies, so --register takes one number of "
+            "heads. Forge several, compare them, and register one: safelock lock register."
+        )
+    locks = forge_locks(
         ForgeRequest(
             model=model,
             data=data,
@@ -126,10 +145,14 @@ def forge(
             base_model=base_model,
             base_revision=base_revision,
             geometry=None,
+            cache=cache,
             batch_size=batch_size,
             dtype=dtype,
             device=device,
         ),
         mlflow_address,
     )
-    deliver(lock, output, mlflow_address if register else None, form)
+    if len(locks) == 1:
+        deliver(locks[0], output, mlflow_address if register else None, form)
+    else:
+        deliver_several(locks, output, form)

@@ -27,7 +27,7 @@ class ForgeRequest:
         data: File of preference pairs; ``None`` for the starter pairs.
         keys: Names of its columns: question, safe answer, unsafe answer.
         max_pairs: Use the first so many pairs only; ``None`` for all.
-        heads: Heads to lock.
+        heads: Heads to lock, one lock for each number.
         last_tokens: How many of each answer's last tokens give activations.
         system_prompt: System prompt of every chat.
         split: How rows are split for the probes.
@@ -37,6 +37,7 @@ class ForgeRequest:
         base_model: What the base is called; ``None`` for what the model says.
         base_revision: Its revision.
         geometry: Attention shape that it must have; ``None`` for any.
+        cache: Folder that keeps activations; ``None`` for none.
         batch_size: Texts in one forward pass.
         dtype: Number format of the weights.
         device: Where it runs.
@@ -46,7 +47,7 @@ class ForgeRequest:
     data: Path | None
     keys: tuple[str, str, str]
     max_pairs: int | None
-    heads: int
+    heads: tuple[int, ...]
     last_tokens: int
     system_prompt: str | None
     split: Literal["pair", "row"]
@@ -56,12 +57,13 @@ class ForgeRequest:
     base_model: str | None
     base_revision: str | None
     geometry: AttentionGeometry | None
+    cache: Path | None
     batch_size: int
     dtype: str
     device: str
 
 
-def forge_lock(request: ForgeRequest, mlflow_address: MlflowAddress) -> SafetyLock:
+def forge_locks(request: ForgeRequest, mlflow_address: MlflowAddress) -> tuple[SafetyLock, ...]:
     """Load the base model and the pairs, and forge.
 
     Raises:
@@ -100,6 +102,7 @@ def forge_lock(request: ForgeRequest, mlflow_address: MlflowAddress) -> SafetyLo
         train_fraction=request.train_fraction,
         base_model=name,
         base_revision=request.base_revision,
+        cache=request.cache,
         batch_size=request.batch_size,
         default_alpha=request.default_alpha,
     )

@@ -10,7 +10,7 @@ import click
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.delivery import deliver
 from mlflow_safelock.cli.demo import FOLDER, show_demo
-from mlflow_safelock.cli.forge_request import ForgeRequest, forge_lock
+from mlflow_safelock.cli.forge_request import ForgeRequest, forge_locks
 from mlflow_safelock.cli.options import (
     MlflowAddress,
     format_option,
@@ -74,7 +74,7 @@ def run(
         show_demo(chosen, output or FOLDER, form)
         return
     file = in_existing_folder(output or Path(f"{chosen.name}.safetensors"))
-    lock = forge_lock(_request(chosen, model or chosen.base.model, dtype, device), mlflow_address)
+    (lock,) = forge_locks(_request(chosen, model or chosen.base.model, dtype, device), mlflow_address)
     deliver(
         lock,
         file,
@@ -90,7 +90,7 @@ def _request(recipe: LockRecipe, model: str, dtype: str, device: str) -> ForgeRe
         data=None if forge.dataset is None else Path(forge.dataset),
         keys=(forge.dataset_keys.question, forge.dataset_keys.safe, forge.dataset_keys.unsafe),
         max_pairs=forge.pairs,
-        heads=forge.heads,
+        heads=(forge.heads,),
         last_tokens=forge.last_tokens,
         system_prompt=forge.system_prompt,
         split=forge.split,
@@ -100,6 +100,7 @@ def _request(recipe: LockRecipe, model: str, dtype: str, device: str) -> ForgeRe
         base_model=base.model,
         base_revision=base.revision,
         geometry=base.geometry,
+        cache=None,
         batch_size=forge.batch_size,
         dtype=dtype,
         device=device,

@@ -1,14 +1,16 @@
 """Head outputs at the last tokens of answers (METHOD, forge steps 2 and 3).
 
 Only the input of every attention output projection is looked at, and of that only the last answer tokens are
-kept. The decoder runs without its language modelling head, so no logits are computed.
+kept. The decoder runs without its language modelling head, so no logits are computed, and each pass ends at
+the last layer's output projection.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +21,7 @@ from mlflow_safelock.apply import attention_of
 from mlflow_safelock.apply.architectures import Attention
 from mlflow_safelock.errors import AnswerTokensError, ForgeError
 from mlflow_safelock.forging.answer_tokens import AnswerTokens, last_answer_tokens
+from mlflow_safelock.forging.cache import reading_key, store_in_memory, store_on_disk
 from mlflow_safelock.forging.preferences import PreferencePair
 from mlflow_safelock.forging.progress import tracked
 from mlflow_safelock.lock import AttentionGeometry
@@ -55,6 +58,7 @@ def collect_activations(
     system_prompt: str | None = None,
     batch_size: int = 8,
     padding_side: Literal["left", "right"] = "right",
+    cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> HeadActivations:
     """Run a model over preference pairs and keep what its heads put out at the answers' last tokens.
@@ -74,27 +78,40 @@ def collect_activations(
         batch_size: Chats in one forward pass; those of like length go together.
         padding_side: Where shorter chats of a batch are filled up. Either way the attention mask and the
             positions keep the filling from having any effect.
+        cache: Folder that keeps activations as they are computed, so that a run that was cut off goes on
+            where it was, with the same bits, and one that only differs in what is made of them reads
+            nothing. It takes as many bytes as the buffer above.
         progress: Whether to show a progress bar.
 
     Raises:
         AnswerTokensError: An answer has too few tokens, or cannot be found in its chat; with the pair.
-        ForgeError: A chat does not fit the model.
+        ForgeError: A chat does not fit the model, or the cache cannot be used.
         UnsupportedArchitectureError: The model's attention heads are not known.
     """
     attention = attention_of(model)
     chats = _chats(model, tokenizer, pairs, last_tokens, system_prompt)
     geometry = attention.geometry
-    values = torch.empty(len(chats), last_tokens, geometry.layers, geometry.heads, geometry.head_dim)
+    shape = (len(chats), last_tokens, geometry.layers, geometry.heads, geometry.head_dim)
     # Chats of like length together: less padding. The longest first: what does not fit shows at once.
     order = sorted(range(len(chats)), key=lambda index: -len(chats[index].token_ids))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    body = _body_of(model)
+    if cache is None:
+        store = store_in_memory(shape, len(batches))
+    else:
+        settings = {"batch_size": batch_size, "padding_side": padding_side}
+        key = reading_key(model, geometry, chats, **settings)
+        store = store_on_disk(cache, key, shape, len(batches))
+    body, values = _body_of(model), store.values
     with _evaluating(model), _recording(attention, values) as record, torch.inference_mode():
-        for batch in tracked(batches, "Reading pairs", progress=progress):
+        for number, batch in enumerate(tracked(batches, "Reading pairs", progress=progress)):
+            if store.done[number]:
+                continue
             inputs, positions = _padded([chats[index] for index in batch], padding_side)
             record.start(batch, positions)
-            _run(model, body, inputs)
+            with suppress(_AllSeen):
+                _run(model, body, inputs)
             record.finish()
+            store.finish(number)
     return HeadActivations(
         values=values.flatten(0, 1),
         labels=torch.tensor([1, 0]).repeat_interleave(last_tokens).repeat(len(pairs)),
@@ -168,8 +185,12 @@ def _run(model: PreTrainedModel, body: nn.Module, inputs: dict[str, torch.Tensor
     body(use_cache=False, **{name: values.to(device) for name, values in inputs.items() if name in taken})
 
 
+class _AllSeen(Exception):  # noqa: N818 - ends a forward pass, and is no error
+    """Every layer's input was seen: what the model would do from here on is of no use."""
+
+
 class _Recorder:
-    """Puts what goes into the output projections where it belongs in a buffer."""
+    """Puts what goes into the output projections where it belongs in a buffer, and ends the pass with it."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._values = values  # [chats, last_tokens, layers, heads, head_dim]
@@ -198,6 +219,8 @@ class _Recorder:
             shape = (*kept.shape[:2], *self._values.shape[3:])
             self._values[list(self._chats), :, layer] = kept.reshape(shape).to("cpu", torch.float32)
             self._seen.append(layer)
+            if len(self._seen) == self._values.shape[2]:
+                raise _AllSeen
 
         return keep
 

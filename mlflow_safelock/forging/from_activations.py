@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from mlflow_safelock.forging.splits import Indices, RowSplit, drawn_split, given
 from mlflow_safelock.lock import AttentionGeometry, LockMetadata, SafetyLock
 
 
+@overload
 def forge_from_activations(
     activations: torch.Tensor | npt.NDArray[np.floating[Any]],
     labels: Any,
@@ -38,13 +39,62 @@ def forge_from_activations(
     default_alpha: float = 6.0,
     created: str | None = None,
     device: torch.device | str = "cpu",
-) -> SafetyLock:
+) -> SafetyLock: ...
+
+
+@overload
+def forge_from_activations(
+    activations: torch.Tensor | npt.NDArray[np.floating[Any]],
+    labels: Any,
+    *,
+    heads: tuple[int, ...],
+    train_rows: Any = None,
+    val_rows: Any = None,
+    base_model: str | None = None,
+    hidden: int | None = None,
+    split: Literal["pair", "row"] = "pair",
+    seed: int = 0,
+    train_fraction: float = 0.6,
+    pairs: Any = None,
+    last_tokens: int | None = None,
+    base_revision: str | None = None,
+    architecture: str | None = None,
+    system_prompt: str | None = None,
+    dataset_digest: str | None = None,
+    default_alpha: float = 6.0,
+    created: str | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[SafetyLock, ...]: ...
+
+
+def forge_from_activations(
+    activations: torch.Tensor | npt.NDArray[np.floating[Any]],
+    labels: Any,
+    *,
+    heads: int | tuple[int, ...] = 24,
+    train_rows: Any = None,
+    val_rows: Any = None,
+    base_model: str | None = None,
+    hidden: int | None = None,
+    split: Literal["pair", "row"] = "pair",
+    seed: int = 0,
+    train_fraction: float = 0.6,
+    pairs: Any = None,
+    last_tokens: int | None = None,
+    base_revision: str | None = None,
+    architecture: str | None = None,
+    system_prompt: str | None = None,
+    dataset_digest: str | None = None,
+    default_alpha: float = 6.0,
+    created: str | None = None,
+    device: torch.device | str = "cpu",
+) -> SafetyLock | tuple[SafetyLock, ...]:
     """Forge a lock from head activations (METHOD, forge steps 4 to 6).
 
     Args:
         activations: Head outputs, floating, ``[rows, layers, heads, head_dim]``.
         labels: ``[rows]``; 1 (or ``True``) for a safe answer's token, 0 for an unsafe one's.
-        heads: How many heads to lock (``K`` in the paper).
+        heads: How many heads to lock (``K`` in the paper); several numbers give as many locks.
         train_rows: Row numbers to fit the probes on; with ``val_rows`` they are the split (recorded as
             ``given``), and ``split``, ``seed`` and ``train_fraction`` do not count.
         val_rows: Row numbers to validate the probes on.
@@ -66,7 +116,8 @@ def forge_from_activations(
         device: Where to compute.
 
     Returns:
-        The lock. The same arguments, ``created`` among them, give the same digest.
+        The lock, or one for each number of heads. The same arguments, ``created`` among them, give the same
+        digest.
 
     Raises:
         ForgeError: Arguments that contradict each other or the data, too few pairs, activations that are not
@@ -113,7 +164,7 @@ def forge_from_activations(
         default_alpha=default_alpha,
         created=created,
     )
-    return probe_activations(values, is_safe, rows, metadata, device=device).lock(heads)
+    return probe_activations(values, is_safe, rows, metadata, device=device).locks(heads)
 
 
 def probe_activations(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@overload
 def forge(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -39,8 +41,52 @@ def forge(
     batch_size: int = 8,
     default_alpha: float = 6.0,
     created: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> SafetyLock:
+) -> SafetyLock: ...
+
+
+@overload
+def forge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    *,
+    heads: tuple[int, ...],
+    last_tokens: int = 5,
+    system_prompt: str | None = None,
+    split: Literal["pair", "row"] = "pair",
+    seed: int = 0,
+    train_fraction: float = 0.6,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    batch_size: int = 8,
+    default_alpha: float = 6.0,
+    created: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> tuple[SafetyLock, ...]: ...
+
+
+def forge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    *,
+    heads: int | tuple[int, ...] = 24,
+    last_tokens: int = 5,
+    system_prompt: str | None = None,
+    split: Literal["pair", "row"] = "pair",
+    seed: int = 0,
+    train_fraction: float = 0.6,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    batch_size: int = 8,
+    default_alpha: float = 6.0,
+    created: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> SafetyLock | tuple[SafetyLock, ...]:
     """Forge a lock from a base model and preference pairs.
 
     Forge from the aligned base model, before any fine-tuning; every fine-tune of it is then locked with the
@@ -51,7 +97,7 @@ def forge(
         tokenizer: Its tokenizer; its chat template is used if it has one.
         pairs: Preference pairs, 100 in the paper's recipe; ``load_pairs`` reads them from a file.
         heads: How many heads to lock (``K`` in the paper: 24 for 8 to 12 billion parameters, 24 or 48 for
-            70 and above).
+            70 and above). Several numbers, such as ``(24, 48)``, give as many locks from one pass.
         last_tokens: How many of each answer's last tokens give activations (``r`` in the paper).
         system_prompt: System prompt of every chat.
         split: ``pair`` keeps the rows of a pair, and pairs with the same question, on one side of the split,
@@ -63,10 +109,13 @@ def forge(
         batch_size: Chats in one forward pass.
         default_alpha: Strength to recommend.
         created: When it was forged, ISO 8601 in UTC; now where it is not given.
+        cache: Folder that keeps activations as they are computed, so that a forge that was cut off goes on
+            where it was; see ``collect_activations``.
         progress: Whether to show progress bars.
 
     Returns:
-        The lock. On one machine the same arguments, ``created`` among them, give the same digest.
+        The lock, or one for each number of heads. On one machine the same arguments, ``created`` among them,
+        give the same digest.
 
     Raises:
         PreferenceDataError: A pair is none.
@@ -101,8 +150,9 @@ def forge(
         batch_size=batch_size,
         default_alpha=default_alpha,
         created=created,
+        cache=cache,
         progress=progress,
-    ).lock(heads)
+    ).locks(heads)
 
 
 def probe_model(
@@ -120,6 +170,7 @@ def probe_model(
     batch_size: int = 8,
     default_alpha: float = 6.0,
     created: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> ProbedHeads:
     """Do all of ``forge`` but the choice of heads, so that locks of several sizes come from one pass.
@@ -159,6 +210,7 @@ def probe_model(
         last_tokens=last_tokens,
         system_prompt=system_prompt,
         batch_size=batch_size,
+        cache=cache,
         progress=progress,
     )
     return probe_activations(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -34,6 +35,16 @@ class ProbedHeads:
     scores: ProbeScores
     metadata: LockMetadata
 
+    @overload
+    def locks(self, heads: int) -> SafetyLock: ...
+
+    @overload
+    def locks(self, heads: tuple[int, ...]) -> tuple[SafetyLock, ...]: ...
+
+    def locks(self, heads: int | tuple[int, ...]) -> SafetyLock | tuple[SafetyLock, ...]:
+        """One lock for a number of heads, several for several numbers; see ``lock``."""
+        return tuple(map(self.lock, heads)) if isinstance(heads, tuple) else self.lock(heads)
+
     def lock(self, heads: int = 24) -> SafetyLock:
         """The lock of the best heads (METHOD, forge steps 5 and 6).
 
@@ -51,12 +62,18 @@ class ProbedHeads:
         return SafetyLock(locked, self.metadata, self.scores.scores.astype(np.float32))
 
 
-def check_heads(heads: int, geometry: AttentionGeometry) -> None:
-    """Raise unless a model of this shape has so many heads.
+def check_heads(heads: int | tuple[int, ...], geometry: AttentionGeometry) -> None:
+    """Raise unless a model of this shape has so many heads, or each of so many.
 
     Raises:
-        ForgeError: It has not, or ``heads`` is not a whole number above zero.
+        ForgeError: It has not, or ``heads`` is not a whole number above zero, nor a tuple of such.
     """
+    if isinstance(heads, tuple):
+        if not heads:
+            raise ForgeError("heads must name at least one number of heads.")
+        for count in heads:
+            check_heads(count, geometry)
+        return
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise ForgeError(f"heads must be a whole number above zero, not {heads!r}.")
     available = geometry.layers * geometry.heads

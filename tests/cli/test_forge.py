@@ -113,6 +113,23 @@ def test_a_model_in_mlflow_says_what_its_lock_is_for(
     assert load_lock(output).base_model == BASE
 
 
+def test_several_numbers_of_heads_give_several_files_from_one_reading(
+    run: Run, workshop: Workshop, data: Path, tmp_path: Path
+) -> None:
+    output, cache = tmp_path / "lock.safetensors", tmp_path / "cache"
+    options = ("--data", data, *KEYS, "--base-model", BASE, "--heads", 2, "--heads", 3, "--output", output)
+    done = run("forge", workshop.model, *options, "--cache", cache, "--format", "json")
+    assert done.exit_code == 0, done.stderr
+    files = [tmp_path / "lock-2.safetensors", tmp_path / "lock-3.safetensors"]
+    assert [entry["file"] for entry in done.json] == [str(file) for file in files]
+    assert [len(load_lock(file).heads) for file in files] == [2, 3]
+    assert not output.exists()
+    assert list(cache.glob("*/values.f32"))
+    refused = run("forge", workshop.model, *options, "--register")
+    assert refused.exit_code == 2
+    assert "safelock lock register" in refused.stderr
+
+
 def test_a_folder_needs_a_name_for_its_base(run: Run, workshop: Workshop, data: Path, tmp_path: Path) -> None:
     done = run("forge", workshop.model, "--data", data, *KEYS, "--heads", 2, "--output", tmp_path / "lock")
     assert done.exit_code == 2

@@ -134,6 +134,15 @@ def test_the_language_modelling_head_does_not_run() -> None:
     collect_activations(model, TOKENIZER, PAIRS, progress=False)
 
 
+def test_a_pass_ends_where_the_last_attention_does() -> None:
+    model = tiny_model("llama")
+    model.model.layers[-1].mlp.register_forward_hook(lambda *_: pytest.fail("the last MLP ran"))
+    ran: list[int] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: ran.append(1))
+    collect_activations(model, TOKENIZER, PAIRS, progress=False)
+    assert ran
+
+
 def modes(model: nn.Module) -> list[bool]:
     return [module.training for module in model.modules()]
 

@@ -230,3 +230,17 @@ def test_a_model_that_puts_out_nan_is_refused_with_the_head() -> None:
 
 def test_two_pairs_are_enough() -> None:
     assert forged(pairs=PAIRS[:2]).metadata.pairs == 2
+
+
+def test_locks_of_several_sizes_come_from_one_pass() -> None:
+    base = model()
+    passes: list[int] = []
+    base.model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    few, many = forged(base, heads=(2, 5))
+    once = len(passes)
+    assert (few.digest, many.digest) == (forged(base, heads=2).digest, forged(base, heads=5).digest)
+    assert len(passes) == 3 * once
+    with pytest.raises(ForgeError, match="at least one"):
+        forged(base, heads=())
+    with pytest.raises(ForgeError, match="13 heads are asked for"):
+        forged(base, heads=(2, 13))

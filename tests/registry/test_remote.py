@@ -175,6 +175,7 @@ def test_nobody_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mlflow_s_own_server_sends_parts(tmp_path: Path, folder: Path) -> None:
     with mlflow_server(tmp_path / "server") as server:
         mlflow.set_tracking_uri(server.url)
+        mlflow.set_experiment("parts")
         try:
             with mlflow.start_run() as run:
                 mlflow.log_artifacts(str(folder), "model")

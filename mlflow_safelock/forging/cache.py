@@ -1,0 +1,127 @@
+"""Activations on disk as they are computed: a forge that was cut off goes on where it was.
+
+A cache folder holds one folder for each reading of a model, named by a digest of all that decides the
+numbers: the model's configuration and samples of its weights, every token of every chat, and how they were
+batched. So a reading of another model, other pairs or another template never finds these numbers, and a forge
+that only asks for other heads, another split or seed reads the model not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlflow_safelock.errors import ForgeError
+from mlflow_safelock.forging.answer_tokens import AnswerTokens
+from mlflow_safelock.lock import AttentionGeometry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLES = 64
+"""Numbers of each parameter that tell one model from another."""
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationStore:
+    """Where activations go, and which batches are there.
+
+    Attributes:
+        values: float32 ``[chats, last_tokens, layers, heads, head_dim]``.
+        done: uint8 ``[batches]``; 1 where a batch's values are complete.
+        files: The files behind both, in this order; none in memory.
+    """
+
+    values: torch.Tensor
+    done: npt.NDArray[np.uint8]
+    files: tuple[np.memmap[Any, Any], ...] = ()
+
+    def finish(self, batch: int) -> None:
+        """Keep the batch's values, then say so: a batch that is marked is on disk."""
+        for file in self.files[:1]:
+            file.flush()
+        self.done[batch] = 1
+        for file in self.files[1:]:
+            file.flush()
+
+
+def store_in_memory(shape: Sequence[int], batches: int) -> ActivationStore:
+    """A store that is gone with the process."""
+    return ActivationStore(torch.empty(*shape), np.zeros(batches, dtype=np.uint8))
+
+
+def store_on_disk(
+    cache: str | os.PathLike[str], key: str, shape: Sequence[int], batches: int
+) -> ActivationStore:
+    """The store of a reading, as an earlier process left it, or new.
+
+    Args:
+        cache: The cache folder; made where there is none.
+        key: What the reading is of; see ``reading_key``.
+        shape: Of the values.
+        batches: Number of batches.
+
+    Raises:
+        ForgeError: It cannot be made, or what is there has another size.
+    """
+    folder = Path(cache) / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        values = _mapped(folder / "values.f32", np.dtype(np.float32), tuple(shape))
+        done = _mapped(folder / "done.u8", np.dtype(np.uint8), (batches,))
+        return ActivationStore(torch.from_numpy(values), done, (values, done))
+    except (OSError, ValueError) as error:
+        raise ForgeError(
+            f"The activations cannot be kept in {folder}: {error}.",
+            next_step="Make room, choose another folder, or forge without one.",
+        ) from error
+
+
+def reading_key(
+    model: PreTrainedModel, geometry: AttentionGeometry, chats: Iterable[AnswerTokens], **settings: object
+) -> str:
+    """Digest of all that decides the activations of a reading, 64 hexadecimal digits.
+
+    Args:
+        model: The model: its configuration, and samples of its weights.
+        geometry: Its attention shape.
+        chats: What it reads.
+        settings: How, such as the size of a batch.
+    """
+    state = hashlib.sha256()
+    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    about = {
+        "config": config,
+        "geometry": geometry.model_dump(),
+        "torch": torch.__version__,
+        **settings,
+    }
+    state.update(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.state_dict(keep_vars=False).items()):
+        state.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
+        if parameter.device.type != "meta" and parameter.numel():
+            step = max(1, parameter.numel() // SAMPLES)
+            sample = parameter.detach().flatten()[::step][:SAMPLES]
+            state.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    for chat in chats:
+        state.update(json.dumps([list(chat.token_ids), list(chat.positions)]).encode())
+    return state.hexdigest()
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    size = int(np.prod(shape)) * dtype.itemsize
+    if not path.exists():
+        with path.open("xb") as file:
+            file.truncate(size)
+    elif path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, and {size} are expected")
+    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)

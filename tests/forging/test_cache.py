@@ -1,0 +1,105 @@
+"""A forge that was cut off goes on where it was, and nothing else finds its numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlflow_safelock.errors import ForgeError
+from mlflow_safelock.forging import collect_activations, forge, starter_preference_pairs
+from tests.models import CHATML, tiny_model, tiny_tokenizer
+
+PAIRS = starter_preference_pairs()[:12]
+TOKENIZER = tiny_tokenizer(CHATML)
+WHEN = "2026-01-31T12:00:00+00:00"
+
+SLOWLY = """
+import sys, time
+from tests.forging.test_cache import PAIRS, TOKENIZER, WHEN, base
+from mlflow_safelock.forging import forge
+model = base()
+model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.3))
+forge(model, TOKENIZER, PAIRS, heads=4, batch_size=2, cache=sys.argv[1], created=WHEN, progress=False)
+"""
+
+
+def base(seed: int = 0) -> torch.nn.Module:
+    return tiny_model("llama", seed=seed, max_position_embeddings=512)
+
+
+def passes(model: torch.nn.Module) -> list[int]:
+    """Counts forward passes from now on; the number of chats in each."""
+    seen: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    return seen
+
+
+def done(cache: Path) -> int:
+    return sum(int(np.fromfile(path, dtype=np.uint8).sum()) for path in cache.glob("*/done.u8"))
+
+
+def test_a_forge_that_was_killed_goes_on_where_it_was_and_gives_the_same_lock(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, str(cache)], env={**os.environ})
+    deadline = time.monotonic() + 120
+    while done(cache) < 3:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = done(cache)
+    assert 3 <= finished < 12
+    model = base()
+    seen = passes(model)
+    settings = {"heads": 4, "batch_size": 2, "created": WHEN, "progress": False}
+    resumed = forge(model, TOKENIZER, PAIRS, cache=cache, **settings)
+    assert len(seen) == 12 - finished
+    assert resumed.digest == forge(base(), TOKENIZER, PAIRS, **settings).digest
+
+
+def test_another_seed_or_number_of_heads_reads_the_model_not_at_all(tmp_path: Path) -> None:
+    forge(base(), TOKENIZER, PAIRS, heads=4, cache=tmp_path, progress=False)
+    model = base()
+    seen = passes(model)
+    few, many = forge(model, TOKENIZER, PAIRS, heads=(2, 6), seed=3, cache=tmp_path, progress=False)
+    assert not seen
+    assert (len(few.heads), len(many.heads)) == (2, 6)
+
+
+@pytest.mark.parametrize("other", ["weights", "pairs", "system prompt", "batch size", "tokens"])
+def test_a_reading_of_something_else_never_finds_these_numbers(tmp_path: Path, other: str) -> None:
+    def read(cache: Path | None, *, first: bool) -> torch.Tensor:
+        change = None if first else other
+        return collect_activations(
+            base(seed=1 if change == "weights" else 0),
+            TOKENIZER,
+            PAIRS[1:] if change == "pairs" else PAIRS[:-1],
+            system_prompt="be safe" if change == "system prompt" else None,
+            batch_size=3 if change == "batch size" else 8,
+            last_tokens=2 if change == "tokens" else 5,
+            cache=cache,
+            progress=False,
+        ).values
+
+    read(tmp_path, first=True)
+    assert torch.equal(read(tmp_path, first=False), read(None, first=False))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cache_of_another_size_or_in_an_impossible_place_is_refused(tmp_path: Path) -> None:
+    forge(base(), TOKENIZER, PAIRS, heads=4, cache=tmp_path / "cache", progress=False)
+    (file,) = (tmp_path / "cache").glob("*/values.f32")
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ForgeError, match=r"values\.f32 has .* bytes"):
+        forge(base(), TOKENIZER, PAIRS, heads=4, cache=tmp_path / "cache", progress=False)
+    with pytest.raises(ForgeError, match="cannot be kept"):
+        forge(base(), TOKENIZER, PAIRS, heads=4, cache=file, progress=False)
