@@ -19,6 +19,7 @@ import rfc8785
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from mlflow_safelock.errors import LockValidationError
+from mlflow_safelock.kinship import KinshipSketch
 
 FORMAT_VERSION = 1
 """Version of the lock format that this package writes; older ones stay readable, newer ones are refused."""
@@ -207,17 +208,24 @@ class SafetyLock:
         metadata: What the lock is for and how it was made.
         scores: Probe score of every head, float32 of shape ``[layers, heads]`` in 0-1, read-only; ``None``
             where it is not known. A score is the mean of train and validation accuracy (METHOD step 4).
+        unit_biases: ``W_o d`` of every locked head in the base, float32 of shape ``[K, hidden]``, in the
+            order of ``heads``, read-only: where a fine-tune has left its output projections alone, its
+            biases follow without its weights. ``None`` where they are not known.
+        sketch: Some of the base's weights, by which its descendants are known; ``None`` where there is none.
 
     Two locks are equal when their digests are.
 
     Raises:
         LockValidationError: No heads, a head twice, a head outside the geometry, a direction of another
-            length than ``head_dim``, or scores of another shape.
+            length than ``head_dim``, scores or unit biases of another shape, or a sketch of layers that the
+            geometry has not.
     """
 
     heads: tuple[LockedHead, ...]
     metadata: LockMetadata
     scores: npt.NDArray[np.float32] | None = field(default=None)
+    unit_biases: npt.NDArray[np.float32] | None = field(default=None)
+    sketch: KinshipSketch | None = field(default=None)
 
     def __post_init__(self) -> None:
         geometry = self.metadata.geometry
@@ -239,9 +247,15 @@ class SafetyLock:
                     f"Head {locked.head} of layer {locked.layer}: the direction has {locked.direction.size} "
                     f"numbers, and head_dim is {geometry.head_dim}."
                 )
+        order = sorted(range(len(heads)), key=lambda index: (self.heads[index].layer, self.heads[index].head))
         object.__setattr__(self, "heads", heads)
         if self.scores is not None:
             object.__setattr__(self, "scores", _checked_scores(self.scores, geometry))
+        if self.unit_biases is not None:
+            biases = _checked_unit_biases(self.unit_biases, len(heads), geometry)
+            object.__setattr__(self, "unit_biases", _unchangeable(biases[order]))
+        if self.sketch is not None:
+            _check_sketch(self.sketch, geometry)
 
     @property
     def geometry(self) -> AttentionGeometry:
@@ -293,7 +307,9 @@ class SafetyLock:
         """The lock's numbers as they are stored, little-endian and contiguous, ``K`` being ``len(heads)``.
 
         ``layers`` int32 ``[K]``, ``heads`` int32 ``[K]``, ``directions`` float32 ``[K, head_dim]``, ``stds``
-        float64 ``[K]`` and, where they are known, ``scores`` float32 ``[layers, heads]``.
+        float64 ``[K]`` and, where they are known, ``scores`` float32 ``[layers, heads]``, ``unit_biases``
+        float32 ``[K, hidden]``, and the sketch: ``sketch_layers`` int32, ``sketch_offsets`` int64 and
+        ``sketch_values`` float16.
         """
         tensors: dict[str, npt.NDArray[Any]] = {
             "layers": np.array([locked.layer for locked in self.heads], dtype="<i4"),
@@ -303,6 +319,12 @@ class SafetyLock:
         }
         if self.scores is not None:
             tensors["scores"] = np.ascontiguousarray(self.scores, dtype="<f4")
+        if self.unit_biases is not None:
+            tensors["unit_biases"] = np.ascontiguousarray(self.unit_biases, dtype="<f4")
+        if self.sketch is not None:
+            tensors["sketch_layers"] = self.sketch.layers
+            tensors["sketch_offsets"] = self.sketch.offsets
+            tensors["sketch_values"] = self.sketch.values
         return tensors
 
     def __eq__(self, other: object) -> bool:
@@ -312,7 +334,7 @@ class SafetyLock:
         return hash(self.digest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.heads, self.metadata, self.scores)
+        return type(self), (self.heads, self.metadata, self.scores, self.unit_biases, self.sketch)
 
     def __repr__(self) -> str:
         geometry = self.geometry
@@ -334,6 +356,23 @@ def _checked_scores(scores: npt.NDArray[np.float32], geometry: AttentionGeometry
     if not np.isfinite(scores).all() or scores.min() < 0.0 or scores.max() > 1.0:
         raise LockValidationError("Probe scores must lie between 0 and 1.")
     return _unchangeable(scores)
+
+
+def _checked_unit_biases(
+    biases: npt.NDArray[np.float32], heads: int, geometry: AttentionGeometry
+) -> npt.NDArray[np.float32]:
+    shape = (heads, geometry.hidden)
+    if not isinstance(biases, np.ndarray) or biases.dtype != np.float32 or biases.shape != shape:
+        raise LockValidationError(f"Unit biases must be float32 of shape {list(shape)}.")
+    if not np.isfinite(biases).all():
+        raise LockValidationError("Unit biases must be finite.")
+    return biases
+
+
+def _check_sketch(sketch: KinshipSketch, geometry: AttentionGeometry) -> None:
+    numbers = geometry.heads * geometry.head_dim * geometry.hidden
+    if sketch.layers[-1] >= geometry.layers or (sketch.offsets + sketch.values.shape[2] > numbers).any():
+        raise LockValidationError(f"The kinship sketch lies outside the declared {geometry}.")
 
 
 def _unchangeable(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

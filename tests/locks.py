@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from mlflow_safelock.kinship import KinshipSketch
 from mlflow_safelock.lock import AttentionGeometry, LockedHead, LockMetadata, SafetyLock
 
 GEOMETRY = AttentionGeometry(layers=3, heads=4, head_dim=5, hidden=20)
@@ -54,8 +55,26 @@ def scores() -> np.ndarray:
     return (np.arange(12, dtype=np.float32).reshape(3, 4) / 16 + 0.25).astype(np.float32)
 
 
+def unit_biases() -> np.ndarray:
+    return (np.arange(80, dtype=np.float32).reshape(4, 20) / 32 - 1).astype(np.float32)
+
+
+def sketch(**changes: Any) -> KinshipSketch:
+    values = {
+        "layers": np.array([0, 2], dtype=np.int32),
+        "offsets": np.array([[0, 10, 30], [7, 100, 396]], dtype=np.int64),
+        "values": (np.arange(24, dtype=np.float16).reshape(2, 3, 4) / 8 - 1).astype(np.float16),
+    }
+    return KinshipSketch(**(values | changes))
+
+
 def make_lock(**changes: Any) -> SafetyLock:
     return SafetyLock(heads(), metadata(**changes), scores())
+
+
+def make_full_lock(**changes: Any) -> SafetyLock:
+    """A lock with everything that a lock may hold."""
+    return SafetyLock(heads(), metadata(**changes), scores(), unit_biases(), sketch())
 
 
 def _directions(head_dim: int) -> st.SearchStrategy[np.ndarray]:
@@ -77,7 +96,8 @@ _COUNT = st.integers(1, 2**31 - 1)
 def any_lock(draw: st.DrawFn) -> SafetyLock:
     """Any lock of a small geometry."""
     layers, heads_, head_dim = (draw(st.integers(1, limit)) for limit in (4, 4, 6))
-    geometry = AttentionGeometry(layers=layers, heads=heads_, head_dim=head_dim, hidden=draw(_COUNT))
+    hidden = draw(st.integers(1, 6) | _COUNT)
+    geometry = AttentionGeometry(layers=layers, heads=heads_, head_dim=head_dim, hidden=hidden)
     places = st.tuples(st.integers(0, layers - 1), st.integers(0, heads_ - 1))
     stds = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
     locked = [
@@ -109,4 +129,33 @@ def any_lock(draw: st.DrawFn) -> SafetyLock:
         st.none() | st.lists(st.floats(0, 1, width=32), min_size=layers * heads_, max_size=layers * heads_)
     )
     table = None if known is None else np.array(known, dtype=np.float32).reshape(layers, heads_)
-    return SafetyLock(tuple(locked), LockMetadata.parse({**values, "geometry": geometry}), table)
+    biases = draw(_unit_biases(len(locked), hidden)) if hidden <= 6 else None
+    return SafetyLock(
+        tuple(locked),
+        LockMetadata.parse({**values, "geometry": geometry}),
+        table,
+        biases,
+        draw(st.none() | _sketches(geometry)),
+    )
+
+
+def _unit_biases(count: int, hidden: int) -> st.SearchStrategy[np.ndarray | None]:
+    number = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    rows = st.lists(number, min_size=count * hidden, max_size=count * hidden)
+    return st.none() | rows.map(lambda row: np.array(row, dtype=np.float32).reshape(count, hidden))
+
+
+@st.composite
+def _sketches(draw: st.DrawFn, geometry: AttentionGeometry) -> KinshipSketch:
+    numbers = geometry.heads * geometry.head_dim * geometry.hidden
+    layers = draw(st.lists(st.integers(0, geometry.layers - 1), min_size=1, unique=True).map(sorted))
+    runs, length = draw(st.integers(1, 3)), draw(st.integers(1, min(numbers, 4)))
+    places = len(layers) * runs
+    starts = draw(st.lists(st.integers(0, numbers - length), min_size=places, max_size=places))
+    number = st.floats(width=16, allow_nan=False, allow_infinity=False)
+    values = draw(st.lists(number, min_size=places * length, max_size=places * length).filter(any))
+    return KinshipSketch(
+        np.array(layers, dtype=np.int32),
+        np.array(starts, dtype=np.int64).reshape(len(layers), runs),
+        np.array(values, dtype=np.float16).reshape(len(layers), runs, length),
+    )

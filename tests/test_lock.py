@@ -20,7 +20,19 @@ from mlflow_safelock.lock import (
     SafetyLock,
     canonical_metadata,
 )
-from tests.locks import GEOMETRY, any_lock, heads, make_lock, metadata, metadata_values, scores, unit
+from tests.locks import (
+    GEOMETRY,
+    any_lock,
+    heads,
+    make_full_lock,
+    make_lock,
+    metadata,
+    metadata_values,
+    scores,
+    sketch,
+    unit,
+    unit_biases,
+)
 
 UNIT = unit(1, 2, 2)
 
@@ -249,6 +261,36 @@ class TestSafetyLock:
         with pytest.raises(LockValidationError, match="between 0 and 1"):
             SafetyLock(heads(), metadata(), table)
 
+    @pytest.mark.parametrize(
+        "table",
+        [
+            unit_biases().T,
+            unit_biases()[:3],
+            unit_biases().astype(np.float64),
+            unit_biases().ravel(),
+            unit_biases().tolist(),
+        ],
+        ids=["transposed", "too few heads", "float64", "flat", "list"],
+    )
+    def test_unit_biases_of_another_shape_or_dtype_are_refused(self, table):
+        with pytest.raises(LockValidationError, match=r"must be float32 of shape \[4, 20\]"):
+            SafetyLock(heads(), metadata(), unit_biases=table)
+
+    def test_unit_biases_follow_their_heads(self):
+        backwards = SafetyLock(
+            tuple(reversed(heads())), metadata(), scores(), unit_biases()[::-1].copy(), sketch()
+        )
+        assert backwards == make_full_lock()
+        assert backwards.unit_biases.tobytes() == unit_biases().tobytes()
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            backwards.unit_biases.flags.writeable = True
+
+    def test_a_full_lock_survives_copies(self):
+        for twin in (pickle.loads(pickle.dumps(make_full_lock())), copy.deepcopy(make_full_lock())):
+            assert twin == make_full_lock()
+            assert twin.unit_biases.tobytes() == unit_biases().tobytes()
+            assert twin.sketch.values.tobytes() == sketch().values.tobytes()
+
     def test_lock_cannot_be_changed(self):
         table = scores()
         lock = SafetyLock(heads(), metadata(), table)
@@ -394,3 +436,19 @@ class TestDigest:
     )
     def test_every_number_counts_to_its_last_bit(self, lock):
         assert lock.digest != make_lock().digest
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"unit_biases": np.nextafter(unit_biases(), np.float32(2))},
+            {"unit_biases": None},
+            {"sketch": None},
+            {"sketch": sketch(layers=np.array([0, 1], dtype=np.int32))},
+            {"sketch": sketch(offsets=sketch().offsets - np.eye(2, 3, 1, dtype=np.int64))},
+            {"sketch": sketch(values=np.nextafter(sketch().values, np.float16(9)))},
+        ],
+        ids=["a unit bias", "no unit biases", "no sketch", "a layer", "offsets", "a value"],
+    )
+    def test_what_is_kept_of_the_base_counts_to_its_last_bit(self, changes):
+        parts = {"unit_biases": unit_biases(), "sketch": sketch()} | changes
+        assert SafetyLock(heads(), metadata(), scores(), **parts).digest != make_full_lock().digest

@@ -38,8 +38,8 @@ NAME = "support-bot"
 ALPHA = 6.0
 PROMPT = "how do i bake"
 
-ROUNDING = 1.0 + 1e-3
-"""Nearest-bfloat16 rounding is off by half a unit in the last place; beside it, sums in float64 are exact."""
+FLOAT32_SUM = 128 * 2.0**-24
+"""What a sum of a head's 128 products in float32 is off by, at most, relative to the sum of their sizes."""
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,16 @@ def test_every_bias_of_every_locked_layer_is_the_one_that_the_logged_weights_mak
     lock = promoted.lock
     assert len(lock.heads) == 24
     for layer in lock.layers:
-        expected = np.zeros(LLAMA_3_8B.hidden)
+        expected, sizes = np.zeros(LLAMA_3_8B.hidden), np.zeros(LLAMA_3_8B.hidden)
         for locked in lock.heads_of_layer(layer):
             push = ALPHA * locked.std * locked.direction.astype(np.float64)
-            expected += logged_columns(promoted.weights, layer, locked.head) @ push
+            columns = logged_columns(promoted.weights, layer, locked.head)
+            expected += columns @ push
+            sizes += np.abs(columns) @ np.abs(push)
+        summed = FLOAT32_SUM * sizes
         error = np.abs(found[layer] - expected)
-        assert (error <= ROUNDING * half_ulp(expected)).all(), f"layer {layer}"
+        assert (error <= summed + half_ulp(np.abs(expected) + summed)).all(), f"layer {layer}"
+        assert np.linalg.norm(error) < 2.0**-9 * np.linalg.norm(expected)
 
 
 def test_layers_without_a_locked_head_have_no_bias(promoted: Promoted) -> None:

@@ -326,7 +326,7 @@ def carrier_for(
     Raises:
         AlphaError: The bias would be infinite in the weight's dtype.
     """
-    if _is_plain_matrix(projection, geometry):
+    if is_plain_matrix(projection, geometry):
         return BiasCarrier(applied, displacement, projection, architecture, geometry, workspace)
     return HookCarrier(applied, displacement, projection, geometry)
 
@@ -337,7 +337,8 @@ def carrier_on(projection: nn.Module) -> Carrier | None:
     return next((carrier for carrier in found if isinstance(carrier, Carrier)), None)
 
 
-def _is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:
+def is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:
+    """Whether the weight is a matrix of floats in memory, and the bias a parameter that is added."""
     # Exact classes: a subclass may hold its weight packed, and its forward may ignore a bias.
     if type(projection) not in (nn.Linear, Conv1D):
         return False

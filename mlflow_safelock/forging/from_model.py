@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
@@ -213,7 +214,7 @@ def probe_model(
         cache=cache,
         progress=progress,
     )
-    return probe_activations(
+    probed = probe_activations(
         collected.values,
         collected.labels,
         rows,
@@ -221,6 +222,7 @@ def probe_model(
         device=_device_for_probes(model),
         progress=progress,
     )
+    return replace(probed, attention=attention_of(model))
 
 
 def _refuse_locked(model: PreTrainedModel) -> None:

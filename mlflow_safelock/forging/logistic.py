@@ -5,9 +5,9 @@ and ``b`` that minimise
 
     sum_i [ log(1 + exp(z_i)) - y_i * z_i ] + |w|^2 / 2        with  z_i = x_i . w + b,  b not penalised.
 
-The method is Newton's, on a stack of heads. It is quick because what only steers, the Hessian, is in float32
-and is kept for as long as it steers well; it is exact because objective, gradient and solution are in
-float64.
+The method is Newton's, on a stack of heads. It is quick because the way to the neighbourhood of the optimum,
+and what only steers, the Hessian, are in float32, and because a Hessian is kept for as long as it steers
+well; it is exact because the rest of the way, with objective, gradient and solution, is in float64.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ least the identity, its coefficients are then within about 1e-10 of the optimum 
 
 ACCEPTED_DECREMENT = 1e-14
 """What is accepted where rounding keeps a head from getting further: coefficients within about 1e-7."""
+
+APPROACH_DECREMENT = 1e-7
+"""Squared decrement down to which everything is in float32, whose rounding is felt from about 1e-10."""
+
+APPROACH_ITERATIONS = 8
+"""How many iterations are in float32 at most; the heads that have farther to go do so in float64."""
 
 MAX_ITERATIONS = 200
 
@@ -63,8 +69,25 @@ class LogisticFit:
     intercepts: torch.Tensor
 
     def predict(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which rows lie on the positive side: bool ``[heads, rows]`` for float64 ``[heads, rows, dim]``."""
-        return _dot_rows(self.coefficients, rows) + self.intercepts[:, None] > 0.0
+        """Which rows lie on the positive side: bool ``[heads, rows]`` for ``[heads, rows, dim]``.
+
+        Rows of a dtype below float64 are multiplied in float32; those too close to the boundary for that,
+        once more in float64. So the answer is that of float64 for every dtype.
+        """
+        if rows.dtype == torch.float64:
+            return _dot_rows(self.coefficients, rows) + self.intercepts[:, None] > 0.0
+        single = rows.float()
+        coefficients, intercepts = self.coefficients.float(), self.intercepts.float()[:, None]
+        logits = _dot_rows(coefficients, single) + intercepts
+        sizes = (
+            torch.linalg.vector_norm(single, dim=2) * torch.linalg.vector_norm(coefficients, dim=1)[:, None]
+        )
+        rounding = torch.finfo(torch.float32).eps * (rows.shape[2] + 4) * (sizes + intercepts.abs())
+        positive = logits > 0.0
+        heads, close = (~(logits.abs() > rounding)).nonzero(as_tuple=True)  # NaN and infinity are close, too
+        exact = (rows[heads, close].double() * self.coefficients[heads]).sum(dim=1) + self.intercepts[heads]
+        positive[heads, close] = exact > 0.0
+        return positive
 
 
 def fit_logistic(rows: torch.Tensor, labels: torch.Tensor) -> LogisticFit:
@@ -106,7 +129,7 @@ def fit_logistic(rows: torch.Tensor, labels: torch.Tensor) -> LogisticFit:
         penalty=unit.square().reciprocal(),
         bias=2.0 / len(labels) ** 0.5,
     )
-    solution = _minimise(problems)
+    solution = _minimise(problems, _approach(problems.in_float32()))
     coefficients = solution[:, :-1] / unit
     intercepts = solution[:, -1] * problems.bias - (coefficients * mean).sum(dim=1)
     return LogisticFit(coefficients, intercepts)
@@ -117,10 +140,10 @@ class _Problems:
     """Heads still to be solved, in coordinates that suit the arithmetic; ``[heads, dim + 1]`` is a point.
 
     Attributes:
-        rows: float64 ``[heads, rows, dim]``.
+        rows: float64 or float32 ``[heads, rows, dim]``; what follows has the same dtype unless it says so.
         single: The same in float32.
-        signs: float64 ``[rows]``, 1 or -1. A row's margin is its logit times its sign.
-        penalty: float64 ``[heads, dim]``, the penalty's factor for each coordinate.
+        signs: ``[rows]``, 1 or -1. A row's margin is its logit times its sign.
+        penalty: ``[heads, dim]``, the penalty's factor for each coordinate.
         bias: What the constant column, the last coordinate's, holds.
     """
 
@@ -129,6 +152,9 @@ class _Problems:
     signs: torch.Tensor
     penalty: torch.Tensor
     bias: float
+
+    def in_float32(self) -> _Problems:
+        return _Problems(self.single, self.single, self.signs.float(), self.penalty.float(), self.bias)
 
     def only(self, heads: torch.Tensor) -> _Problems:
         return _Problems(self.rows[heads], self.single[heads], self.signs, self.penalty[heads], self.bias)
@@ -174,42 +200,105 @@ class _Problems:
         return loss + 0.5 * (self.penalty[heads, None] * weights.square()).sum(dim=2)
 
 
-def _minimise(problems: _Problems) -> torch.Tensor:
-    heads, rows, dim = problems.rows.shape
-    solution = problems.rows.new_zeros(heads, dim + 1)
-    points, logits = solution.clone(), problems.rows.new_zeros(heads, rows)
-    open_heads = torch.arange(heads, device=solution.device)
-    tried = points.new_tensor(STEP_LENGTHS)
-    steering = _Steering(problems)
-    left = logits.new_full((heads,), rows * math.log(2.0)).clamp(max=1.0)
-    for iteration in range(MAX_ITERATIONS):
-        if iteration == FLOAT32_ITERATIONS:
-            steering.use_float64()
-        doubts = problems.doubts(logits)
-        steps, decrement = steering.steps(problems, problems.gradient(points, doubts), doubts, left)
-        logit_steps = problems.logits(steps)
+@dataclass(frozen=True, eq=False)
+class _State:
+    """How far the heads have got; in the dtype of their problems' rows.
+
+    Attributes:
+        points: ``[heads, dim + 1]``.
+        logits: ``[heads, rows]``, at the points.
+        left: ``[heads]``, the objective that is left, or one where that is less.
+        steering: What gives the next steps.
+    """
+
+    points: torch.Tensor
+    logits: torch.Tensor
+    left: torch.Tensor
+    steering: _Steering
+
+    @classmethod
+    def at_zero(cls, problems: _Problems) -> _State:
+        heads, rows, dim = problems.rows.shape
+        return cls(
+            problems.rows.new_zeros(heads, dim + 1),
+            problems.rows.new_zeros(heads, rows),
+            problems.rows.new_full((heads,), min(1.0, rows * math.log(2.0))),
+            _Steering(problems),
+        )
+
+    def on(self, problems: _Problems) -> _State:
+        """The same points for problems in float64. A point that float32 could not hold becomes zero."""
+        known = torch.isfinite(self.points).all(dim=1, keepdim=True)
+        points = torch.where(known, self.points, 0.0).to(problems.rows.dtype)
+        self.steering.decrement = self.steering.decrement.to(points.dtype)
+        return _State(points, problems.logits(points), self.left.to(points.dtype), self.steering)
+
+    def only(self, heads: torch.Tensor) -> _State:
+        self.steering.only(heads)
+        return _State(self.points[heads], self.logits[heads], self.left[heads], self.steering)
+
+    def advanced(self, problems: _Problems) -> _State:
+        """One Newton step further; the steering's ``decrement`` says how long it was."""
+        doubts = problems.doubts(self.logits)
+        gradient = problems.gradient(self.points, doubts)
+        steps, decrement = self.steering.steps(problems, gradient, doubts, self.left)
+        logit_steps, left = problems.logits(steps), self.left
         lengths = torch.ones_like(decrement)
         far = (decrement > FULL_STEP_BELOW * left).nonzero()[:, 0]
         if len(far):
-            search = problems.objective_along(far, points, logits, steps, logit_steps, tried).min(dim=1)
-            lengths[far], left[far] = tried[search.indices], search.values.clamp(max=1.0)
-        points = points + lengths[:, None] * steps
-        logits = logits + lengths[:, None] * logit_steps
-        done = (decrement <= DECREMENT_TOLERANCE) | steering.exhausted
-        if done.any():
-            solution[open_heads[done]] = points[done]
-            rest = (~done).nonzero()[:, 0]
-            if not len(rest):
-                return solution
-            open_heads, points, logits, left = open_heads[rest], points[rest], logits[rest], left[rest]
-            problems = problems.only(rest)
-            steering.only(rest)
-    if not (steering.decrement <= ACCEPTED_DECREMENT).all():
+            tried = steps.new_tensor(STEP_LENGTHS)
+            search = problems.objective_along(far, self.points, self.logits, steps, logit_steps, tried).min(
+                dim=1
+            )
+            lengths[far] = tried[search.indices]
+            left = left.index_copy(0, far, search.values.clamp(max=1.0))
+        return _State(
+            torch.addcmul(self.points, lengths[:, None], steps),
+            torch.addcmul(self.logits, lengths[:, None], logit_steps),
+            left,
+            self.steering,
+        )
+
+
+def _approach(problems: _Problems) -> _State:
+    """Into the neighbourhood of the optimum, all in float32, which is half the memory and a fast ``exp``."""
+    state = _State.at_zero(problems)
+    for _ in range(APPROACH_ITERATIONS):
+        state = state.advanced(problems)
+        arrived = state.steering.decrement <= APPROACH_DECREMENT
+        state.steering.settle(arrived)
+        if arrived.all():
+            break
+    return state
+
+
+def _minimise(problems: _Problems, start: _State) -> torch.Tensor:
+    state = start.on(problems)
+    solution = torch.zeros_like(state.points)
+    open_heads = torch.arange(len(solution), device=solution.device)
+    unsolved = torch.ones_like(open_heads, dtype=torch.bool)
+    for iteration in range(MAX_ITERATIONS):
+        steering = state.steering
+        if iteration == FLOAT32_ITERATIONS:
+            steering.use_float64()
+        state = state.advanced(problems)
+        newly = unsolved[open_heads] & ((steering.decrement <= DECREMENT_TOLERANCE) | steering.exhausted)
+        solution[open_heads[newly]] = state.points[newly]
+        unsolved[open_heads[newly]] = False
+        rest = unsolved[open_heads].nonzero()[:, 0]
+        if not len(rest):
+            return solution
+        # Heads that are done are left behind only when they are many, because that copies the others.
+        if 2 * len(rest) <= len(open_heads):
+            open_heads, state, problems = open_heads[rest], state.only(rest), problems.only(rest)
+        state.steering.settle(~unsolved[open_heads])
+    rest = unsolved[open_heads].nonzero()[:, 0]
+    if not (state.steering.decrement[rest] <= ACCEPTED_DECREMENT).all():
         raise ForgeError(
-            f"The probes of {len(open_heads)} heads could not be fitted in {MAX_ITERATIONS} iterations.",
+            f"The probes of {len(rest)} heads could not be fitted in {MAX_ITERATIONS} iterations.",
             next_step=CHECK_ACTIVATIONS,
         )
-    solution[open_heads] = points
+    solution[open_heads[rest]] = state.points[rest]
     return solution
 
 
@@ -222,6 +311,10 @@ class _Steering:
         self._stale = torch.ones(heads, dtype=torch.bool, device=self._factors.device)
         self.decrement = problems.rows.new_full((heads,), torch.inf)
         self.exhausted = torch.zeros_like(self._stale)
+
+    def settle(self, heads: torch.Tensor) -> None:
+        """Renew no factor of these heads (bool ``[heads]``) for the next step, which no longer matters."""
+        self._stale &= ~heads
 
     def use_float64(self) -> None:
         self._factors = self._factors.double()

@@ -8,7 +8,9 @@ from typing import overload
 import numpy as np
 import torch
 
+from mlflow_safelock.apply.architectures import Attention
 from mlflow_safelock.errors import ForgeError
+from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
 from mlflow_safelock.forging.directions import locked_head
 from mlflow_safelock.forging.probes import ProbeScores
 from mlflow_safelock.lock import AttentionGeometry, LockMetadata, SafetyLock
@@ -28,12 +30,14 @@ class ProbedHeads:
         labels: ``[rows]``; 1 safe, 0 unsafe.
         scores: What the probes get right.
         metadata: How the activations came about; the same for locks of every size.
+        attention: The base's attention, for what a lock keeps of its weights; ``None`` where it is unknown.
     """
 
     activations: torch.Tensor
     labels: torch.Tensor
     scores: ProbeScores
     metadata: LockMetadata
+    attention: Attention | None = None
 
     @overload
     def locks(self, heads: int) -> SafetyLock: ...
@@ -59,7 +63,11 @@ class ProbedHeads:
             locked_head(self.activations[:, layer, head], self.labels, layer, head)
             for layer, head in self.scores.best_heads(heads)
         )
-        return SafetyLock(locked, self.metadata, self.scores.scores.astype(np.float32))
+        scores = self.scores.scores.astype(np.float32)
+        if self.attention is None:
+            return SafetyLock(locked, self.metadata, scores)
+        unit_biases, sketch = unit_biases_of(self.attention, locked), sketch_of(self.attention)
+        return SafetyLock(locked, self.metadata, scores, unit_biases, sketch)
 
 
 def check_heads(heads: int | tuple[int, ...], geometry: AttentionGeometry) -> None:

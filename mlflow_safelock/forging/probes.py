@@ -12,6 +12,7 @@ from mlflow_safelock.errors import ForgeError
 from mlflow_safelock.forging.logistic import fit_logistic
 from mlflow_safelock.forging.progress import tracked
 from mlflow_safelock.forging.splits import RowSplit
+from mlflow_safelock.forging.workers import started_on_all_cores
 
 CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**26}
 """How many activations are worked on at once, by kind of device: about what a CPU's caches hold, and what
@@ -87,13 +88,14 @@ def score_heads(
     device = torch.device(device)
     all_heads = activations.reshape(rows, layers * heads, head_dim)
     chunk = max(1, CHUNK_VALUES.get(device.type, CHUNK_VALUES["cuda"]) // (rows * head_dim))
-    starts = range(0, layers * heads, chunk)
-    correct = torch.zeros(2, layers * heads, dtype=torch.int64)
-    with torch.inference_mode():
-        for start in tracked(starts, "Probing heads", progress=progress):
-            piece = all_heads[:, start : start + chunk].to(device).transpose(0, 1).double()
-            correct[:, start : start + chunk] = _correct(piece, labels.to(device), train, validation).cpu()
-    train_correct, validation_correct = correct.reshape(2, layers, heads).numpy()
+    train, validation, labels = train.to(device), validation.to(device), labels.to(device).bool()
+
+    def correct_of(piece: torch.Tensor) -> torch.Tensor:
+        return _correct(piece.to(device).transpose(0, 1), labels, train, validation).cpu()
+
+    with started_on_all_cores(correct_of, torch.split(all_heads, chunk, dim=1), device) as started:
+        found = [piece.result() for piece in tracked(started, "Probing heads", progress=progress)]
+    train_correct, validation_correct = torch.cat(found, dim=1).reshape(2, layers, heads).numpy()
     return ProbeScores(train_correct, validation_correct, len(train), len(validation))
 
 
@@ -101,7 +103,8 @@ def _correct(
     rows: torch.Tensor, labels: torch.Tensor, train: torch.Tensor, validation: torch.Tensor
 ) -> torch.Tensor:
     """What the probes get right, int64 ``[2, heads]``: of the train rows, and of the validation rows."""
-    train_rows, train_labels = rows[:, train].contiguous(), labels[train]
-    probes = fit_logistic(train_rows, train_labels)
-    sides = ((train_rows, train_labels), (rows[:, validation].contiguous(), labels[validation]))
-    return torch.stack([(probes.predict(side) == is_safe.bool()).sum(dim=1) for side, is_safe in sides])
+    heads, _, dim = rows.shape
+    train_rows = torch.empty(heads, len(train), dim, dtype=torch.float64, device=rows.device)
+    probes = fit_logistic(train_rows.copy_(rows[:, train]), labels[train])
+    right = probes.predict(rows) == labels
+    return torch.stack([right[:, side].sum(dim=1) for side in (train, validation)])

@@ -22,6 +22,7 @@ from mlflow_safelock.formats.safetensors_header import (
     stored_order,
 )
 from mlflow_safelock.formats.strict_json import parse_object
+from mlflow_safelock.kinship import KinshipSketch
 from mlflow_safelock.lock import FORMAT_VERSION, LockedHead, LockMetadata, SafetyLock, canonical_metadata
 
 FORMAT_NAME = "mlflow-safelock"
@@ -34,8 +35,9 @@ MAX_HEADS = 1 << 16
 """Most heads that a lock file may hold."""
 
 _METADATA_KEYS = {"format", "lock", "digest"}
-_DTYPES = {"layers": "I32", "heads": "I32", "directions": "F32", "stds": "F64", "scores": "F32"}
-_OPTIONAL = {"scores"}
+_SKETCH = {"sketch_layers": "I32", "sketch_offsets": "I64", "sketch_values": "F16"}
+_OPTIONAL = {"scores": "F32", "unit_biases": "F32", **_SKETCH}
+_DTYPES = {"layers": "I32", "heads": "I32", "directions": "F32", "stds": "F64", **_OPTIONAL}
 
 
 def save_lock(lock: SafetyLock, path: str | os.PathLike[str]) -> None:
@@ -152,7 +154,10 @@ def _check_version(version: object, origin: str) -> None:
 
 def _check_tensors(entries: Mapping[str, TensorEntry], metadata: LockMetadata, origin: str) -> None:
     """Compare names, dtypes and shapes with what the metadata makes of them, before any tensor is read."""
-    missing = sorted(_DTYPES.keys() - _OPTIONAL - entries.keys())
+    wanted = _DTYPES.keys() - _OPTIONAL.keys()
+    if _SKETCH.keys() & entries.keys():
+        wanted |= _SKETCH.keys()
+    missing = sorted(wanted - entries.keys())
     extra = sorted(name[:80] for name in entries.keys() - _DTYPES.keys())
     if missing or extra:
         raise LockFormatError(
@@ -169,7 +174,13 @@ def _check_tensors(entries: Mapping[str, TensorEntry], metadata: LockMetadata, o
         "directions": (count, geometry.head_dim),
         "stds": (count,),
         "scores": (geometry.layers, geometry.heads),
+        "unit_biases": (count, geometry.hidden),
     }
+    if "sketch_values" in entries:
+        runs = entries["sketch_values"].shape
+        if len(runs) != 3:
+            raise LockValidationError(f"Tensor 'sketch_values' of {origin} must have three dimensions.")
+        shapes |= {"sketch_layers": runs[:1], "sketch_offsets": runs[:2], "sketch_values": runs}
     for name, entry in entries.items():
         if entry.dtype != _DTYPES[name] or entry.shape != shapes[name]:
             raise LockValidationError(
@@ -194,7 +205,9 @@ def _built(tensors: Mapping[str, npt.NDArray[Any]], metadata: LockMetadata, orig
                 tensors["layers"], tensors["heads"], tensors["directions"], tensors["stds"], strict=True
             )
         )
-        lock = SafetyLock(heads, metadata, tensors.get("scores"))
+        parts = tuple(tensors[name] for name in _SKETCH if name in tensors)
+        sketch = KinshipSketch(*parts) if parts else None
+        lock = SafetyLock(heads, metadata, tensors.get("scores"), tensors.get("unit_biases"), sketch)
     if lock.heads != heads:
         raise LockValidationError(f"The heads of {origin} are not sorted by layer, then head.")
     return lock

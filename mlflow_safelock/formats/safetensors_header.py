@@ -24,8 +24,8 @@ MAX_HEADER_BYTES = 1 << 20
 """Longest header that is read or written: far above any lock's, far below what could hurt."""
 
 LENGTH_BYTES = 8
-ITEM_BYTES = {"F64": 8, "F32": 4, "I32": 4}
-_DTYPE_CODES = {"<f8": "F64", "<f4": "F32", "<i4": "I32"}
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "I64": 8, "I32": 4}
+_DTYPE_CODES = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TensorEntry:
     """What the header says of one tensor.
 
     Attributes:
-        dtype: ``F64``, ``F32`` or ``I32``.
+        dtype: One of ``ITEM_BYTES``.
         shape: Its dimensions.
         begin: First byte, counted from the end of the header.
         end: The byte after its last.
@@ -188,7 +188,7 @@ def _entry(name: str, values: object, origin: str) -> TensorEntry:
         )
     if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
         raise LockFormatError(
-            f"{where}: shape and data_offsets must each be one or two whole numbers from 0."
+            f"{where}: shape must be one to three whole numbers from 0, and data_offsets two."
         )
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
@@ -199,7 +199,7 @@ def _entry(name: str, values: object, origin: str) -> TensorEntry:
 def _is_counts(values: object) -> bool:
     return (
         isinstance(values, list)
-        and len(values) in (1, 2)
+        and 1 <= len(values) <= 3
         and all(
             isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 for value in values
         )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlflow_safelock.formats import load_lock, lock_to_bytes
+from mlflow_safelock.kinship import KinshipSketch
 from mlflow_safelock.lock import FORMAT_VERSION, AttentionGeometry, LockedHead, LockMetadata, SafetyLock
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,6 +46,22 @@ def forged() -> SafetyLock:
     return SafetyLock(heads, metadata, np.array([[0.5, 0.25, 1], [0.75, 0.875, 0]], dtype=np.float32))
 
 
+def sketched() -> SafetyLock:
+    """What is kept of the base's weights as well."""
+    lock = forged()
+    return SafetyLock(
+        lock.heads,
+        lock.metadata,
+        lock.scores,
+        (np.arange(48, dtype=np.float32).reshape(3, 16) / 7).astype(np.float32),
+        KinshipSketch(
+            np.array([0, 1], dtype=np.int32),
+            np.array([[0, 100], [7, 189]], dtype=np.int64),
+            np.array([[[1, -2, 0.5], [0, 65504, 6e-8]], [[3, 4, 5], [-6, 0.1, 9]]], dtype=np.float16),
+        ),
+    )
+
+
 def published() -> SafetyLock:
     """As little known as there can be."""
     metadata = LockMetadata(
@@ -72,6 +89,11 @@ V1 = {
         forged,
         "sha256:b12593f33e7562de63bec569f30d0db61a91ebc6f7a27993e3af27cdefd0a3a5",
         "ef4759cc41a2f4986afd0eca0b676e6a1fa85d9c34e86e6ba942231a3d00841e",
+    ),
+    "v1-sketched.safetensors": (
+        sketched,
+        "sha256:b3b7eeec433ddae7b53b516fd7959e3e92c36576d83a808eb8d98fd633b0cc92",
+        "d9ac034d5028a47a65a2984d41ece5e1ef2b2109dc403c7e64bcb7d8595445de",
     ),
     "v1-published.safetensors": (
         published,

@@ -21,7 +21,7 @@ from mlflow_safelock.errors import LockError, LockFormatError, LockValidationErr
 from mlflow_safelock.formats import load_lock, lock_from_bytes, lock_to_bytes, save_lock
 from mlflow_safelock.lock import AttentionGeometry, LockedHead, SafetyLock
 from tests.formats.lock_files import LockFile, raw_file
-from tests.locks import any_lock, heads, make_lock, metadata, scores
+from tests.locks import any_lock, heads, make_full_lock, make_lock, metadata, scores
 
 
 class TestRoundTrip:
@@ -38,7 +38,8 @@ class TestRoundTrip:
     @settings(deadline=None, max_examples=50)
     @given(any_lock())
     def test_equal_locks_give_equal_bytes(self, lock):
-        twin = SafetyLock(tuple(reversed(lock.heads)), lock.metadata, lock.scores)
+        biases = None if lock.unit_biases is None else lock.unit_biases[::-1]
+        twin = SafetyLock(tuple(reversed(lock.heads)), lock.metadata, lock.scores, biases, lock.sketch)
         assert lock_to_bytes(twin) == lock_to_bytes(lock)
         assert lock_to_bytes(lock_from_bytes(lock_to_bytes(lock))) == lock_to_bytes(lock)
 
@@ -272,6 +273,61 @@ class TestHostileTensors:
     def test_extra_tensor_is_refused(self, name):
         with pytest.raises(LockFormatError, match=rf"unknown \['{name}'\]"):
             lock_from_bytes(LockFile.of().with_tensors({name: np.zeros(2, dtype=np.float32)}).to_bytes())
+
+    @pytest.mark.parametrize("name", ["sketch_layers", "sketch_offsets", "sketch_values"])
+    def test_part_of_a_sketch_is_refused(self, name):
+        with pytest.raises(LockFormatError, match=rf"missing \['{name}'\]"):
+            lock_from_bytes(LockFile.of(make_full_lock()).with_tensors({name: None}).to_bytes())
+
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [
+            ("unit_biases", "f2"),
+            ("sketch_layers", "i8"),
+            ("sketch_offsets", "i4"),
+            ("sketch_values", "f4"),
+        ],
+    )
+    def test_what_is_kept_of_the_base_has_one_dtype(self, name, dtype):
+        parts = LockFile.of(make_full_lock())
+        with pytest.raises(LockValidationError, match=f"Tensor '{name}'"):
+            lock_from_bytes(parts.with_tensors({name: parts.tensors[name].astype(dtype)}).to_bytes())
+
+    @pytest.mark.parametrize(
+        ("name", "shape"),
+        [
+            ("unit_biases", (20, 4)),
+            ("sketch_layers", (2, 1)),
+            ("sketch_offsets", (3, 2)),
+            ("sketch_values", (6, 4)),
+            ("sketch_values", (4, 3, 2)),
+        ],
+    )
+    def test_what_is_kept_of_the_base_has_one_shape(self, name, shape):
+        parts = LockFile.of(make_full_lock())
+        with pytest.raises(LockValidationError, match=r"Tensor 'sketch_values'|must be [IF]"):
+            lock_from_bytes(parts.with_tensors({name: parts.tensors[name].reshape(shape)}).to_bytes())
+
+    @pytest.mark.parametrize(
+        ("name", "place", "value", "message"),
+        [
+            ("unit_biases", (1, 1), np.nan, "Unit biases must be finite"),
+            ("unit_biases", (1, 1), np.inf, "Unit biases must be finite"),
+            ("sketch_layers", (1,), 0, "out of order"),
+            ("sketch_layers", (0,), -1, "out of order"),
+            ("sketch_layers", (1,), 3, "outside the declared"),
+            ("sketch_offsets", (0, 0), -1, "out of order"),
+            ("sketch_offsets", (1, 2), 397, "outside the declared"),
+            ("sketch_values", (0, 0, 0), np.inf, "that no weights are"),
+            ("sketch_values", (slice(None),), 0, "that no weights are"),
+        ],
+    )
+    def test_what_is_kept_of_the_base_must_make_sense(self, name, place, value, message):
+        parts = LockFile.of(make_full_lock())
+        changed = parts.tensors[name].copy()
+        changed[place] = value
+        with pytest.raises(LockValidationError, match=message):
+            lock_from_bytes(parts.with_tensors({name: changed}).to_bytes())
 
     @pytest.mark.parametrize(
         ("name", "dtype"),

@@ -215,7 +215,8 @@ def test_on_s3_the_store_copies_the_weights_itself(
         assert made["location"].startswith("s3://")
         projections = 2 * 128 * 128 * 4
         assert size > 20_000_000
-        assert through < 2 * projections + 1_000_000 < 0.1 * size
+        # Which parts the fingerprint samples differs from model to model, and with it what they overlap.
+        assert through < 2 * projections + 1_500_000 < 0.1 * size
         stage(client, version)
         loaded = mlflow.transformers.load_model("models:/bot/Staging").model
         assert biases_of(loaded).keys() == expected_biases(components["model"], lock, 2.0).keys()

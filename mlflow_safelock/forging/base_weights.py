@@ -1,0 +1,55 @@
+"""What a lock keeps of its base's weights: the kinship sketch, and the bias that each locked head makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlflow_safelock.apply.architectures import Attention
+from mlflow_safelock.apply.carriers import is_plain_matrix
+from mlflow_safelock.apply.displacement import Displacement, Workspace, head_weight_of, output_bias
+from mlflow_safelock.kinship import KinshipSketch, sampled_layers, sampled_offsets
+from mlflow_safelock.lock import LockedHead
+
+
+def sketch_of(attention: Attention) -> KinshipSketch | None:
+    """Sample the output projections of a loaded model; ``None`` where one is not a plain matrix in memory."""
+    layers = sampled_layers(attention.geometry.layers)
+    projections = [attention.projections[layer] for layer in layers]
+    if not all(is_plain_matrix(projection, attention.geometry) for projection in projections):
+        return None
+    offsets, values = [], []
+    for layer, projection in zip(layers.tolist(), projections, strict=True):
+        stored = projection.weight.detach().flatten()
+        starts, length = sampled_offsets(layer, stored.numel())
+        offsets.append(starts)
+        values.append([stored[start : start + length].float().cpu().numpy() for start in starts.tolist()])
+    return KinshipSketch(layers, np.array(offsets), np.array(values, dtype=np.float16))
+
+
+def unit_biases_of(attention: Attention, heads: Sequence[LockedHead]) -> npt.NDArray[np.float32] | None:
+    """``W_o d`` of every head, the bias that its direction makes at the output of the projection.
+
+    Args:
+        attention: The base's attention.
+        heads: The locked heads, sorted by layer, then head.
+
+    Returns:
+        float32 ``[K, hidden]``; ``None`` where a projection is not a plain matrix in memory.
+    """
+    geometry, space = attention.geometry, Workspace()
+    biases = []
+    for locked in heads:
+        projection = attention.projections[locked.layer]
+        if not is_plain_matrix(projection, geometry):
+            return None
+        weight = projection.weight
+        assert isinstance(weight, torch.Tensor)  # that is what a plain matrix is
+        head_weight = head_weight_of(weight, geometry.head_dim, attention.architecture.layout)
+        direction = torch.from_numpy(locked.direction.astype(np.float64))[None]
+        unit = Displacement(locked.layer, (locked.head,), direction)
+        biases.append(output_bias(head_weight, unit, space).float().cpu().numpy())
+    return np.stack(biases)
