@@ -92,7 +92,7 @@ def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log: Path
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"mlflow server ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-        with contextlib.suppress(requests.ConnectionError):
+        with contextlib.suppress(requests.ConnectionError, requests.Timeout):
             # The registry itself, since the health endpoint answers without one.
             answer = requests.get(f"{url}/api/2.0/mlflow/registered-models/search", timeout=10)
             if answer.ok or answer.status_code == 401:

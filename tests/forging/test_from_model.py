@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,8 @@ def test_forging_is_collecting_and_then_forging_from_activations() -> None:
         dataset_digest=dataset_digest(PAIRS),
         created=WHEN,
     )
-    assert lock == forged(base)
+    # Activations do not tell the base's weights, which a lock from the model keeps some of.
+    assert lock == replace(forged(base), unit_biases=None, sketch=None)
 
 
 def test_locks_of_several_sizes_come_out_of_one_pass_over_the_model() -> None:

@@ -15,7 +15,7 @@ from mlflow_safelock.apply.checkpoint.weights import StoredWeights
 from mlflow_safelock.apply.displacement import HeadWeight, head_columns
 from mlflow_safelock.errors import CheckpointError
 
-_BAND_BYTES = 36 << 20
+_BAND_BYTES = 12 << 20
 
 
 def columns_of(source: CheckpointSource, path: str) -> HeadWeight:
@@ -26,8 +26,9 @@ def columns_of(source: CheckpointSource, path: str) -> HeadWeight:
         path: Name of the output projection.
 
     Returns:
-        What reads the columns of ``W_o`` that belong to a head, ``[hidden, head_dim]``, in float64. A number
-        of 16 or 32 bits is the same number in float64; one of 8 bits is multiplied by its scale.
+        What reads the columns of ``W_o`` that belong to a head, ``[hidden, head_dim]``, in float64; they stand
+        until the next head's are read. A number of 16 or 32 bits is the same number in float64; one of 8 bits
+        is multiplied by its scale.
 
     Raises:
         CheckpointError: Scales are missing or of another shape.
@@ -36,10 +37,13 @@ def columns_of(source: CheckpointSource, path: str) -> HeadWeight:
     if source.architecture.layout == "conv1d":
         return lambda head: _rows(weights, name, head_columns(head, head_dim)).double().T
     if weights.tensors[name].code != CODE:
-        return lambda head: _columns(weights, name, head_columns(head, head_dim)).double()
+        # One for all heads: memory that each takes and gives back stays with the process.
+        columns = torch.empty(weights.tensors[name].shape[0], head_dim, dtype=torch.float64)
+        return lambda head: _read_columns(weights, name, head_columns(head, head_dim), into=columns)
     scheme, scales = _scales(source, path)
+    codes = torch.empty(weights.tensors[name].shape[0], head_dim, dtype=torch.float8_e4m3fn)
     return lambda head: scheme.dequantised(
-        _columns(weights, name, head_columns(head, head_dim)), scales, head * head_dim
+        _read_columns(weights, name, head_columns(head, head_dim), into=codes), scales, head * head_dim
     )
 
 
@@ -64,14 +68,12 @@ def bias_dtype(source: CheckpointSource, path: str) -> torch.dtype:
     return weight.dtype
 
 
-def _columns(weights: StoredWeights, name: str, columns: slice) -> torch.Tensor:
-    stored_as = weights.tensors[name]
-    band = max(1, _BAND_BYTES // stored_as.row_bytes)
-    parts = []
-    for first in range(0, stored_as.shape[0], band):
+def _read_columns(weights: StoredWeights, name: str, columns: slice, *, into: torch.Tensor) -> torch.Tensor:
+    band = max(1, _BAND_BYTES // weights.tensors[name].row_bytes)
+    for first in range(0, len(into), band):
         with weights.open(name) as stored:
-            parts.append(stored[first : first + band, columns].clone())
-    return torch.cat(parts)
+            into[first : first + band] = stored[first : first + band, columns]
+    return into
 
 
 def _rows(weights: StoredWeights, name: str, rows: slice) -> torch.Tensor:
