@@ -26,9 +26,9 @@ def columns_of(source: CheckpointSource, path: str) -> HeadWeight:
         path: Name of the output projection.
 
     Returns:
-        What reads the columns of ``W_o`` that belong to a head, ``[hidden, head_dim]``, in float64; they stand
-        until the next head's are read. A number of 16 or 32 bits is the same number in float64; one of 8 bits
-        is multiplied by its scale.
+        What reads the columns of ``W_o`` that belong to a head, ``[hidden, head_dim]``, in float64; they
+        stand until the next head's are read. A number of 16 or 32 bits is the same number in float64; one of
+        8 bits is multiplied by its scale.
 
     Raises:
         CheckpointError: Scales are missing or of another shape.
