@@ -25,6 +25,25 @@ class RegisteredLock:
     model: str
     version: int
 
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return f"{self.model} version {self.version}"
+
+
+@dataclass(frozen=True)
+class ChosenLock:
+    """The lock that belongs on a fine-tune.
+
+    Attributes:
+        registered: The lock.
+        kinship: Cosine between the fine-tune's weights and those of the lock's base, -1 to 1; ``None`` where
+            they cannot be compared.
+    """
+
+    registered: RegisteredLock
+    kinship: float | None
+
 
 def find_lock(
     version: ModelVersion,
@@ -33,15 +52,16 @@ def find_lock(
     rule: GateRule,
     registry: Registry,
     artifacts: Artifacts,
-) -> RegisteredLock:
-    """The newest lock of the fine-tune's base model, sound and of the fine-tune's geometry.
+) -> ChosenLock:
+    """The newest lock of the fine-tune's base model, sound and of the fine-tune's geometry and descent.
 
     The policy's word on the base is final. Otherwise the first base decides that the model names and that has
     a lock: a fine-tune of a fine-tune names its parent first.
 
     Raises:
-        PromotionRefused: The base is unknown, or has no lock, one below the policy's floor, a damaged one, or
-            one for another geometry.
+        PromotionRefused: The base is unknown, or has no lock, one below the policy's floor, a damaged one,
+            one for another geometry, or the fine-tune's weights do not descend from it.
+        SourceError: The fine-tune's weights cannot be read.
     """
     named = policy.base_of(version.name)
     bases = (named,) if named else tuple(dict.fromkeys(_hints(version, source)))
@@ -49,7 +69,7 @@ def find_lock(
         found = _newest(base, registry, artifacts)
         if found is not None:
             _check(found, base, source, rule, version)
-            return found
+            return ChosenLock(found, _checked_kinship(found, source, rule, version))
     if not bases:
         raise PromotionRefused(
             "unknown_base",
@@ -89,7 +109,7 @@ def _newest(base: str, registry: Registry, artifacts: Artifacts) -> RegisteredLo
 def _check(
     found: RegisteredLock, base: str, source: LanguageModel, rule: GateRule, version: ModelVersion
 ) -> None:
-    name = f"{found.model} version {found.version}"
+    name = found.title
     if found.lock.base_model != base:
         raise PromotionRefused(
             "damaged_lock",
@@ -109,3 +129,34 @@ def _check(
             f"has {source.geometry}.",
             next_step="It does not descend from that base: correct its base, or register a lock for its own.",
         )
+
+
+def _checked_kinship(
+    found: RegisteredLock, source: LanguageModel, rule: GateRule, version: ModelVersion
+) -> float | None:
+    sketch, kinship = found.lock.sketch, None
+    if sketch is not None and source.weights is not None and source.architecture is not None:
+        kinship = source.weights.kinship(sketch, source.architecture)
+    who = f"{version.name!r} version {version.version}"
+    if kinship is None and rule.kinship.unknown == "reject":
+        why = (
+            f"the lock {found.title} holds no sketch of it"
+            if sketch is None
+            else "it is an adapter alone"
+            if source.weights is None
+            else "its weights are quantised"
+        )
+        raise PromotionRefused(
+            "kinship_unknown",
+            f"Whether {who} descends from {found.lock.base_model!r} cannot be told: {why}.",
+            next_step="Give the lock a sketch (safelock lock enroll), log the fine-tune merged and not "
+            "quantised, or set 'kinship: {unknown: allow}' in the policy's gate for it.",
+        )
+    if kinship is not None and kinship < rule.kinship.min_cosine:
+        raise PromotionRefused(
+            "not_a_descendant",
+            f"{who} does not descend from {found.lock.base_model!r}: the cosine between the weights of both "
+            f"is {kinship:.3f}, and the policy asks for {rule.kinship.min_cosine:g}.",
+            next_step=f"Name the base that it was made from: the tag {BASE_TAG!r}, or 'bases' in the policy.",
+        )
+    return kinship

@@ -53,6 +53,20 @@ class LockRule(_Section):
     min_version: Annotated[int, Field(gt=0)] = 1
 
 
+class KinshipRule(_Section):
+    """How alike a fine-tune's weights must be to those of the base that its lock was made for.
+
+    Attributes:
+        min_cosine: Lowest accepted cosine between the sampled weights of both, above 0 and up to 1. A
+            fine-tune's is near 1, and another model's near 0.
+        unknown: What happens where they cannot be compared: the lock holds no sketch, the fine-tune is
+            quantised, or it is an adapter alone.
+    """
+
+    min_cosine: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    unknown: Literal["reject", "allow"] = "allow"
+
+
 class GateRule(_Section):
     """One gate.
 
@@ -62,6 +76,7 @@ class GateRule(_Section):
         aliases: Aliases that are gated.
         lock: Which locks are good enough.
         alpha: Strength.
+        kinship: How alike the fine-tune must be to its base.
         carrier: How the lock is carried: in an ``overlay``, or in a ``standalone`` model that is prepared
             before the promotion.
         missing_lock: What happens to a fine-tune whose base has no lock: ``reject``, or ``allow``, unlocked.
@@ -73,6 +88,7 @@ class GateRule(_Section):
     aliases: tuple[NonEmpty, ...] = ("staging", "champion")
     lock: LockRule = LockRule()
     alpha: AlphaRange = AlphaRange()
+    kinship: KinshipRule = KinshipRule()
     carrier: Literal["overlay", "standalone"] = "overlay"
     missing_lock: Literal["reject", "allow"] = "reject"
     not_an_llm: Literal["reject", "allow"] = "allow"

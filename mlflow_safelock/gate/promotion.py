@@ -78,6 +78,7 @@ class _Approved:
     found: ModelVersion
     original: str
     lock: RegisteredLock
+    kinship: float | None
     alpha: float
 
     @property
@@ -104,6 +105,7 @@ class _Approved:
             target=str(self.request.target),
             policy=self.policy.digest,
             actor=self.request.actor,
+            kinship=None if self.kinship is None else round(self.kinship, 6),
         )
 
     @property
@@ -248,8 +250,9 @@ class Gate:
                     next_step="Set 'not_an_llm: allow' in the policy's gate for it.",
                 )
             return None
-        lock = find_lock(found, source, policy, rule, self.registry, self.artifacts)
-        return _Approved(request, policy, rule, found, original, lock, rule.alpha.default)
+        chosen = find_lock(found, source, policy, rule, self.registry, self.artifacts)
+        lock, kinship = chosen.registered, chosen.kinship
+        return _Approved(request, policy, rule, found, original, lock, kinship, rule.alpha.default)
 
     def _write_overlay(self, approved: _Approved) -> tuple[str, Receipt]:
         with TemporaryDirectory(prefix="safelock-") as temporary:
@@ -400,6 +403,7 @@ def _tags(approved: _Approved, receipt: Receipt) -> dict[str, str]:
         "safelock.lock_digest": lock.lock.digest,
         "safelock.applied_alpha": f"{approved.alpha:g}",
         "safelock.base": lock.lock.base_model,
+        "safelock.kinship": "unknown" if approved.kinship is None else f"{approved.kinship:.4f}",
         "safelock.receipt": receipt.digest,
     }
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from mlflow_safelock.apply.architectures import geometry_from_config
+from mlflow_safelock.apply.architectures import Architecture, architecture_of, geometry_from_config
 from mlflow_safelock.errors import PromotionRefused, SourceError, UnsupportedArchitectureError
 from mlflow_safelock.flavors import overlay
+from mlflow_safelock.gate.stored_weights import StoredWeights, read_stored_weights
 from mlflow_safelock.lock import AttentionGeometry
-from mlflow_safelock.provenance import ArtifactReader, read_header
+from mlflow_safelock.provenance import ArtifactReader
 
 LANGUAGE_MODEL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Ends of the class names of models that write text."""
@@ -36,10 +37,14 @@ class LanguageModel:
         geometry: Its attention shape; ``None`` for an adapter alone, whose shape is that of its base. The
             loader checks it before anything is served.
         said_bases: What the model itself says that it was made from, most telling first.
+        architecture: Where its heads are; ``None`` for an adapter alone.
+        weights: Its weights; ``None`` for an adapter alone.
     """
 
     geometry: AttentionGeometry | None
     said_bases: tuple[str, ...]
+    architecture: Architecture | None = None
+    weights: StoredWeights | None = None
 
 
 def examine(reader: ArtifactReader) -> LanguageModel | None:
@@ -81,8 +86,8 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
             )
         return _adapter(reader, paths, flavor)
     config_path = f"{binary}/config.json"
-    weights = [path for path in paths if path.startswith(f"{binary}/") and path.endswith(".safetensors")]
-    if not isinstance(binary, str) or config_path not in paths or not weights:
+    weights = read_stored_weights(reader, binary) if isinstance(binary, str) else None
+    if weights is None or config_path not in paths:
         raise PromotionRefused(
             "no_weights",
             "The model was logged without safetensors weights, so there is nothing for a lock to go onto.",
@@ -95,7 +100,7 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
             "The model's weights carry a lock already (its config.json says so).",
             next_step="Register the fine-tune that it was made from, and promote that one.",
         )
-    if any(".base_layer." in name for path in weights for name in read_header(reader, path).tensors):
+    if any(".base_layer." in name for name in weights.tensors):
         raise PromotionRefused(
             "unmerged_adapter",
             "The weights are those of an unmerged PEFT model (names with '.base_layer.'), which transformers "
@@ -103,12 +108,13 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
             next_step=MERGE_FIRST,
         )
     try:
-        geometry = geometry_from_config(config)
+        architecture, geometry = architecture_of(config), geometry_from_config(config)
     except UnsupportedArchitectureError as error:
         raise PromotionRefused("unsupported_architecture", error.cause, next_step=error.next_step) from error
+    weights.check_output_projections(architecture, geometry)
     said = (flavor.get("source_model_name"), config.get("_name_or_path"))
     bases = tuple(dict.fromkeys(name for name in said if isinstance(name, str) and name))
-    return LanguageModel(geometry, bases)
+    return LanguageModel(geometry, bases, architecture, weights)
 
 
 def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:

@@ -71,6 +71,8 @@ class Promotion(_Part):
         target: What it was promoted to, such as ``stage:Staging`` or ``alias:champion``.
         policy: Digest of the policy that was in force.
         actor: Who asked.
+        kinship: Cosine between the fine-tune's weights and the base's where the lock's sketch has them, -1 to
+            1; ``None`` where they could not be compared.
     """
 
     model: NonEmpty
@@ -78,6 +80,7 @@ class Promotion(_Part):
     target: NonEmpty
     policy: Digest
     actor: Actor
+    kinship: float | None = None
 
 
 class ReceiptPredicate(_Part):

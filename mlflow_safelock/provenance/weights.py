@@ -25,10 +25,12 @@ class WeightsHeader:
     Attributes:
         size: Bytes before the first tensor.
         tensors: Span of each tensor in the file, by name.
+        kinds: Type, as safetensors calls it, and shape of each, by name.
     """
 
     size: int
     tensors: Mapping[str, Span]
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def read_header(reader: ArtifactReader, path: str, size: int | None = None) -> WeightsHeader:
@@ -55,16 +57,18 @@ def read_header(reader: ArtifactReader, path: str, size: int | None = None) -> W
     if start > len(beginning):
         beginning += reader.read(path, len(beginning), start - len(beginning))
     try:
-        offsets = {
-            name: entry["data_offsets"]
-            for name, entry in json.loads(beginning[8:start]).items()
-            if name != "__metadata__"
-        }
+        entries = json.loads(beginning[8:start])
+        entries.pop("__metadata__", None)
+        offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
         tensors = {
             name: (start + index(begin), index(end) - index(begin)) for name, (begin, end) in offsets.items()
+        }
+        kinds = {
+            name: (str(entry["dtype"]), tuple(index(size) for size in entry["shape"]))
+            for name, entry in entries.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{where} has a header that cannot be read.") from error
     if any(begin < start or length < 0 or begin + length > size for begin, length in tensors.values()):
         raise SourceError(f"{where} has a header that points beyond the file's end: the file is cut off.")
-    return WeightsHeader(start, tensors)
+    return WeightsHeader(start, tensors, kinds)

@@ -35,6 +35,7 @@ SCHEME_PREFIX = "safelock+"
 ERROR_CODES = {
     "conflict": RESOURCE_CONFLICT,
     "geometry_mismatch": RESOURCE_CONFLICT,
+    "not_a_descendant": RESOURCE_CONFLICT,
     "already_locked": RESOURCE_CONFLICT,
     "damaged_lock": INVALID_PARAMETER_VALUE,
     "unreadable": INVALID_PARAMETER_VALUE,

@@ -1,0 +1,240 @@
+"""The weights of a fine-tune as they are stored: whether they are whole, and how alike they are to a base.
+
+Only the index and the headers are read, and, for kinship, the few runs of numbers that a lock's sketch names:
+what that costs does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_safelock.apply.architectures import Architecture
+from mlflow_safelock.errors import SourceError
+from mlflow_safelock.kinship import KinshipSketch, cosine
+from mlflow_safelock.lock import AttentionGeometry
+from mlflow_safelock.provenance import ArtifactReader, Span, read_header
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20
+
+ITEM_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Bits of one number, by what safetensors calls its type."""
+
+COPY_AGAIN = "Log the fine-tune again from a sound copy, and promote the new version."
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One tensor.
+
+    Attributes:
+        file: Path of its file in the artifacts.
+        dtype: Its type as safetensors calls it.
+        shape: Its dimensions.
+        span: Where its bytes are in the file.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """All tensors that ``transformers`` finds in a folder, by name."""
+
+    reader: ArtifactReader
+    tensors: Mapping[str, StoredWeight]
+
+    def output_projection(self, architecture: Architecture, layer: int) -> StoredWeight | None:
+        """The weight of a layer's attention output projection; ``None`` where it is stored otherwise."""
+        found = self._below(architecture, layer, "weight")
+        return self.tensors[found[0]] if len(found) == 1 else None
+
+    def check_output_projections(self, architecture: Architecture, geometry: AttentionGeometry) -> None:
+        """See that every layer has its attention output projection, in a shape that fits.
+
+        A quantised projection is stored in other names and shapes, so of that only the presence is looked at.
+
+        Raises:
+            SourceError: One is missing, or of another shape.
+        """
+        shape = (geometry.hidden, geometry.heads * geometry.head_dim)
+        if architecture.layout == "conv1d":
+            shape = shape[::-1]
+        for layer in range(geometry.layers):
+            weight = self.output_projection(architecture, layer)
+            if weight is not None and weight.dtype in _DECODERS and weight.shape != shape:
+                raise SourceError(
+                    f"The weights at {self.reader.location} have an attention output projection of shape "
+                    f"{list(weight.shape)} in layer {layer}, and the configuration makes it {list(shape)}.",
+                    next_step=COPY_AGAIN,
+                )
+            if weight is None and not self._below(architecture, layer, ""):
+                raise SourceError(
+                    f"The weights at {self.reader.location} lack the attention output projection of layer "
+                    f"{layer} ({architecture.output_projection}): it would be loaded with random numbers.",
+                    next_step=COPY_AGAIN,
+                )
+
+    def kinship(self, sketch: KinshipSketch, architecture: Architecture) -> float | None:
+        """How alike the weights are to those that a sketch was taken of: cosine, -1 to 1.
+
+        Returns:
+            ``None`` where they cannot be compared: quantised, or merged into other tensors.
+
+        Raises:
+            SourceError: The weights cannot be read.
+        """
+        length = sketch.values.shape[2]
+        runs: dict[str, list[Span]] = defaultdict(list)
+        types = []
+        for layer, offsets in zip(sketch.layers.tolist(), sketch.offsets.tolist(), strict=True):
+            weight = self.output_projection(architecture, layer)
+            if weight is None or weight.dtype not in _DECODERS:
+                return None
+            if max(offsets) + length > math.prod(weight.shape):
+                return 0.0  # a smaller matrix is no descendant's
+            size = ITEM_BITS[weight.dtype] // 8
+            spans = [(weight.span[0] + offset * size, length * size) for offset in offsets]
+            runs[weight.file].extend(spans)
+            types.extend([(weight.file, weight.dtype)] * len(spans))
+        read = {file: iter(self.reader.read_many(file, spans)) for file, spans in runs.items()}
+        values = [_DECODERS[dtype](next(read[file])) for file, dtype in types]
+        return cosine(sketch, np.array(values).reshape(sketch.values.shape))
+
+    def _below(self, architecture: Architecture, layer: int, name: str) -> list[str]:
+        """Names of tensors in a layer's output projection; ``name`` of it, or any where that is empty."""
+        inside = f"{layer}.{architecture.output_projection}.{name}"
+        for path in _suffixes(architecture.layers):
+            # Some checkpoints name their tensors from the bare model on, and some put more before it.
+            wanted = f"{path}.{inside}"
+            exact = [found for found in self.tensors if _is(found, wanted, whole=bool(name))]
+            if exact:
+                return exact
+        path = f".{architecture.layers.rsplit('.', 1)[-1]}.{inside}"
+        return [found for found in self.tensors if (found.endswith(path) if name else path in found)]
+
+
+def read_stored_weights(reader: ArtifactReader, folder: str) -> StoredWeights | None:
+    """Read which tensors are in which file of a model's folder, as ``transformers`` chooses the files.
+
+    Args:
+        reader: The artifacts.
+        folder: The folder of the model in them.
+
+    Returns:
+        The tensors; ``None`` where there is neither ``model.safetensors`` nor an index of shards.
+
+    Raises:
+        SourceError: A file is missing, damaged, or not what the index says.
+    """
+    sizes = {file.path: file.size for file in reader.files()}
+    single, index = f"{folder}/{SINGLE_FILE}", f"{folder}/{INDEX_FILE}"
+    if single in sizes:
+        return StoredWeights(reader, dict(_tensors(reader, single, sizes[single])))
+    if index not in sizes:
+        return None
+    places = _places(reader, index, sizes[index])
+    tensors: dict[str, StoredWeight] = {}
+    for shard in sorted(set(places.values())):
+        path = f"{folder}/{shard}"
+        if PurePosixPath(shard).name != shard or path not in sizes:
+            raise SourceError(
+                f"{index!r} at {reader.location} names the file {shard!r}, and that is not there.",
+                next_step=COPY_AGAIN,
+            )
+        tensors.update(_tensors(reader, path, sizes[path]))
+    for name, shard in places.items():
+        if name not in tensors or tensors[name].file != f"{folder}/{shard}":
+            raise SourceError(
+                f"{index!r} at {reader.location} says that tensor {name!r} is in {shard!r}, and it is not.",
+                next_step=COPY_AGAIN,
+            )
+    return StoredWeights(reader, tensors)
+
+
+def _tensors(reader: ArtifactReader, path: str, size: int) -> Iterator[tuple[str, StoredWeight]]:
+    header = read_header(reader, path, size)
+    for name, span in header.tensors.items():
+        dtype, shape = header.kinds[name]
+        bits = ITEM_BITS.get(dtype)
+        if bits is None or (math.prod(shape) * bits + 7) // 8 != span[1]:
+            raise SourceError(
+                f"The file {path!r} at {reader.location} says that {name!r} is {dtype} {list(shape)}, and "
+                f"has {span[1]} bytes for it.",
+                next_step=COPY_AGAIN,
+            )
+        yield name, StoredWeight(path, dtype, shape, span)
+
+
+def _places(reader: ArtifactReader, path: str, size: int) -> dict[str, str]:
+    if size > MAX_INDEX_BYTES:
+        raise SourceError(f"The file {path!r} at {reader.location} is too large for an index: {size} bytes.")
+    try:
+        index: Any = json.loads(reader.read(path))
+    except ValueError as error:
+        raise SourceError(
+            f"The file {path!r} at {reader.location} is not JSON: {error}.", next_step=COPY_AGAIN
+        ) from error
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(file, str) for file in places.values())
+    ):
+        raise SourceError(
+            f"The file {path!r} at {reader.location} does not say which tensor is in which file.",
+            next_step=COPY_AGAIN,
+        )
+    return places
+
+
+def _is(name: str, wanted: str, *, whole: bool) -> bool:
+    return name == wanted if whole else name.startswith(wanted)
+
+
+def _suffixes(path: str) -> Iterator[str]:
+    names = path.split(".")
+    return (".".join(names[start:]) for start in range(len(names)))
+
+
+def _from_bfloat16(data: bytes) -> npt.NDArray[np.float32]:
+    return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def _from_float8(data: bytes) -> npt.NDArray[np.float32]:
+    """Numbers of type e4m3fn, without the scales that may stand beside them."""
+    codes = np.frombuffer(data, dtype=np.uint8).astype(np.int32)
+    exponents, mantissas = (codes >> 3) & 15, codes & 7
+    normal = np.ldexp(8 + mantissas, exponents - 10)
+    sizes = np.where(exponents > 0, normal, np.ldexp(mantissas, -9))
+    return np.asarray(np.where(codes & 0x80, -sizes, sizes), dtype=np.float32)
+
+
+_DECODERS: Mapping[str, Callable[[bytes], npt.NDArray[Any]]] = {
+    "F64": lambda data: np.frombuffer(data, dtype="<f8"),
+    "F32": lambda data: np.frombuffer(data, dtype="<f4"),
+    "F16": lambda data: np.frombuffer(data, dtype="<f2"),
+    "BF16": _from_bfloat16,
+    "F8_E4M3": _from_float8,
+}
+"""What makes numbers of the bytes of a type."""
