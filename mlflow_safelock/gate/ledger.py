@@ -36,7 +36,15 @@ TABLE = sa.Table(
     sa.Column("previous", sa.String(64), nullable=False),
     sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("body", sa.Text, nullable=False),
+    sa.Index("ix_safelock_ledger_version", "model", "version"),
 )
+
+
+LOCKING = ("promoted", "renamed")
+"""Events by which a version is locked."""
+
+DECISIONS = (*LOCKING, "passed", "unlocked")
+"""Events that decide what a version serves."""
 
 
 class LockInForce(BaseModel):
@@ -54,14 +62,17 @@ class LedgerEntry(BaseModel):
     """One decision.
 
     Attributes:
-        event: ``promoted`` (locked), ``rejected``, or ``passed`` (let through unlocked, as the policy says).
+        event: ``promoted`` (locked), ``rejected``, ``passed`` (let through unlocked, as the policy says),
+            ``unlocked`` (the lock was taken off), ``renamed`` (a promotion goes on under another name),
+            ``revoked`` (a lock may not be applied any more; model and version are the lock's), or
+            ``policy`` (another policy came into force; there is no model, and the version is 0).
         time: ISO 8601 in UTC.
         workspace: MLflow workspace; ``default`` where workspaces are off.
         model: Registered model.
         version: Its number.
         target: ``stage:…`` or ``alias:…``.
         actor: Who asked.
-        reason: Reason code of a rejection or pass.
+        reason: Reason code of a rejection, pass, unlocking or revocation.
         message: The sentence that went with it.
         policy: Digest of the policy in force.
         lock: The lock in force after a promotion.
@@ -69,15 +80,16 @@ class LedgerEntry(BaseModel):
         original_location: Where the unlocked artifacts are.
         location: Where the locked model is.
         receipt: Digest of its receipt.
+        kinship: Cosine between the fine-tune's weights and the base's; ``None`` where it is not known.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    event: Literal["promoted", "rejected", "passed"]
+    event: Literal["promoted", "rejected", "passed", "unlocked", "renamed", "revoked", "policy"]
     time: NonEmpty
     workspace: NonEmpty
     model: NonEmpty
-    version: Annotated[int, Field(gt=0)]
+    version: Annotated[int, Field(ge=0)]
     target: NonEmpty
     actor: Actor
     reason: str | None
@@ -88,10 +100,16 @@ class LedgerEntry(BaseModel):
     original_location: str | None
     location: str | None
     receipt: Digest | None
+    kinship: float | None = None
+
+    @property
+    def locks(self) -> bool:
+        """Whether this is a decision by which a version is locked."""
+        return self.event in LOCKING
 
 
 def create_table(engine: sa.Engine) -> None:
-    """Create the ledger's table where it does not stand; several processes may do so at once.
+    """Create the ledger's table, or bring an older one up to date; several processes may do so at once.
 
     Raises:
         LedgerError: It cannot be created.
@@ -101,6 +119,14 @@ def create_table(engine: sa.Engine) -> None:
     except sa.exc.DBAPIError as error:
         if not sa.inspect(engine).has_table(TABLE.name):
             raise LedgerError(f"The table {TABLE.name} cannot be created: {error}.") from error
+    for index in TABLE.indexes:
+        # What a table of an earlier version lacks.
+        if index.name not in {found["name"] for found in sa.inspect(engine).get_indexes(TABLE.name)}:
+            try:
+                index.create(engine)
+            except sa.exc.DBAPIError as error:
+                if index.name not in {found["name"] for found in sa.inspect(engine).get_indexes(TABLE.name)}:
+                    raise LedgerError(f"The index {index.name} cannot be created: {error}.") from error
 
 
 def append(session: Session, entry: LedgerEntry) -> None:
@@ -121,7 +147,7 @@ def append(session: Session, entry: LedgerEntry) -> None:
             event=entry.event,
             model=entry.model,
             version=entry.version,
-            location_key=_location_key(entry.location) if entry.location else None,
+            location_key=_key_of(entry),
             previous=previous,
             digest=row_digest(previous, body),
             body=body.decode(),
@@ -138,11 +164,46 @@ def promotion_at(session: Session, location: str) -> LedgerEntry | None:
     """The last promotion that wrote the locked model at ``location``."""
     row = session.execute(
         sa.select(TABLE)
-        .where(TABLE.c.location_key == _location_key(location), TABLE.c.event == "promoted")
+        .where(TABLE.c.location_key == _key(location), TABLE.c.event == "promoted")
         .order_by(TABLE.c.sequence.desc())
         .limit(1)
     ).one_or_none()
     return None if row is None else _entry(row)
+
+
+def decision_on(session: Session, workspace: str, model: str, version: int) -> LedgerEntry | None:
+    """What was decided last about a version, refusals aside."""
+    row = session.execute(
+        sa.select(TABLE)
+        .where(
+            TABLE.c.model == model,
+            TABLE.c.version == version,
+            TABLE.c.workspace == workspace,
+            TABLE.c.event.in_(DECISIONS),
+        )
+        .order_by(TABLE.c.sequence.desc())
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else _entry(row)
+
+
+def revocation_of(session: Session, digest: str) -> LedgerEntry | None:
+    """The first revocation of the lock with a digest."""
+    row = session.execute(
+        sa.select(TABLE)
+        .where(TABLE.c.location_key == _key(digest), TABLE.c.event == "revoked")
+        .order_by(TABLE.c.sequence)
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else _entry(row)
+
+
+def last_policy(session: Session) -> str | None:
+    """Digest of the policy that came into force last, as far as the ledger knows."""
+    row = session.execute(
+        sa.select(TABLE).where(TABLE.c.event == "policy").order_by(TABLE.c.sequence.desc()).limit(1)
+    ).one_or_none()
+    return None if row is None else _entry(row).policy
 
 
 def entries(session: Session) -> Iterator[LedgerEntry]:
@@ -168,5 +229,12 @@ def _entry(row: sa.Row[tuple[object, ...]]) -> LedgerEntry:
         raise LedgerError(f"Row {row.sequence} of the ledger is not one that this version reads.") from error
 
 
-def _location_key(location: str) -> str:
-    return hashlib.sha256(location.encode()).hexdigest()
+def _key_of(entry: LedgerEntry) -> str | None:
+    """What a row is looked up by: a promotion by its locked model's place, a revocation by its lock."""
+    if entry.event == "revoked" and entry.lock is not None:
+        return _key(entry.lock.digest)
+    return _key(entry.location) if entry.location else None
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 from mlflow_safelock.errors import LockError, PromotionRefused
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
@@ -69,6 +70,7 @@ def find_lock(
         found = _newest(base, registry, artifacts)
         if found is not None:
             _check(found, base, source, rule, version)
+            _check_freshness(found, rule, registry)
             return ChosenLock(found, _checked_kinship(found, source, rule, version))
     if not bases:
         raise PromotionRefused(
@@ -128,6 +130,33 @@ def _check(
             f"The lock {name} is for {found.lock.geometry}, and {version.name!r} version {version.version} "
             f"has {source.geometry}.",
             next_step="It does not descend from that base: correct its base, or register a lock for its own.",
+        )
+
+
+def _check_freshness(found: RegisteredLock, rule: GateRule, registry: Registry) -> None:
+    """Locks of a base only move forward: no older one comes back because a newer one was taken away."""
+    if registry.newest_withdrawn(found.model) > found.version:
+        raise PromotionRefused(
+            "lock_withdrawn",
+            f"A newer lock than {found.title} was deleted, and an older one does not take its place.",
+            next_step="Register the lock that should be in force anew: safelock lock register.",
+        )
+    revoked = registry.revocation_of(found.lock.digest)
+    if revoked is not None:
+        raise PromotionRefused(
+            "lock_revoked",
+            f"The lock {found.title} was revoked at {revoked.time}: {revoked.message}",
+            next_step="Register another lock for this base: safelock forge, then safelock lock register.",
+        )
+    allowed, created = rule.lock.max_age_days, found.lock.metadata.created
+    if allowed is None:
+        return
+    if created is None or datetime.now(UTC) - datetime.fromisoformat(created) > timedelta(days=allowed):
+        raise PromotionRefused(
+            "lock_expired",
+            f"The lock {found.title} was made {created or 'at a time that it does not say'}, and the policy "
+            f"takes none older than {allowed} days.",
+            next_step="Forge a new one and register it: safelock forge, then safelock lock register.",
         )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 import rfc8785
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mlflow_safelock.gate.ports import Target
+from mlflow_safelock.gate.ports import ModelVersion, Target
 
 Stage = Literal["Staging", "Production", "Archived"]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -48,9 +48,14 @@ class LockRule(_Section):
 
     Attributes:
         min_version: Lowest accepted version of the base's registered lock.
+        max_age_days: How old a lock may be when it is applied, by the time it was made; ``None``: any age.
+        revoked: What happens when a version is downloaded whose lock was revoked after its promotion. New
+            promotions with a revoked lock are always refused.
     """
 
     min_version: Annotated[int, Field(gt=0)] = 1
+    max_age_days: Annotated[int, Field(gt=0)] | None = None
+    revoked: Literal["refuse", "warn"] = "warn"
 
 
 class KinshipRule(_Section):
@@ -81,6 +86,9 @@ class GateRule(_Section):
             before the promotion.
         missing_lock: What happens to a fine-tune whose base has no lock: ``reject``, or ``allow``, unlocked.
         not_an_llm: What happens to a model that is no language model.
+        reads: What happens when a version is downloaded that is in a gated stage, or under a gated alias,
+            without a promotion that locked it: ``refuse``, or ``warn``, for the time in which a registry that
+            had no gate is brought behind one.
     """
 
     models: NonEmpty = "*"
@@ -92,6 +100,7 @@ class GateRule(_Section):
     carrier: Literal["overlay", "standalone"] = "overlay"
     missing_lock: Literal["reject", "allow"] = "reject"
     not_an_llm: Literal["reject", "allow"] = "allow"
+    reads: Literal["refuse", "warn"] = "refuse"
 
     @field_validator("aliases")
     @classmethod
@@ -104,6 +113,11 @@ class GateRule(_Section):
             return target.name in self.stages
         return target.name.lower() in self.aliases
 
+    def gated_places(self, version: ModelVersion) -> tuple[Target, ...]:
+        """The gated stage and the gated aliases that a version is in."""
+        places = (Target("stage", version.stage), *(Target("alias", alias) for alias in version.aliases))
+        return tuple(place for place in places if self.covers(place))
+
 
 class Policy(_Section):
     """A policy file.
@@ -112,11 +126,13 @@ class Policy(_Section):
         version: Version of the file's form.
         gates: Gates; the first whose ``models`` matches a registered model's name decides.
         bases: Base model of the registered models that match a glob, for fine-tunes that do not say.
+        unlock: Whether a lock may be taken off a version that is in no gated place.
     """
 
     version: Literal[1]
     gates: tuple[GateRule, ...]
     bases: dict[NonEmpty, NonEmpty] = Field(default_factory=dict)
+    unlock: Literal["allow", "deny"] = "allow"
 
     @field_validator("gates")
     @classmethod

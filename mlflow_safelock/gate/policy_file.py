@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -9,6 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from mlflow_safelock.documents import read_document
 from mlflow_safelock.errors import PolicyError
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
+
+_logger = logging.getLogger(__name__)
 
 
 class GateSettings(BaseSettings):
@@ -23,18 +28,67 @@ class GateSettings(BaseSettings):
     policy: Path | None = None
 
 
-def policy_in_force() -> Policy:
-    """The policy of this process.
+class PolicySource:
+    """The policy in force: read when it is made, and again whenever its file has changed.
+
+    A file that has become unusable, or is gone, leaves the policy in force that was, and says so in the log
+    once for each change.
 
     Raises:
         PolicyError: ``SAFELOCK_POLICY`` names a file that cannot be used.
     """
-    path = GateSettings().policy
-    return DEFAULT_POLICY if path is None else load_policy(path)
+
+    def __init__(self) -> None:
+        self._path = GateSettings().policy
+        self._state = self._state_of_file()
+        self._policy = DEFAULT_POLICY if self._path is None else load_policy(self._path)
+        self._listeners: list[Callable[[Policy], None]] = []
+        self._reading = threading.Lock()
+
+    def when_changed(self, listener: Callable[[Policy], None]) -> None:
+        """Call ``listener`` with every policy that comes into force from now on."""
+        self._listeners.append(listener)
+
+    def __call__(self) -> Policy:
+        """The policy in force now."""
+        if self._path is None or self._state_of_file() == self._state:
+            return self._policy
+        with self._reading:
+            state = self._state_of_file()
+            if state != self._state:
+                self._state = state
+                self._read_again(self._path)
+        return self._policy
+
+    def _read_again(self, path: Path) -> None:
+        try:
+            policy = load_policy(path)
+        except PolicyError as error:
+            _logger.error(
+                "The policy was changed and cannot be used; the one before it, %s, stays in force. %s",
+                self._policy.digest,
+                error,
+            )
+            return
+        if policy.digest == self._policy.digest:
+            return
+        _logger.warning("The policy was changed: %s, and was %s", policy.digest, self._policy.digest)
+        self._policy = policy
+        for listener in self._listeners:
+            listener(policy)
+
+    def _state_of_file(self) -> tuple[int, ...] | None:
+        if self._path is None:
+            return None
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev
 
 
 def load_policy(path: str | Path) -> Policy:
-    """Read a policy file (docs/policy.md).
+    """Read a policy file (docs/gate.md).
 
     Raises:
         PolicyError: It cannot be read, or is not a valid policy; faults are named with their lines.

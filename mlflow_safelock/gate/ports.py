@@ -15,9 +15,9 @@ from mlflow_safelock.provenance import ArtifactReader
 
 @dataclass(frozen=True)
 class Target:
-    """Where a version is being promoted to: a stage or an alias; or that it is being prepared for either."""
+    """Where a version is being promoted to: a stage or an alias; or that it is being prepared or read."""
 
-    kind: Literal["stage", "alias", "prepare"]
+    kind: Literal["stage", "alias", "prepare", "read"]
     name: str
 
     def __str__(self) -> str:
@@ -34,6 +34,8 @@ class ModelVersion:
         source: Where it was registered from; never changed by the gate.
         location: Where it is downloaded from now.
         tags: Tags, which anybody can set.
+        stage: The stage that it is in; ``None`` as a word where it is in none.
+        aliases: The aliases that point to it.
     """
 
     name: str
@@ -41,6 +43,8 @@ class ModelVersion:
     source: str
     location: str
     tags: Mapping[str, str]
+    stage: str
+    aliases: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,17 @@ class Registry(Protocol):
     def model_versions(self, name: str) -> Sequence[ModelVersion]:
         """All versions of a registered model, oldest first; none where there is no such model."""
 
+    def newest_withdrawn(self, name: str) -> int:
+        """Number of the newest version of a registered model that was deleted; 0 where none was."""
+
     def promotion_at(self, location: str) -> LedgerEntry | None:
         """The promotion that wrote the locked model at ``location``, where the ledger knows one."""
+
+    def decision_on(self, workspace: str, name: str, version: int) -> LedgerEntry | None:
+        """What was decided last about a version, refusals aside; ``None`` where nothing was."""
+
+    def revocation_of(self, digest: str) -> LedgerEntry | None:
+        """The revocation of the lock with a digest; ``None`` where it stands."""
 
     def redirect(self, redirection: Redirection) -> bool:
         """Do all of it in one transaction, or, where ``expected_location`` no longer holds, nothing.
@@ -85,6 +98,9 @@ class Registry(Protocol):
 
     def record(self, entry: LedgerEntry) -> None:
         """Append a row to the ledger."""
+
+    def record_policy(self, entry: LedgerEntry) -> None:
+        """Append that a policy came into force, where the last that did is another."""
 
 
 Writer = Callable[[Path, Path, bool], Standalone]
@@ -103,6 +119,9 @@ class Artifacts(Protocol):
 
     def publish(self, folder: Path, uri: str) -> None:
         """Write a local folder to ``uri``."""
+
+    def discard(self, uri: str) -> None:
+        """Take back a folder that was written, as far as that can be done; nothing points to it."""
 
     def derive(self, original: str, uri: str, lock: SafetyLock, write: Writer) -> Standalone:
         """Write a standalone model to ``uri`` that shares its weights with the model at ``original``.

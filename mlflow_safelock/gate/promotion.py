@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import rfc8785
 
@@ -27,9 +28,13 @@ from mlflow_safelock.gate.locks import RegisteredLock, find_lock
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
 from mlflow_safelock.gate.source import examine
+from mlflow_safelock.gate.strength import alpha_for
 from mlflow_safelock.provenance import Actor, LockReference, Promotion, Receipt, check_fingerprint
 
 _logger = logging.getLogger(__name__)
+
+NOT_AN_LLM = PromotionRefused("not_an_llm", "It is no language model.")
+"""Why most versions go through a gate unlocked."""
 
 STANDALONE = "standalone-"
 """Beginning of the last part of a standalone model's location."""
@@ -144,12 +149,19 @@ class Gate:
         try:
             self._promote(request, policy, rule, found)
         except PromotionRefused as refusal:
-            self._record(request, policy, "rejected", refusal)
+            self.record(request, policy, "rejected", refusal)
             raise
         except SafelockError as error:
             unreadable = PromotionRefused("unreadable", error.cause, next_step=error.next_step)
-            self._record(request, policy, "rejected", unreadable)
+            self.record(request, policy, "rejected", unreadable)
             raise unreadable from error
+        except Exception as error:
+            _logger.exception("Promoting %s version %s failed", request.name, request.version)
+            failed = PromotionRefused(
+                "failed", f"{error} Nothing was promoted.", next_step="The server's log has the details."
+            )
+            self.record(request, policy, "rejected", failed)
+            raise failed from error
 
     def prepare(self, request: Request) -> Preparation:
         """Write what a promotion needs and must not take the time for; doing it again changes nothing.
@@ -212,12 +224,13 @@ class Gate:
         except PromotionRefused as refusal:
             if refusal.reason != "missing_lock" or rule.missing_lock == "reject":
                 raise
-            self._record(request, policy, "passed", refusal)
+            self._let_through(request, policy, found, refusal)
             return
         if approved is None:
+            self._let_through(request, policy, found, NOT_AN_LLM)
             return
-        known = self.registry.promotion_at(found.location)
-        if known is not None and _is_in_force(known, approved):
+        known = self.registry.decision_on(request.workspace, request.name, request.version)
+        if known is not None and _is_in_force(known, approved, found) and self._still_stands(known):
             return
         if rule.carrier == "overlay":
             location, receipt = self._write_overlay(approved)
@@ -232,7 +245,42 @@ class Gate:
             entry=_promoted(approved, receipt, location),
         )
         if not self.registry.redirect(redirection):
+            # What was written stays for the sweep: a twin that was written in the same millisecond from the
+            # same bytes has the same place, and may be in force.
             self._accept_the_faster_one(approved)
+
+    def _let_through(
+        self, request: Request, policy: Policy, found: ModelVersion, why: PromotionRefused
+    ) -> None:
+        """Put on record, once, that a version goes unlocked to where it is going."""
+        known = self.registry.decision_on(request.workspace, request.name, request.version)
+        if known is None or (known.event, known.original_location) != ("passed", found.location):
+            self.record(request, policy, "passed", why, found.location)
+
+    def _still_stands(self, known: LedgerEntry) -> bool:
+        """Whether the locked model of an earlier promotion is there as it was written.
+
+        Raises:
+            PromotionRefused: The fine-tune that it was made of is not what it was.
+        """
+        try:
+            reader = self.artifacts.reader(known.location or "")
+            standalone = _is_standalone(known.location)
+            receipt = read_standalone(reader) if standalone else read_overlay(reader).receipt
+        except SafelockError as error:
+            _logger.warning("The locked model at %s is written again: %s", known.location, error)
+            return False
+        if receipt.digest != known.receipt:
+            _logger.warning(
+                "The locked model at %s has another receipt, and is written again", known.location
+            )
+            return False
+        source = receipt.predicate.source
+        try:
+            check_fingerprint(source.fingerprint, self.artifacts.reader(source.uri))
+        except VerificationError as error:
+            raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
+        return True
 
     def _approve(
         self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion
@@ -252,7 +300,7 @@ class Gate:
             return None
         chosen = find_lock(found, source, policy, rule, self.registry, self.artifacts)
         lock, kinship = chosen.registered, chosen.kinship
-        return _Approved(request, policy, rule, found, original, lock, kinship, rule.alpha.default)
+        return _Approved(request, policy, rule, found, original, lock, kinship, alpha_for(found, rule))
 
     def _write_overlay(self, approved: _Approved) -> tuple[str, Receipt]:
         with TemporaryDirectory(prefix="safelock-") as temporary:
@@ -313,18 +361,26 @@ class Gate:
         """Somebody redirected the version meanwhile: fine if they did what this promotion wanted."""
         request = approved.request
         now = self.registry.model_version(request.name, request.version)
-        known = self.registry.promotion_at(now.location)
-        if known is None or not _is_in_force(known, approved):
+        known = self.registry.decision_on(request.workspace, request.name, request.version)
+        if known is None or not _is_in_force(known, approved, now):
             raise PromotionRefused(
                 "conflict",
                 f"{request.name!r} version {request.version} was changed by another request meanwhile.",
                 next_step="Look at the version, then promote again.",
             )
 
-    def _record(self, request: Request, policy: Policy, event: str, refusal: PromotionRefused) -> None:
+    def record(
+        self,
+        request: Request,
+        policy: Policy,
+        event: Literal["passed", "rejected"],
+        refusal: PromotionRefused,
+        location: str | None = None,
+    ) -> None:
+        """Append to the ledger that a version was refused or let through, and why."""
         self.registry.record(
             LedgerEntry(
-                event="passed" if event == "passed" else "rejected",
+                event=event,
                 time=_now(),
                 workspace=request.workspace,
                 model=request.name,
@@ -336,7 +392,7 @@ class Gate:
                 policy=policy.digest,
                 lock=None,
                 alpha=None,
-                original_location=None,
+                original_location=location,
                 location=None,
                 receipt=None,
             )
@@ -344,11 +400,11 @@ class Gate:
         _logger.info("%s %s/%s: %s (%s)", event, request.name, request.version, refusal, refusal.reason)
 
 
-def _is_in_force(known: LedgerEntry, approved: _Approved) -> bool:
-    """Whether an earlier promotion of this very version applied this very lock at this very strength."""
+def _is_in_force(known: LedgerEntry, approved: _Approved, found: ModelVersion) -> bool:
+    """Whether what was decided last about this version is this very lock at this very strength."""
     return (
-        (known.workspace, known.model, known.version)
-        == (approved.request.workspace, approved.request.name, approved.request.version)
+        known.locks
+        and known.location == found.location
         and known.lock is not None
         and known.lock.digest == approved.lock.lock.digest
         and known.alpha == approved.alpha
@@ -391,6 +447,7 @@ def _promoted(approved: _Approved, receipt: Receipt, location: str) -> LedgerEnt
         original_location=approved.original,
         location=location,
         receipt=receipt.digest,
+        kinship=approved.promotion.kinship,
     )
 
 

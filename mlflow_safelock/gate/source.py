@@ -16,11 +16,23 @@ from mlflow_safelock.gate.stored_weights import StoredWeights, read_stored_weigh
 from mlflow_safelock.lock import AttentionGeometry
 from mlflow_safelock.provenance import ArtifactReader
 
-LANGUAGE_MODEL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+DECODER_CLASSES = ("ForCausalLM", "LMHeadModel")
+"""Ends of the class names of models that do nothing but write text."""
+
+LANGUAGE_MODEL_CLASSES = (*DECODER_CLASSES, "ForConditionalGeneration")
 """Ends of the class names of models that write text."""
 
 LANGUAGE_MODEL_TASKS = ("text-generation", "conversational", "llm/v1/")
 """Beginnings of the tasks that such models are logged with."""
+
+PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".bin", ".ckpt", ".joblib")
+"""Ends of the names of files that hold pickled objects."""
+
+PICKLE_BYTES = 4 << 20
+"""How much of such a file's beginning is searched; the names of its classes stand before its numbers."""
+
+_PICKLED_LANGUAGE_MODEL = re.compile(rb"transformers[\w.]*[^\w]{1,4}[A-Z]\w*(ForCausalLM|LMHeadModel)")
+"""The module and the class of a pickled language model, as every protocol of pickle writes them."""
 
 MAX_CONFIG_BYTES = 4 << 20
 
@@ -70,6 +82,7 @@ def examine(reader: ArtifactReader) -> LanguageModel | None:
         _refuse_a_disguised_language_model(reader, paths)
         return None
     if not _writes_text(transformers):
+        _refuse_a_disguised_language_model(reader, paths)
         return None
     return _language_model(reader, paths, transformers)
 
@@ -148,11 +161,13 @@ def _writes_text(flavor: Mapping[str, Any]) -> bool:
 
 def _refuse_a_disguised_language_model(reader: ArtifactReader, paths: set[str]) -> None:
     """A language model in another flavor would be served unlocked, so it does not pass as something else."""
+    sizes = {file.path: file.size for file in reader.files()}
     for path in sorted(paths):
         if PurePosixPath(path).name == "config.json":
-            classes = _read_config(reader, path).get("architectures")
-            names = classes if isinstance(classes, list) else []
-            found = any(str(name).endswith(LANGUAGE_MODEL_CLASSES) for name in names)
+            found = _describes_a_language_model(_read_config(reader, path))
+        elif path.endswith(PICKLES):
+            beginning = reader.read(path, 0, min(sizes[path], PICKLE_BYTES))
+            found = _PICKLED_LANGUAGE_MODEL.search(beginning) is not None
         else:
             found = path.endswith(".gguf")
         if found:
@@ -161,6 +176,15 @@ def _refuse_a_disguised_language_model(reader: ArtifactReader, paths: set[str]) 
                 f"There is a language model in {path!r}, logged in a flavor that a lock cannot go onto.",
                 next_step="Log it with mlflow.transformers.log_model.",
             )
+
+
+def _describes_a_language_model(config: Mapping[str, Any]) -> bool:
+    classes = config.get("architectures")
+    names = [str(name) for name in classes] if isinstance(classes, list) else []
+    if any(name.endswith(DECODER_CLASSES) for name in names):
+        return True
+    # A model that sees and writes has its decoder's configuration inside; one that transcribes has none.
+    return "text_config" in config and any(name.endswith(LANGUAGE_MODEL_CLASSES) for name in names)
 
 
 def _read_config(reader: ArtifactReader, path: str) -> dict[str, Any]:

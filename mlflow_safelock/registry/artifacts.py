@@ -7,6 +7,7 @@ request means calling itself, so here the destination is used directly.
 
 from __future__ import annotations
 
+import logging
 import os
 import posixpath
 import shutil
@@ -34,6 +35,8 @@ from mlflow_safelock.registry.proxied import PROXIED_SCHEMES, ProxiedArtifacts
 from mlflow_safelock.registry.remote import RemoteArtifacts
 from mlflow_safelock.registry.s3 import SCHEME, S3Artifacts
 from mlflow_safelock.registry.s3_publication import S3Publication
+
+_logger = logging.getLogger(__name__)
 
 DESTINATION_VARIABLE = "_MLFLOW_SERVER_ARTIFACT_DESTINATION"
 """Environment variable in which ``mlflow server`` tells its workers the artifact destination."""
@@ -106,6 +109,13 @@ class RegistryArtifacts:
                 f"The locked model cannot be written to {uri}: {error}.",
                 next_step="Let the registry's process write beside the model's artifacts.",
             ) from error
+
+    def discard(self, uri: str) -> None:
+        """Take back a folder that was written; what cannot be deleted stays, and nothing points to it."""
+        try:
+            get_artifact_repository(physical_uri(uri)).delete_artifacts()
+        except (MlflowException, OSError, NotImplementedError, SourceError) as error:
+            _logger.info("The folder %s is not needed, and cannot be deleted: %s", uri, error)
 
     def derive(self, original: str, uri: str, lock: SafetyLock, write: Writer) -> Standalone:
         """Write a standalone model to ``uri`` that shares its weights with the model at ``original``.

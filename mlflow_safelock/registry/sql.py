@@ -15,14 +15,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.model_registry.dbmodels.models import SqlModelVersion, SqlModelVersionTag
 from mlflow.utils.time import get_current_time_millis
 
+from mlflow_safelock.errors import LedgerError
 from mlflow_safelock.gate import ledger
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.ports import ModelVersion, Redirection
 
 T = TypeVar("T")
 
-ATTEMPTS = 40
-"""How often a transaction is repeated that lost a race for the ledger's next row."""
+PATIENCE = 15.0
+"""Seconds after which a transaction that lost its races for the ledger's next row is not repeated again."""
 
 READY = ModelVersionStatus.to_string(ModelVersionStatus.READY)
 
@@ -56,10 +57,40 @@ class SqlRegistry:
             )
             return [_view(row) for row in rows]
 
+    def newest_withdrawn(self, name: str) -> int:
+        """Number of the newest deleted version of a registered model, which MLflow keeps a row of; or 0."""
+        with self.store.ManagedSessionMaker() as session:
+            newest = (
+                self.store._get_query(session, SqlModelVersion)
+                .filter(SqlModelVersion.name == name, SqlModelVersion.current_stage == STAGE_DELETED_INTERNAL)
+                .order_by(SqlModelVersion.version.desc())
+                .first()
+            )
+            return 0 if newest is None else int(newest.version)
+
     def promotion_at(self, location: str) -> LedgerEntry | None:
         """The promotion that wrote the locked model at ``location``, where the ledger knows one."""
         with self.store.ManagedSessionMaker() as session:
             return ledger.promotion_at(session, location)
+
+    def decision_on(self, workspace: str, name: str, version: int) -> LedgerEntry | None:
+        """What was decided last about a version, refusals aside."""
+        with self.store.ManagedSessionMaker() as session:
+            return ledger.decision_on(session, workspace, name, version)
+
+    def revocation_of(self, digest: str) -> LedgerEntry | None:
+        """The revocation of the lock with a digest."""
+        with self.store.ManagedSessionMaker() as session:
+            return ledger.revocation_of(session, digest)
+
+    def record_policy(self, entry: LedgerEntry) -> None:
+        """Append that a policy came into force, where the last that did is another."""
+
+        def work(session: Any) -> None:
+            if ledger.last_policy(session) != entry.policy:
+                ledger.append(session, entry)
+
+        self._transaction(work)
 
     def redirect(self, redirection: Redirection) -> bool:
         """Redirect a version, tag it and append to the ledger, in one transaction or not at all."""
@@ -99,7 +130,8 @@ class SqlRegistry:
 
     def _transaction(self, work: Callable[[Any], T]) -> T:
         """Run ``work`` in a transaction, again where another writer took the ledger's next row first."""
-        for attempt in range(ATTEMPTS):
+        deadline = time.monotonic() + PATIENCE
+        while True:
             try:
                 with self.store.ManagedSessionMaker(read_only=False) as session:
                     result = work(session)
@@ -107,10 +139,15 @@ class SqlRegistry:
                     return result
             except MlflowException as error:
                 lost_a_race = isinstance(error.__cause__, sa.exc.IntegrityError | sa.exc.OperationalError)
-                if not lost_a_race or attempt == ATTEMPTS - 1:
+                if not lost_a_race:
                     raise
+                if time.monotonic() > deadline:
+                    raise LedgerError(
+                        f"The registry's database was busy for more than {PATIENCE:g} seconds: "
+                        f"{error.__cause__}.",
+                        next_step="Promote again.",
+                    ) from error
                 time.sleep(random.uniform(0.005, 0.05))  # noqa: S311 - spreads writers, guards nothing
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _view(row: Any) -> ModelVersion:
@@ -120,4 +157,10 @@ def _view(row: Any) -> ModelVersion:
         source=row.source,
         location=row.storage_location or row.source,
         tags={tag.key: tag.value for tag in row.model_version_tags},
+        stage=row.current_stage,
+        aliases=tuple(
+            alias.alias
+            for alias in row.registered_model.registered_model_aliases
+            if alias.version == row.version
+        ),
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.entities.model_registry.model_version_stages import get_canonical_stage
 from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
 from mlflow.exceptions import MlflowException
@@ -19,9 +20,10 @@ from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
 
 from mlflow_safelock.errors import PromotionRefused
-from mlflow_safelock.gate.ledger import create_table
+from mlflow_safelock.gate.guard import Guard, policy_entry
+from mlflow_safelock.gate.ledger import LockInForce, create_table
 from mlflow_safelock.gate.policy import Policy
-from mlflow_safelock.gate.policy_file import policy_in_force
+from mlflow_safelock.gate.policy_file import PolicySource
 from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.gate.promotion import Gate, Preparation, Request
 from mlflow_safelock.registry.actor import current_actor
@@ -34,20 +36,25 @@ SCHEME_PREFIX = "safelock+"
 
 ERROR_CODES = {
     "conflict": RESOURCE_CONFLICT,
+    "failed": RESOURCE_CONFLICT,
     "geometry_mismatch": RESOURCE_CONFLICT,
     "not_a_descendant": RESOURCE_CONFLICT,
     "already_locked": RESOURCE_CONFLICT,
+    "source_changed": RESOURCE_CONFLICT,
     "damaged_lock": INVALID_PARAMETER_VALUE,
     "unreadable": INVALID_PARAMETER_VALUE,
+    "bad_alpha": INVALID_PARAMETER_VALUE,
+    "alpha_out_of_range": INVALID_PARAMETER_VALUE,
 }
 """MLflow error codes by reason; all others are PERMISSION_DENIED. All are 4xx: MLflow's client repeats a 5xx
 for minutes and loses its message."""
 
 
 class GateMixin:
-    """Puts the gate in front of a store's two ways to promote a version; the store class comes after it."""
+    """Puts the gate in front of whatever promotes a version or hands it out; the store class comes after."""
 
     _gate: Gate
+    _guard: Guard
 
     def transition_model_version_stage(
         self, name: str, version: Any, stage: str, archive_existing_versions: bool
@@ -63,6 +70,29 @@ class GateMixin:
         self._pass_gate(name, version, Target("alias", alias))
         super().set_registered_model_alias(name, alias, version)  # type: ignore[misc]
 
+    def get_model_version_download_uri(self, name: str, version: Any) -> str:
+        """Where MLflow has the version, once the guard has seen that it passed the gate."""
+        number = _number(version)
+        if number is not None:
+            self._refusing(
+                f"hand out {name!r} version {number}",
+                lambda: self._guard.check_read(name, number, self._workspace, current_actor()),
+            )
+        return str(super().get_model_version_download_uri(name, version))  # type: ignore[misc]
+
+    def rename_registered_model(self, name: str, new_name: str) -> RegisteredModel:
+        """MLflow's own renaming, where no unlocked version comes into a gated place by it."""
+        self._refusing(
+            f"rename {name!r} to {new_name!r}",
+            lambda: self._guard.check_rename(name, new_name, self._workspace),
+        )
+        renamed = super().rename_registered_model(name, new_name)  # type: ignore[misc]
+        self._refusing(
+            f"put on record that {name!r} is now {new_name!r}",
+            lambda: self._guard.renamed(name, new_name, self._workspace, current_actor()),
+        )
+        return renamed
+
     def prepare(self, name: str, version: int) -> Preparation:
         """Write ahead what the version's promotion needs; see ``Gate.prepare``.
 
@@ -70,33 +100,70 @@ class GateMixin:
             PromotionRefused: The version could not be promoted as it is.
             MlflowException: There is no such version.
         """
-        workspace = self._get_active_workspace()  # type: ignore[attr-defined]
         target = Target("prepare", "standalone")
-        return self._gate.prepare(Request(name, version, target, current_actor(), workspace))
+        return self._gate.prepare(Request(name, version, target, current_actor(), self._workspace))
+
+    def unlock(self, name: str, version: int, reason: str) -> str:
+        """Take the lock off a version that is in no gated place; see ``Guard.unlock``.
+
+        Raises:
+            PromotionRefused: It may not be unlocked.
+            MlflowException: There is no such version.
+        """
+        return self._guard.unlock(name, version, self._workspace, current_actor(), reason)
+
+    def revoke_lock(self, name: str, version: int, reason: str) -> LockInForce:
+        """Put on record that a registered lock may not be applied any more; see ``Guard.revoke``.
+
+        Raises:
+            PromotionRefused: It is no lock.
+            MlflowException: There is no such version.
+        """
+        return self._guard.revoke(name, version, self._workspace, current_actor(), reason)
+
+    @property
+    def _workspace(self) -> str:
+        return str(self._get_active_workspace())  # type: ignore[attr-defined]
 
     def _pass_gate(self, name: str, version: Any, target: Target) -> None:
-        try:
-            number = int(version)
-        except (TypeError, ValueError):
+        number = _number(version)
+        if number is None:
             return  # MLflow refuses it next, in its own words
-        workspace = self._get_active_workspace()  # type: ignore[attr-defined]
+        self._refusing(
+            f"promote {name!r} version {number} to {target}",
+            lambda: self._gate.promote(Request(name, number, target, current_actor(), self._workspace)),
+        )
+
+    def _refusing(self, what: str, work: Callable[[], None]) -> None:
+        """Do something of the gate's; whatever it refuses or fails at becomes an MLflow error of 4xx."""
         try:
-            self._gate.promote(Request(name, number, target, current_actor(), workspace))
+            work()
         except PromotionRefused as refusal:
             raise MlflowException(
-                f"safelock refused to promote {name!r} version {number} to {target} [{refusal.reason}]. "
-                f"{refusal}",
+                f"safelock refused to {what} [{refusal.reason}]. {refusal}",
                 ERROR_CODES.get(refusal.reason, PERMISSION_DENIED),
             ) from refusal
-        except MlflowException:
-            raise
+        except MlflowException as error:
+            if error.get_http_status_code() < HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise
+            raise _failed(what, error) from error
         except Exception as error:
-            _logger.exception("safelock failed to promote %r version %s to %s", name, number, target)
-            raise MlflowException(
-                f"safelock could not promote {name!r} version {number} to {target} [failed]. {error} "
-                "Nothing was promoted. The server's log has the details.",
-                RESOURCE_CONFLICT,
-            ) from error
+            raise _failed(what, error) from error
+
+
+def _number(version: Any) -> int | None:
+    try:
+        return int(version)
+    except (TypeError, ValueError):
+        return None
+
+
+def _failed(what: str, error: Exception) -> MlflowException:
+    _logger.error("safelock could not %s", what, exc_info=error)
+    return MlflowException(
+        f"safelock could not {what} [failed]. {error} Nothing was changed. The server's log has the details.",
+        RESOURCE_CONFLICT,
+    )
 
 
 class SafelockStore(GateMixin, SqlAlchemyStore):  # type: ignore[misc]
@@ -113,14 +180,19 @@ def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | Safe
     Raises:
         PolicyError: The policy file cannot be used.
     """
-    policy = policy_in_force()
+    source = PolicySource()
+    policy = source()
     store_class = SafelockWorkspaceStore if MLFLOW_ENABLE_WORKSPACES.get() else SafelockStore
     store = store_class(store_uri.removeprefix(SCHEME_PREFIX))
     create_table(store.engine)
-    store._gate = Gate(_always(policy), SqlRegistry(store), RegistryArtifacts(tracking_uri))
+    registry = SqlRegistry(store)
+    store._gate = Gate(source, registry, RegistryArtifacts(tracking_uri))
+    store._guard = Guard(store._gate)
+
+    def put_on_record(policy: Policy) -> None:
+        registry.record_policy(policy_entry(policy, current_actor(), str(store._get_active_workspace())))
+
+    source.when_changed(put_on_record)
+    put_on_record(policy)
     _logger.info("safelock guards this registry: %s, policy %s", store_class.__name__, policy.digest)
     return store
-
-
-def _always(policy: Policy) -> Callable[[], Policy]:
-    return lambda: policy

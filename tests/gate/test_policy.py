@@ -8,7 +8,7 @@ import pytest
 
 from mlflow_safelock.errors import PolicyError
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
-from mlflow_safelock.gate.policy_file import load_policy, policy_in_force
+from mlflow_safelock.gate.policy_file import PolicySource, load_policy
 from mlflow_safelock.gate.ports import Target
 
 COMPLETE = """
@@ -115,9 +115,9 @@ def test_a_policy_that_cannot_be_meant_is_an_error_that_names_the_place(
 
 def test_the_environment_names_the_policy_file(write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SAFELOCK_POLICY", raising=False)
-    assert policy_in_force() == DEFAULT_POLICY
+    assert PolicySource()() == DEFAULT_POLICY
     monkeypatch.setenv("SAFELOCK_POLICY", str(write(COMPLETE)))
-    assert policy_in_force().gates[0].models == "support-*"
+    assert PolicySource()().gates[0].models == "support-*"
     monkeypatch.setenv("SAFELOCK_POLICY", "/nowhere/safelock.yaml")
     with pytest.raises(PolicyError, match="cannot be read"):
-        policy_in_force()
+        PolicySource()()

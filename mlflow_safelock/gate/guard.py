@@ -1,0 +1,283 @@
+"""What the gate does beside promotions: reads, renames, unlocking, revoked locks, and a policy that changes.
+
+A read is where the gate's promise is kept against whoever got past it: a version that is in a gated stage, or
+under a gated alias, is handed out only as the ledger has it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from mlflow_safelock.errors import LockError, PromotionRefused, SafelockError
+from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE
+from mlflow_safelock.formats import lock_from_bytes
+from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
+from mlflow_safelock.gate.policy import GateRule, Policy
+from mlflow_safelock.gate.ports import ModelVersion, Redirection, Target
+from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate, Request
+from mlflow_safelock.gate.source import examine
+from mlflow_safelock.provenance import Actor
+
+_logger = logging.getLogger(__name__)
+
+READ = Target("read", "download")
+"""What the ledger says a row was for that a read led to."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The gate's other side, in front of the same registry.
+
+    Attributes:
+        gate: The gate.
+    """
+
+    gate: Gate
+
+    def check_read(self, name: str, version: int, workspace: str, actor: Actor) -> None:
+        """Refuse that a version is downloaded which is in a gated place without having passed the gate.
+
+        Raises:
+            PromotionRefused: It serves something else than its promotion wrote, or was never promoted.
+        """
+        policy = self.gate.policy()
+        rule = policy.rule_for(name)
+        if rule is None:
+            return
+        found = self.gate.registry.model_version(name, version)
+        places = rule.gated_places(found)
+        if not places:
+            return
+        decision = self.gate.registry.decision_on(workspace, name, version)
+        if decision is not None and _stands(decision, found):
+            self._look_at_the_lock(decision, rule, found)
+            return
+        if decision is None and self._is_no_language_model(found, rule):
+            request = Request(name, version, READ, actor, workspace)
+            self.gate.record(request, policy, "passed", NOT_AN_LLM, found.location)
+            return
+        where = " and ".join(str(place) for place in places)
+        _warn_or_refuse(
+            rule.reads,
+            PromotionRefused(
+                "not_locked",
+                f"{name!r} version {version} is in {where}, and what it serves did not pass the gate: "
+                + _difference(decision, found),
+                next_step="Promote it again, which locks it, or take it out: safelock reconcile does either.",
+            ),
+        )
+
+    def check_rename(self, name: str, new_name: str, workspace: str) -> None:
+        """Refuse a name under which an unlocked version would be in a gated place.
+
+        Raises:
+            PromotionRefused: It would; the registered model keeps its name.
+        """
+        rule = self.gate.policy().rule_for(new_name)
+        if rule is None:
+            return
+        for version in self.gate.registry.model_versions(name):
+            places = rule.gated_places(version)
+            decision = self.gate.registry.decision_on(workspace, name, version.version)
+            if places and (decision is None or not _stands(decision, version)):
+                raise PromotionRefused(
+                    "not_locked",
+                    f"Under the name {new_name!r} version {version.version} would be in {places[0]} without "
+                    "having passed the gate.",
+                    next_step="Take it out of the stage or alias, rename, and promote it again.",
+                )
+
+    def renamed(self, name: str, new_name: str, workspace: str, actor: Actor) -> None:
+        """Let the ledger's decisions go on under a registered model's new name."""
+        for version in self.gate.registry.model_versions(new_name):
+            decision = self.gate.registry.decision_on(workspace, name, version.version)
+            if decision is None:
+                continue
+            event = "renamed" if decision.locks else decision.event
+            self.gate.registry.record(
+                decision.model_copy(
+                    update={
+                        "event": event,
+                        "time": _now(),
+                        "model": new_name,
+                        "actor": actor,
+                        "message": f"The registered model was called {name!r}.",
+                    }
+                )
+            )
+
+    def unlock(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> str:
+        """Let a version serve its fine-tune again, unlocked.
+
+        Returns:
+            Where that is.
+
+        Raises:
+            PromotionRefused: The policy forbids it, the version is not locked, or it is in a gated place.
+        """
+        policy = self.gate.policy()
+        found = self.gate.registry.model_version(name, version)
+        known = self.gate.registry.promotion_at(found.location)
+        who = f"{name!r} version {version}"
+        if policy.unlock == "deny":
+            raise PromotionRefused(
+                "unlock_denied",
+                "The policy lets nobody take a lock off.",
+                next_step="Set 'unlock: allow' in the policy.",
+            )
+        if known is None or known.original_location is None:
+            raise PromotionRefused(
+                "not_locked", f"{who} is not locked.", next_step="There is nothing to unlock."
+            )
+        rule = policy.rule_for(name)
+        places = rule.gated_places(found) if rule is not None else ()
+        if places:
+            raise PromotionRefused(
+                "still_gated",
+                f"{who} is in {' and '.join(str(place) for place in places)}, where only locked models are.",
+                next_step="Take it out of the stage, or the alias off it, first.",
+            )
+        entry = known.model_copy(
+            update={
+                "event": "unlocked",
+                "time": _now(),
+                "workspace": workspace,
+                "model": name,
+                "version": version,
+                "target": "unlock:registry",
+                "actor": actor,
+                "reason": "unlocked",
+                "message": reason,
+                "policy": policy.digest,
+                "location": None,
+            }
+        )
+        done = self.gate.registry.redirect(
+            Redirection(
+                name=name,
+                version=version,
+                expected_location=found.location,
+                location=known.original_location,
+                tags={"safelock.state": "unlocked"},
+                entry=entry,
+            )
+        )
+        if not done:
+            raise PromotionRefused(
+                "conflict",
+                f"{who} was changed by another request meanwhile.",
+                next_step="Look at the version, then unlock it again.",
+            )
+        return known.original_location
+
+    def revoke(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> LockInForce:
+        """Put on record that a registered lock may not be applied any more.
+
+        Raises:
+            PromotionRefused: It is no lock, or was revoked already.
+        """
+        found = self.gate.registry.model_version(name, version)
+        try:
+            data = self.gate.artifacts.reader(found.location).read(LOCK_FILE)
+            lock = lock_from_bytes(data, origin=f"models:/{name}/{version}")
+        except (LockError, SafelockError) as error:
+            raise PromotionRefused(
+                "no_lock", f"{name!r} version {version} is no lock: {error.cause}"
+            ) from error
+        if self.gate.registry.revocation_of(lock.digest) is not None:
+            raise PromotionRefused(
+                "already_revoked", f"The lock {name!r} version {version} is revoked already."
+            )
+        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
+        self.gate.registry.record(
+            LedgerEntry(
+                event="revoked",
+                time=_now(),
+                workspace=workspace,
+                model=name,
+                version=version,
+                target="lock:revoked",
+                actor=actor,
+                reason="revoked",
+                message=reason,
+                policy=self.gate.policy().digest,
+                lock=applied,
+                alpha=None,
+                original_location=None,
+                location=None,
+                receipt=None,
+            )
+        )
+        return applied
+
+    def _look_at_the_lock(self, decision: LedgerEntry, rule: GateRule, found: ModelVersion) -> None:
+        lock = decision.lock
+        revoked = self.gate.registry.revocation_of(lock.digest) if lock is not None else None
+        if lock is not None and revoked is not None:
+            _warn_or_refuse(
+                rule.lock.revoked,
+                PromotionRefused(
+                    "lock_revoked",
+                    f"{found.name!r} version {found.version} runs lock {lock.model} version {lock.version}, "
+                    f"which was revoked at {revoked.time}: {revoked.message}",
+                    next_step="Register another lock for its base, and promote it again.",
+                ),
+            )
+
+    def _is_no_language_model(self, found: ModelVersion, rule: GateRule) -> bool:
+        if rule.not_an_llm == "reject":
+            return False
+        reader = self.gate.artifacts.reader(self.gate.artifacts.resolve(found.location))
+        try:
+            return examine(reader) is None
+        except SafelockError:
+            return False  # a language model that cannot be locked, or nothing that can be read
+
+
+def policy_entry(policy: Policy, actor: Actor, workspace: str) -> LedgerEntry:
+    """The ledger's row for a policy that comes into force."""
+    return LedgerEntry(
+        event="policy",
+        time=_now(),
+        workspace=workspace,
+        model="*",
+        version=0,
+        target="policy:in-force",
+        actor=actor,
+        reason=None,
+        message=None,
+        policy=policy.digest,
+        lock=None,
+        alpha=None,
+        original_location=None,
+        location=None,
+        receipt=None,
+    )
+
+
+def _stands(decision: LedgerEntry, found: ModelVersion) -> bool:
+    """Whether a version serves what was decided about it last."""
+    if decision.locks:
+        return decision.location == found.location
+    return decision.event == "passed" and decision.original_location == found.location
+
+
+def _difference(decision: LedgerEntry | None, found: ModelVersion) -> str:
+    if decision is None:
+        return "the ledger knows no promotion of it."
+    if decision.event == "unlocked":
+        return "its lock was taken off."
+    recorded = decision.location or decision.original_location
+    return f"the ledger has it at {recorded}, and it is at {found.location}."
+
+
+def _warn_or_refuse(how: str, refusal: PromotionRefused) -> None:
+    if how == "refuse":
+        raise refusal
+    _logger.warning("%s [%s]", refusal, refusal.reason)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
