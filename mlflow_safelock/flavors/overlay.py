@@ -111,7 +111,7 @@ def write_overlay(
             carrier="overlay",
             promotion=promotion,
             files={path.name: _sha256(path.read_bytes()) for path in sorted(folder.iterdir())},
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             tools={name: version(name) for name in ("mlflow-safelock", "mlflow", "transformers", "torch")},
         )
     )

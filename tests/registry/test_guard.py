@@ -1,0 +1,611 @@
+"""No way around: what is in a gated place is served as the ledger has it, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LinearRegression
+
+from mlflow_safelock.apply import attention_of
+from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.forging.base_weights import sketch_of
+from mlflow_safelock.lock import SafetyLock
+from tests.models import tiny_model
+from tests.registries import (
+    BASE,
+    base_lock,
+    biases_of,
+    expected_biases,
+    fine_tune,
+    log_fine_tune,
+    register_lock,
+    state_of,
+)
+from tests.registry.test_promotion import ledger_rows, open_with_policy, stage
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
+
+
+def download_uri(client: MlflowClient, version: int, name: str = "bot") -> str:
+    return client.get_model_version_download_uri(name, str(version))
+
+
+def store_of(client: MlflowClient) -> Any:
+    return client._get_registry_client().store
+
+
+def edit_row(folder: Path, statement: str, *values: object) -> None:
+    """What somebody does who can write to the database."""
+    with sqlite3.connect(folder / "registry.db") as connection:
+        assert connection.execute(statement, values).rowcount == 1
+
+
+def locked_version(client: MlflowClient) -> tuple[int, str]:
+    """A promoted version, and where it was before."""
+    version = log_fine_tune("bot")
+    original = download_uri(client, version)
+    register_lock(base_lock())
+    stage(client, version)
+    return version, original
+
+
+def loaded_biases(uri: str = "models:/bot/Staging") -> dict[int, np.ndarray]:
+    return biases_of(mlflow.pyfunc.load_model(uri)._model_impl.pipeline.model)
+
+
+class TestReads:
+    def test_a_row_that_was_edited_back_to_the_unlocked_model_is_not_served(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version, original = locked_version(client)
+        edit_row(tmp_path, "UPDATE model_versions SET storage_location=? WHERE name='bot'", original)
+        with pytest.raises(MlflowException, match=r"not_locked.*stage:Staging.*Promote it again") as info:
+            download_uri(client, version)
+        assert info.value.error_code == "PERMISSION_DENIED"
+        with pytest.raises(MlflowException, match="not_locked"):
+            mlflow.pyfunc.load_model("models:/bot/Staging")
+        stage(client, version)
+        assert loaded_biases()
+
+    def test_a_stage_that_was_set_past_the_gate_is_not_served(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version = log_fine_tune("bot")
+        register_lock(base_lock())
+        edit_row(tmp_path, "UPDATE model_versions SET current_stage='Production' WHERE name='bot'")
+        with pytest.raises(MlflowException, match=r"not_locked.*knows no promotion"):
+            download_uri(client, version)
+
+    def test_an_alias_of_a_stock_client_is_not_served(self, client: MlflowClient, tmp_path: Path) -> None:
+        version = log_fine_tune("bot")
+        register_lock(base_lock())
+        stock = MlflowClient(mlflow.get_tracking_uri(), f"sqlite:///{tmp_path}/registry.db")
+        stock.set_registered_model_alias("bot", "Champion", str(version))
+        with pytest.raises(MlflowException, match=r"not_locked.*alias:Champion"):
+            mlflow.pyfunc.load_model("models:/bot@Champion")
+        client.set_registered_model_alias("bot", "champion", str(version))
+        assert loaded_biases("models:/bot@champion")
+
+    def test_the_locked_model_of_an_earlier_promotion_does_not_come_back(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version, _ = locked_version(client)
+        first = download_uri(client, version)
+        register_lock(base_lock(seed=1))
+        stage(client, version)
+        edit_row(tmp_path, "UPDATE model_versions SET storage_location=? WHERE name='bot'", first)
+        with pytest.raises(MlflowException, match="not_locked"):
+            download_uri(client, version)
+
+    def test_a_model_of_another_kind_that_was_there_before_the_gate_is_served(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        with mlflow.start_run():
+            mlflow.sklearn.log_model(
+                LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]),
+                name="model",
+                registered_model_name="prices",
+                pip_requirements=["scikit-learn"],
+                serialization_format="cloudpickle",
+            )
+        edit_row(tmp_path, "UPDATE model_versions SET current_stage='Staging' WHERE name='prices'")
+        for _ in range(2):
+            assert download_uri(client, 1, "prices")
+        (row,) = ledger_rows(tmp_path)
+        assert (row["event"], row["target"]) == ("passed", "read:download")
+
+    def test_what_is_in_no_gated_place_is_served_as_it_is(self, client: MlflowClient, tmp_path: Path) -> None:
+        version = log_fine_tune("bot")
+        client.set_registered_model_alias("bot", "experiment", str(version))
+        assert not biases_of(mlflow.pyfunc.load_model("models:/bot@experiment")._model_impl.pipeline.model)
+        assert ledger_rows(tmp_path) == []
+
+    def test_a_policy_may_only_warn_while_a_registry_is_brought_behind_the_gate(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    ) -> None:
+        version = log_fine_tune("bot")
+        edit_row(tmp_path, "UPDATE model_versions SET current_stage='Staging' WHERE name='bot'")
+        client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates:\n  - reads: warn\n")
+        assert download_uri(client, version)
+        assert "[not_locked]" in caplog.text
+
+
+class TestRenames:
+    POLICY = 'version: 1\ngates:\n  - models: "support-*"\n'
+
+    def test_an_unlocked_model_in_a_stage_gets_no_gated_name(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = open_with_policy(tmp_path, monkeypatch, self.POLICY)
+        version = log_fine_tune("free")
+        register_lock(base_lock())
+        stage(client, version, "free")
+        with pytest.raises(MlflowException, match=r"not_locked.*'support-x'.*stage:Staging"):
+            client.rename_registered_model("free", "support-x")
+        assert client.get_registered_model("free").name == "free"
+        client.transition_model_version_stage("free", str(version), "None")
+        client.rename_registered_model("free", "support-x")
+        stage(client, version, "support-x")
+        assert loaded_biases("models:/support-x/Staging")
+
+    def test_a_locked_model_stays_locked_and_served_under_its_new_name(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version, _ = locked_version(client)
+        location = download_uri(client, version)
+        client.rename_registered_model("bot", "helper")
+        assert download_uri(client, version, "helper") == location
+        assert loaded_biases("models:/helper/Staging")
+        stage(client, version, "helper")
+        assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted", "renamed"]
+
+
+class TestRepair:
+    @pytest.mark.parametrize("damage", ["gone", "edited", "another receipt"])
+    def test_promoting_again_writes_a_locked_model_again_that_was_damaged(
+        self, client: MlflowClient, damage: str
+    ) -> None:
+        version, _ = locked_version(client)
+        folder = Path(download_uri(client, version))
+        if damage == "gone":
+            shutil.rmtree(folder)
+        elif damage == "edited":
+            (folder / "MLmodel").write_text((folder / "MLmodel").read_text() + "\n")
+        else:
+            receipt = json.loads((folder / "receipt.json").read_text())
+            receipt["predicate"]["promotion"]["actor"]["name"] = "somebody else"
+            import rfc8785
+
+            (folder / "receipt.json").write_bytes(rfc8785.dumps(receipt))
+        if damage != "another receipt":
+            with pytest.raises(Exception, match=r"(?i)promote the version again|no such artifact"):
+                mlflow.pyfunc.load_model("models:/bot/Staging")
+        stage(client, version)
+        assert Path(download_uri(client, version)) != folder
+        assert loaded_biases()
+
+    def test_a_source_that_changed_is_not_promoted_again(self, client: MlflowClient) -> None:
+        version, original = locked_version(client)
+        path = Path(original) / "model" / "generation_config.json"
+        path.write_text(path.read_text().replace("8", "9"))
+        with pytest.raises(MlflowException, match=r"source_changed.*generation_config\.json.*new version"):
+            client.transition_model_version_stage("bot", str(version), "Production")
+
+
+class TestAlphaOfItsOwn:
+    def test_a_version_may_ask_for_a_strength_within_the_range(self, client: MlflowClient) -> None:
+        components = fine_tune()
+        version = log_fine_tune("bot", components)
+        lock = base_lock()
+        register_lock(lock)
+        client.set_model_version_tag("bot", str(version), "safelock.alpha", "4.5")
+        stage(client, version)
+        found = loaded_biases()
+        for layer, bias in expected_biases(components["model"], lock, 4.5).items():
+            np.testing.assert_allclose(found[layer], bias, rtol=1e-5, atol=1e-6)
+        client.set_model_version_tag("bot", str(version), "safelock.alpha", "3")
+        stage(client, version)
+        found = loaded_biases()
+        for layer, bias in expected_biases(components["model"], lock, 3.0).items():
+            np.testing.assert_allclose(found[layer], bias, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "asked", ["-6", "0", "nan", "inf", "true", "six", "", "1e1", "12.5", "0.5", "+6", " 6", "6,0", "0x6"]
+    )
+    def test_every_other_request_is_refused(self, client: MlflowClient, asked: str) -> None:
+        version = log_fine_tune("bot")
+        register_lock(base_lock())
+        client.set_model_version_tag("bot", str(version), "safelock.alpha", asked)
+        before = state_of(client, "bot", version)
+        with pytest.raises(MlflowException, match=r"bad_alpha|alpha_out_of_range") as info:
+            stage(client, version)
+        assert info.value.error_code == "INVALID_PARAMETER_VALUE"
+        assert state_of(client, "bot", version) == before
+
+
+class TestDescent:
+    def sketched(self, base: torch.nn.Module) -> SafetyLock:
+        lock = base_lock()
+        return SafetyLock(lock.heads, lock.metadata, lock.scores, None, sketch_of(attention_of(base)))
+
+    def test_a_descendant_passes_and_its_kinship_is_on_record(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        components = fine_tune()
+        register_lock(self.sketched(components["model"]))
+        version = log_fine_tune("bot", components)
+        stage(client, version)
+        assert ledger_rows(tmp_path)[-1]["kinship"] == pytest.approx(1.0, abs=1e-4)
+        assert state_of(client, "bot", version)["tags"]["safelock.kinship"] == "1.0000"
+
+    def test_a_stranger_of_the_same_shape_is_refused(self, client: MlflowClient, tmp_path: Path) -> None:
+        register_lock(self.sketched(tiny_model("llama", seed=77)))
+        version = log_fine_tune("bot")
+        before = state_of(client, "bot", version)
+        with pytest.raises(
+            MlflowException, match=r"not_a_descendant.*cosine.*'safelock\.base_model'"
+        ) as info:
+            stage(client, version)
+        assert info.value.error_code == "RESOURCE_CONFLICT"
+        assert state_of(client, "bot", version) == before
+        assert ledger_rows(tmp_path)[-1]["reason"] == "not_a_descendant"
+
+    def test_a_policy_may_refuse_what_cannot_be_compared(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        policy = "version: 1\ngates:\n  - kinship: {unknown: reject}\n"
+        client = open_with_policy(tmp_path, monkeypatch, policy)
+        version = log_fine_tune("bot")
+        register_lock(base_lock())
+        with pytest.raises(MlflowException, match=r"kinship_unknown.*no sketch.*safelock lock enroll"):
+            stage(client, version)
+
+
+class TestLocksMoveForward:
+    def test_a_deleted_lock_does_not_bring_the_older_one_back(self, client: MlflowClient) -> None:
+        version = log_fine_tune("bot")
+        register_lock(base_lock(seed=0))
+        newest = register_lock(base_lock(seed=1))
+        client.delete_model_version(lock_model_name(BASE), str(newest))
+        with pytest.raises(MlflowException, match=r"lock_withdrawn.*Register the lock"):
+            stage(client, version)
+        register_lock(base_lock(seed=0))
+        stage(client, version)
+
+    def test_a_revoked_lock_is_applied_no_more(self, client: MlflowClient, tmp_path: Path) -> None:
+        locked_version(client)
+        store_of(client).revoke_lock(lock_model_name(BASE), 1, "leaked")
+        assert loaded_biases(), "what runs it goes on, unless the policy says otherwise"
+        second = log_fine_tune("bot")
+        with pytest.raises(MlflowException, match=r"lock_revoked.*leaked"):
+            stage(client, second)
+        register_lock(base_lock(seed=0))
+        with pytest.raises(MlflowException, match="lock_revoked"):
+            stage(client, second)
+        with pytest.raises(PromotionRefused, match="revoked already"):
+            store_of(client).revoke_lock(lock_model_name(BASE), 2, "again")
+        register_lock(base_lock(seed=1))
+        stage(client, second)
+        assert ledger_rows(tmp_path)[1]["event"] == "revoked"
+
+    def test_a_policy_may_stop_what_runs_a_revoked_lock(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        version, _ = locked_version(client)
+        store_of(client).revoke_lock(lock_model_name(BASE), 1, "leaked")
+        strict = "version: 1\ngates:\n  - lock: {revoked: refuse}\n"
+        client = open_with_policy(tmp_path, monkeypatch, strict)
+        with pytest.raises(MlflowException, match=r"lock_revoked.*leaked"):
+            download_uri(client, version)
+
+    def test_what_is_no_lock_is_not_revoked(self, client: MlflowClient) -> None:
+        version = log_fine_tune("bot")
+        with pytest.raises(PromotionRefused, match="is no lock"):
+            store_of(client).revoke_lock("bot", version, "by mistake")
+
+    @pytest.mark.parametrize("created", ["2020-01-31T12:00:00+00:00", None])
+    def test_a_policy_may_want_young_locks(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, created: str | None
+    ) -> None:
+        policy = "version: 1\ngates:\n  - lock: {max_age_days: 90}\n"
+        client = open_with_policy(tmp_path, monkeypatch, policy)
+        version = log_fine_tune("bot")
+        lock = base_lock()
+        dated = SafetyLock(lock.heads, lock.metadata.model_copy(update={"created": created}))
+        register_lock(dated)
+        with pytest.raises(MlflowException, match=r"lock_expired.*90 days"):
+            stage(client, version)
+
+
+class TestUnlocking:
+    def test_a_version_in_no_gated_place_gets_its_fine_tune_back(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version, original = locked_version(client)
+        with pytest.raises(PromotionRefused, match=r"stage:Staging, where only locked") as info:
+            store_of(client).unlock("bot", version, "to retrain it")
+        assert info.value.reason == "still_gated"
+        client.transition_model_version_stage("bot", str(version), "Archived")
+        assert loaded_biases(f"models:/bot/{version}"), "leaving a stage takes no lock off"
+        store_of(client).unlock("bot", version, "to retrain it")
+        assert download_uri(client, version) == original
+        assert not loaded_biases(f"models:/bot/{version}")
+        row = ledger_rows(tmp_path)[-1]
+        assert (row["event"], row["message"]) == ("unlocked", "to retrain it")
+        stage(client, version)
+        assert loaded_biases()
+
+    def test_what_is_not_locked_is_not_unlocked(self, client: MlflowClient) -> None:
+        version = log_fine_tune("bot")
+        with pytest.raises(PromotionRefused, match="is not locked"):
+            store_of(client).unlock("bot", version, "why not")
+
+    def test_a_policy_may_forbid_it(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        version, _ = locked_version(client)
+        client.transition_model_version_stage("bot", str(version), "None")
+        client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{}]\nunlock: deny\n")
+        with pytest.raises(PromotionRefused, match="lets nobody"):
+            store_of(client).unlock("bot", version, "why not")
+
+
+class TestPolicyThatChanges:
+    def test_a_changed_file_is_in_force_at_once_and_a_broken_one_never(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    ) -> None:
+        client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{stages: [Production]}]\n")
+        version = log_fine_tune("bot")
+        stage(client, version)  # not gated
+        client.transition_model_version_stage("bot", str(version), "None")
+        (tmp_path / "safelock.yaml").write_text("version: 1\ngates: [{}]\n")
+        with pytest.raises(MlflowException, match="missing_lock"):
+            stage(client, version)
+        (tmp_path / "safelock.yaml").write_text("version: 1\ngates: [{stages: [Nowhere]}]\n")
+        with pytest.raises(MlflowException, match="missing_lock"):
+            stage(client, version)
+        assert "cannot be used" in caplog.text
+        (tmp_path / "safelock.yaml").unlink()
+        with pytest.raises(MlflowException, match="missing_lock"):
+            stage(client, version)
+        with sqlite3.connect(tmp_path / "registry.db") as connection:
+            rows = connection.execute("SELECT body FROM safelock_ledger WHERE event='policy'").fetchall()
+        digests = [json.loads(body)["policy"] for (body,) in rows]
+        assert len(digests) == 3, "the default, the first file, the second"
+        assert all(one != other for one, other in pairwise(digests))
+
+
+def log_pickled_language_model() -> None:
+    model = fine_tune()["model"]
+    with mlflow.start_run():
+        mlflow.pytorch.log_model(
+            model,
+            name="model",
+            registered_model_name="bot",
+            pip_requirements=["torch"],
+            serialization_format="pickle",
+        )
+
+
+def log_under_another_task() -> None:
+    version = log_fine_tune("other")
+    del version
+    folder = Path(MlflowClient().get_model_version_download_uri("other", "1"))
+    path = folder / "MLmodel"
+    text = path.read_text().replace("text-generation", "feature-extraction")
+    path.write_text(text.replace("LlamaForCausalLM", "LlamaModel").replace("TextGenerationPipeline", "X"))
+    MlflowClient().create_registered_model("bot")
+    MlflowClient().create_model_version("bot", str(folder))
+
+
+def log_gguf() -> None:
+    class Nothing(mlflow.pyfunc.PythonModel):
+        def predict(self, context: Any, model_input: list[str]) -> list[str]:
+            return model_input
+
+    weights = Path("model.gguf")
+    weights.write_bytes(b"GGUF")
+    with mlflow.start_run():
+        mlflow.pyfunc.log_model(
+            name="model",
+            python_model=Nothing(),
+            artifacts={"weights": str(weights)},
+            registered_model_name="bot",
+            pip_requirements=["mlflow"],
+        )
+
+
+@pytest.mark.parametrize("log", [log_pickled_language_model, log_under_another_task, log_gguf])
+def test_a_language_model_in_disguise_is_refused(client: MlflowClient, log: Callable[[], None]) -> None:
+    register_lock(base_lock())
+    log()
+    before = state_of(client, "bot", 1)
+    with pytest.raises(MlflowException, match=r"unsupported_flavor.*mlflow\.transformers"):
+        stage(client, 1)
+    assert state_of(client, "bot", 1) == before
+
+
+def missing_shard(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    save_file({names[0]: tensors[names[0]]}, folder / "model-00001-of-00002.safetensors")
+    places = {name: f"model-0000{2 if name != names[0] else 1}-of-00002.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def without_projections(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "o_proj" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_off(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def already_locked(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "safelock": {"alpha": 6}}))
+
+
+def hopeless_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (missing_shard, r"unreadable.*00002-of-00002"),
+        (without_projections, r"unreadable.*lack the attention output projection"),
+        (cut_off, r"unreadable.*cut off"),
+        (already_locked, "already_locked"),
+        (hopeless_config, r"unreadable|failed"),
+    ],
+)
+def test_a_damaged_fine_tune_is_refused_with_a_row(
+    client: MlflowClient, tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    register_lock(base_lock())
+    version = log_fine_tune("bot")
+    damage(Path(download_uri(client, version)) / "model")
+    before = state_of(client, "bot", version)
+    with pytest.raises(MlflowException, match=reason) as info:
+        stage(client, version)
+    assert info.value.get_http_status_code() < 500
+    assert state_of(client, "bot", version) == before
+    assert ledger_rows(tmp_path)[-1]["event"] == "rejected"
+
+
+@pytest.mark.parametrize("stage_name", ["staging", "STAGING", "Staging"])
+def test_a_stage_is_gated_in_any_case_of_its_letters(client: MlflowClient, stage_name: str) -> None:
+    version = log_fine_tune("bot")
+    with pytest.raises(MlflowException, match="missing_lock"):
+        client.transition_model_version_stage("bot", str(version), stage_name)
+
+
+def test_a_policy_may_want_language_models_only(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{not_an_llm: reject}]\n")
+    with mlflow.start_run():
+        mlflow.sklearn.log_model(
+            LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]),
+            name="model",
+            registered_model_name="prices",
+            pip_requirements=["scikit-learn"],
+            serialization_format="cloudpickle",
+        )
+    with pytest.raises(MlflowException, match="not_an_llm"):
+        stage(client, 1, "prices")
+
+
+def test_a_changed_alpha_of_the_policy_locks_anew(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, _ = locked_version(client)
+    before = download_uri(client, version)
+    client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{alpha: {default: 3.0}}]\n")
+    stage(client, version)
+    assert download_uri(client, version) != before
+    assert ledger_rows(tmp_path)[-1]["alpha"] == 3.0
+
+
+def test_a_location_that_mlflow_cannot_hold_is_a_refusal(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow_safelock.gate import promotion
+
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    monkeypatch.setattr(promotion, "MAX_LOCATION", 40)
+    before = state_of(client, "bot", version)
+    with pytest.raises(MlflowException, match=r"location_too_long.*holds 40"):
+        stage(client, version)
+    assert state_of(client, "bot", version) == before
+
+
+def test_an_overlay_that_does_not_read_back_is_not_promoted(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow_safelock.registry.artifacts import RegistryArtifacts
+
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    before = state_of(client, "bot", version)
+    publish = RegistryArtifacts.publish
+
+    def another_twin(self: RegistryArtifacts, folder: Path, uri: str) -> None:
+        receipt = folder / "receipt.json"
+        receipt.write_bytes(receipt.read_bytes().replace(b'"verified":false', b'"verified":true'))
+        publish(self, folder, uri)
+
+    monkeypatch.setattr(RegistryArtifacts, "publish", another_twin)
+    with pytest.raises(MlflowException, match="not_written"):
+        stage(client, version)
+    assert state_of(client, "bot", version) == before
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), MlflowException("busy", error_code=TEMPORARILY_UNAVAILABLE)]
+)
+def test_what_nobody_foresaw_is_a_refusal_with_a_row(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from mlflow_safelock.registry.artifacts import RegistryArtifacts
+
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+
+    def fail(self: RegistryArtifacts, folder: Path, uri: str) -> None:
+        raise error
+
+    monkeypatch.setattr(RegistryArtifacts, "publish", fail)
+    before = state_of(client, "bot", version)
+    with pytest.raises(MlflowException, match=r"failed.*Nothing was promoted") as info:
+        stage(client, version)
+    assert info.value.get_http_status_code() == 409
+    assert state_of(client, "bot", version) == before
+    assert ledger_rows(tmp_path)[-1]["reason"] == "failed"
+
+
+def test_versions_that_are_deleted_or_not_ready_are_no_locks(client: MlflowClient, tmp_path: Path) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock(seed=0))
+    register_lock(base_lock(seed=1))
+    edit_row(
+        tmp_path,
+        "UPDATE model_versions SET status='FAILED_REGISTRATION' WHERE name=? AND version=2",
+        lock_model_name(BASE),
+    )
+    stage(client, version)
+    assert ledger_rows(tmp_path)[-1]["lock"]["version"] == 1
+
+
+def test_forged_tags_have_no_effect(client: MlflowClient) -> None:
+    version = log_fine_tune("bot")
+    for key in ("state", "lock", "lock_digest", "receipt", "applied_alpha", "base"):
+        client.set_model_version_tag("bot", str(version), f"safelock.{key}", "locked")
+    with pytest.raises(MlflowException, match="missing_lock"):
+        stage(client, version)
+    register_lock(base_lock())
+    stage(client, version)
+    for key in ("state", "lock", "lock_digest", "receipt"):
+        client.delete_model_version_tag("bot", str(version), f"safelock.{key}")
+    assert loaded_biases()
