@@ -47,7 +47,7 @@ class DemoRecipe(Settings):
     fine_tune_until: Share = 0.98
     pairs: Count = 100
     last_tokens: Count = 5
-    head_counts: Annotated[tuple[Count, ...], Field(min_length=1)] = (2, 4, 6, 8)
+    head_counts: Annotated[tuple[Count, ...], Field(min_length=1)] = (4, 6, 8, 10)
     alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (
         *(0.4, 0.5, 0.6, 0.75, 0.9, 1.1),
         *(1.3, 1.6, 2.0, 2.4, 3.0),
