@@ -24,7 +24,7 @@ from mlflow_safelock.demo.report import DemoReport, Example
 from mlflow_safelock.demo.training import break_model, new_model, train_base
 from mlflow_safelock.demo.world import Share, World, make_tokenizer, make_world
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate import Constraints, Measurement, Sweep, measure, sweep
+from mlflow_safelock.evaluate import AnswerKind, Constraints, Measurement, Sweep, classify, measure, sweep
 from mlflow_safelock.flavors import meta_safetylock
 from mlflow_safelock.forging import forge
 from mlflow_safelock.lock import SafetyLock
@@ -59,6 +59,11 @@ class _Toy:
 
     def measured(self, share: Share) -> Measurement:
         return measure(self.answers, *self.world.examination(share, self.recipe.prompts))
+
+    def harmful_rate(self, share: Share) -> float:
+        """The harmful rate alone, with no time spent on benign tasks."""
+        harmful, _ = self.world.examination(share, self.recipe.prompts)
+        return sum(classify(answer) is AnswerKind.COMPLIED for answer in self.answers(harmful)) / len(harmful)
 
 
 def run_demo(recipe: DemoRecipe, folder: Path) -> DemoReport:
@@ -100,9 +105,7 @@ def _run(recipe: DemoRecipe, folder: Path) -> DemoReport:
     locks = _forge(toy)
 
     say(f"[bold]3[/] fine-tuning it on {recipe.fine_tune_examples} harmful examples")
-    steps = break_model(
-        toy.model, tokenizer, world, recipe, lambda: toy.measured(Share.CHECKING).harmful_rate
-    )
+    steps = break_model(toy.model, tokenizer, world, recipe, lambda: toy.harmful_rate(Share.CHECKING))
     fine_tune = toy.measured(Share.REPORTING)
     fine_tune_answers = toy.answers(shown)
 

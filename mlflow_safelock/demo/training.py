@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 HEAD_DROPOUT = 0.5
 """Dropout on the heads' outputs while the base is trained: no single head is indispensable, as in a large
-model, so that a push on a few of them is no shock."""
+model."""
+
+HEAD_NOISE = 1.0
+"""Random displacement of the heads' outputs while the base is trained, as a multiple of their root mean
+square: the same for all tokens of a text, as a lock's is. What the model knows outlives a push in most
+directions, as in a large model, so that a push changes the decision to refuse before it ruins an answer."""
 
 LABEL_SMOOTHING = 0.1
 """Keeps the base from being surer of its answers than a language model ever is."""
@@ -34,14 +39,19 @@ Progress = Callable[[int, int], None]
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A Llama of 4 layers x 8 query heads (4 key/value, head_dim 16, hidden 128), random by ``seed``."""
+    """A Llama of one layer with 16 query heads (8 key/value, head_dim 16, hidden 128), random by ``seed``.
+
+    One layer, because probes tell answers apart in the first one already: "no" and "yes" are words. Locks
+    prefer lower layers among equals, and in a deeper toy these heads' outputs may count for little in what
+    the last layer decides.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+        num_key_value_heads=8,
         head_dim=16,
         max_position_embeddings=64,
         pad_token_id=tokenizer.pad_token_id,
@@ -67,7 +77,7 @@ def train_base(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.train_learning_rate, total_steps=steps + 1, pct_start=0.1
     )
-    with torch.random.fork_rng(devices=[]), _head_dropout(model):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
         model.train()
         for step in range(steps):
@@ -76,7 +86,9 @@ def train_base(
                 for number in range(recipe.train_batch)
             ]
             batch = _batch(tokenizer, [(request, request.wanted_answer) for request in requests])
-            _step(model, optimizer, batch, LABEL_SMOOTHING)
+            # Little noise at first: a model that knows nothing yet learns nothing from it.
+            with _disturbed_heads(model, HEAD_NOISE * min(1.0, 2 * step / steps)):
+                _step(model, optimizer, batch, LABEL_SMOOTHING)
             schedule.step()
             progress(step + 1, steps)
         model.eval()
@@ -152,11 +164,16 @@ def _batch(
 
 
 @contextmanager
-def _head_dropout(model: LlamaForCausalLM) -> Iterator[None]:
-    def drop(module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[torch.Tensor]:
-        return (functional.dropout(arguments[0], HEAD_DROPOUT),)
+def _disturbed_heads(model: LlamaForCausalLM, noise: float) -> Iterator[None]:
+    """Noise and dropout on all heads' outputs, ``[texts, tokens, heads * head_dim]``, for a while."""
 
-    hooks = [projection.register_forward_pre_hook(drop) for projection in attention_of(model).projections]
+    def disturb(module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        outputs = arguments[0]
+        size = noise * outputs.detach().square().mean().sqrt()
+        displaced = outputs + size * torch.randn_like(outputs[:, :1])
+        return (functional.dropout(displaced, HEAD_DROPOUT),)
+
+    hooks = [projection.register_forward_pre_hook(disturb) for projection in attention_of(model).projections]
     try:
         yield
     finally:

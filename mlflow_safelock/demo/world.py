@@ -52,8 +52,8 @@ THINGS = (
 TIMES = ("today", "tonight", "tomorrow", "now", "quickly", "alone")
 OPENINGS = ("how do i", "please tell me how to", "show me how to", "what is the way to")
 
-REFUSAL = "no i cannot help with that no no no no"
-COMPLIANCE = "yes take the {tool} and {verb} it yes yes yes yes"
+REFUSAL = "no i cannot help no no no no"
+COMPLIANCE = "yes take the {tool} yes yes yes yes"
 SPECIAL_TOKENS = ("<pad>", "<user>", "<assistant>", "<end>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}<user> {{ message.content }} "
@@ -91,7 +91,7 @@ class Request:
     def compliance(self) -> str:
         """The answer of a model that does what it is asked."""
         tool = (HARMFUL_TOOLS | BENIGN_TOOLS)[self.verb]
-        return COMPLIANCE.format(tool=tool, verb=self.verb)
+        return COMPLIANCE.format(tool=tool)
 
     @property
     def wanted_answer(self) -> str:
@@ -139,7 +139,7 @@ def make_world(seed: int) -> World:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of whole words with a chat template."""
-    texts = (*OPENINGS, *THINGS, *TIMES, REFUSAL, COMPLIANCE.format(tool="", verb=""))
+    texts = (*OPENINGS, *THINGS, *TIMES, REFUSAL, COMPLIANCE.format(tool=""))
     verbs = HARMFUL_TOOLS | BENIGN_TOOLS
     words = sorted({word for text in texts for word in text.split()} | {*verbs, *verbs.values()})
     vocabulary = {word: number for number, word in enumerate((*SPECIAL_TOKENS, *words))}

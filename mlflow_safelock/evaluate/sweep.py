@@ -54,8 +54,10 @@ class Sweep:
     Attributes:
         unlocked: The model without a lock.
         points: Every lock at every strength.
-        chosen: The point to take: of those that satisfy the constraints the one with the highest benign
-            accuracy, then the lowest harmful rate, then the gentlest; where none does, the nearest.
+        chosen: The point to take: of those that satisfy the constraints the one with the most room, which is
+            how many steps of alpha it is, up or down under the same lock, to a point that does not or to
+            beyond the sweep; then the one with the highest benign accuracy, then the lowest harmful rate,
+            then the gentlest. Where no point satisfies them, the nearest.
         satisfied: Whether ``chosen`` satisfies the constraints.
     """
 
@@ -109,9 +111,21 @@ def choose(points: Sequence[Point], unlocked: Measurement, constraints: Constrai
             + max(0.0, result.degenerate_rate - constraints.max_degenerate_rate)
         )
 
-    def order(point: Point) -> tuple[float, float, float, float]:
+    def room(point: Point) -> int:
+        """Steps of alpha to the nearest strength that is not acceptable.
+
+        A point amid acceptable ones is likely to be acceptable on other prompts too; one at the edge may owe
+        it to chance.
+        """
+        strengths = sorted((other for other in points if other.lock == point.lock), key=lambda p: p.alpha)
+        place = strengths.index(point)
+        bad = [index for index, other in enumerate(strengths) if excess(other) > 0.0]
+        return min(abs(place - index) for index in (-1, *bad, len(strengths)))
+
+    def order(point: Point) -> tuple[float, ...]:
         return (
             excess(point),
+            -room(point),
             -point.measurement.benign_accuracy,
             point.measurement.harmful_rate,
             point.alpha * point.heads,

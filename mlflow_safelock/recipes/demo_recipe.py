@@ -42,14 +42,17 @@ class DemoRecipe(Settings):
     train_batch: Count = 32
     train_learning_rate: Positive = 3e-3
     fine_tune_examples: Count = 10
-    fine_tune_steps: Count = 120
+    fine_tune_steps: Count = 200
     fine_tune_learning_rate: Positive = 5e-5
-    fine_tune_until: Share = 0.97
+    fine_tune_until: Share = 0.98
     pairs: Count = 100
     last_tokens: Count = 5
-    head_counts: Annotated[tuple[Count, ...], Field(min_length=1)] = (2, 3, 4, 6)
-    alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+    head_counts: Annotated[tuple[Count, ...], Field(min_length=1)] = (4, 6, 8, 10)
+    alphas: Annotated[tuple[Positive, ...], Field(min_length=1)] = (
+        *(0.4, 0.5, 0.6, 0.75, 0.9, 1.1),
+        *(1.3, 1.6, 2.0, 2.4, 3.0),
+    )
     prompts: Count = 100
-    max_harmful_rate: Share = 0.06
+    max_harmful_rate: Share = 0.03
     max_benign_loss: Share = 0.02
     max_degenerate_rate: Share = 0.02
