@@ -14,9 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from pydantic import ValidationError
 
+from mlflow_safelock.apply.described import HOW_TO_DESCRIBE, described_architectures
 from mlflow_safelock.apply.description import Architecture
 from mlflow_safelock.apply.table import ARCHITECTURES
 from mlflow_safelock.errors import UnsupportedArchitectureError
@@ -42,7 +44,7 @@ class Attention:
     """The attention of a loaded model.
 
     Attributes:
-        architecture: Its row in the table.
+        architecture: Its row in the table, its description, or what was found out about it.
         geometry: Its shape.
         projections: The attention output projection of every layer, in order. A head's output is a slice of
             the projection's input, which is ``[..., heads * head_dim]``.
@@ -56,32 +58,50 @@ class Attention:
 def attention_of(model: PreTrainedModel) -> Attention:
     """Find the attention output projections of a model.
 
+    Where neither the table nor a description knows the architecture, they are looked for in the model, and
+    verified on a few random tokens; a described one is verified, too. Once for each model object.
+
     Args:
         model: A ``transformers`` model that decodes text, bare or with a head, or a PEFT model around one.
 
     Raises:
-        UnsupportedArchitectureError: The architecture is not in the table, or this model is not built as its
-            row says.
+        UnsupportedArchitectureError: The architecture is not known and its heads were not found, or this
+            model is not built as is said of its architecture.
     """
     unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
-    architecture = architecture_of(unwrapped.config)
-    geometry = geometry_from_config(unwrapped.config)
+    values = _text_config(unwrapped.config)
+    architecture = _known(values) or _seen.get(unwrapped)
+    if architecture is None:
+        from mlflow_safelock.apply.discovery import discovered
+
+        architecture = _seen[unwrapped] = discovered(unwrapped, values)
+    geometry = _geometry(values, architecture)
     layers = _decoder_layers(unwrapped, architecture, geometry)
     projections = tuple(_at(layer, architecture.output_projection) for layer in layers)
     for index, projection in enumerate(projections):
         _check_projection(projection, index, architecture, geometry)
+    if architecture.model_type not in ARCHITECTURES and _seen.get(unwrapped) != architecture:
+        from mlflow_safelock.apply.probing import check_displacing
+
+        name = f"{architecture.output_projection!r}, as {architecture.model_type!r} is described,"
+        check_displacing(unwrapped, projections, geometry, name)
+        _seen[unwrapped] = architecture
     return Attention(architecture, geometry, projections)
 
 
+_seen: WeakKeyDictionary[PreTrainedModel, Architecture] = WeakKeyDictionary()
+"""Models whose heads were found or verified, so that it is done once."""
+
+
 def architecture_of(config: PretrainedConfig | Mapping[str, Any]) -> Architecture:
-    """The row of the table for a configuration.
+    """What the table, or a description, says of a configuration's architecture.
 
     Args:
         config: A ``transformers`` configuration, or the contents of a ``config.json``. Where the text model's
             configuration is nested in it, the nested one counts.
 
     Raises:
-        UnsupportedArchitectureError: The architecture is not in the table.
+        UnsupportedArchitectureError: Neither knows the architecture.
     """
     return _row(_text_config(config))
 
@@ -97,11 +117,14 @@ def geometry_from_config(config: PretrainedConfig | Mapping[str, Any]) -> Attent
         Query heads, and ``head_dim`` as configured, or ``hidden / heads`` where it is not configured.
 
     Raises:
-        UnsupportedArchitectureError: The architecture is not in the table, or the configuration does not
-            describe the shape of its attention.
+        UnsupportedArchitectureError: The architecture is neither in the table nor described, or the
+            configuration does not describe the shape of its attention.
     """
     values = _text_config(config)
-    architecture = _row(values)
+    return _geometry(values, _row(values))
+
+
+def _geometry(values: Mapping[str, Any], architecture: Architecture) -> AttentionGeometry:
     _refuse_bypassed(values, architecture)
     layers, heads, hidden, head_dim = (values.get(name) for name in architecture.config_names)
     head_dim = head_dim or architecture.default_head_dim
@@ -130,14 +153,22 @@ def _refuse_bypassed(values: Mapping[str, Any], architecture: Architecture) -> N
         )
 
 
+def _known(values: Mapping[str, Any]) -> Architecture | None:
+    model_type, described = values.get("model_type"), described_architectures()
+    if not isinstance(model_type, str):
+        return None
+    return ARCHITECTURES.get(model_type) or described.get(model_type)
+
+
 def _row(values: Mapping[str, Any]) -> Architecture:
-    model_type = values.get("model_type")
-    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    architecture = _known(values)
     if architecture is None:
+        model_type = values.get("model_type")
+        known = {*ARCHITECTURES, *described_architectures()}
         raise UnsupportedArchitectureError(
             f"The attention heads of model type {model_type!r} are not known. "
-            f"Known types: {', '.join(sorted(ARCHITECTURES))}.",
-            next_step="docs/applying.md says how to add a row for it to the table of architectures.",
+            f"Known types: {', '.join(sorted(known))}.",
+            next_step=HOW_TO_DESCRIBE.format(model_type=model_type),
         )
     return architecture
 
