@@ -48,14 +48,50 @@ _COMMON: Mapping[str, Any] = {
 # These derive head_dim from hidden, whatever the configuration says.
 _HIDDEN_IS_HEADS_TIMES_HEAD_DIM = {"head_dim": 12}
 
+# Latent attention: a head's output is as wide as a value.
+_DEEPSEEK: Mapping[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
 _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"sliding_window": None},
+    # These have windows in every model; wider than any test's input.
+    "ministral": {"sliding_window": 128},
+    "exaone4": {"sliding_window": 128},
     "gpt2": _HIDDEN_IS_HEADS_TIMES_HEAD_DIM,
     "gpt_bigcode": _HIDDEN_IS_HEADS_TIMES_HEAD_DIM,
+    "bloom": _HIDDEN_IS_HEADS_TIMES_HEAD_DIM,
+    "persimmon": _HIDDEN_IS_HEADS_TIMES_HEAD_DIM,
+    "biogpt": _HIDDEN_IS_HEADS_TIMES_HEAD_DIM,
+    "openai-gpt": _HIDDEN_IS_HEADS_TIMES_HEAD_DIM,
+    "gpt_neo": {
+        **_HIDDEN_IS_HEADS_TIMES_HEAD_DIM,
+        "num_layers": 3,
+        "num_heads": 4,
+        "attention_types": [[["global"], 3]],
+    },
+    "bitnet": _HIDDEN_IS_HEADS_TIMES_HEAD_DIM,
+    "gptj": {**_HIDDEN_IS_HEADS_TIMES_HEAD_DIM, "rotary_dim": 8},
+    "codegen": {**_HIDDEN_IS_HEADS_TIMES_HEAD_DIM, "rotary_dim": 8},
+    "mpt": {**_HIDDEN_IS_HEADS_TIMES_HEAD_DIM, "max_seq_len": 256},
     "opt": {**_HIDDEN_IS_HEADS_TIMES_HEAD_DIM, "ffn_dim": 64, "word_embed_proj_dim": 48},
     "gpt_neox": _HIDDEN_IS_HEADS_TIMES_HEAD_DIM,
     "stablelm": {**_HIDDEN_IS_HEADS_TIMES_HEAD_DIM, "partial_rotary_factor": 0.5},
     "mixtral": {"num_local_experts": 2},
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 128},
+    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "gpt_oss": {
         "num_local_experts": 2,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from mlflow_safelock.apply.checkpoint import CheckpointReport, save_locked_checkpoint
     from mlflow_safelock.apply.comparison import Comparison, compare
+    from mlflow_safelock.apply.described import register_architecture
     from mlflow_safelock.apply.displacement import Displacement, displacements, output_bias
     from mlflow_safelock.apply.generation import generate, render_prompt
     from mlflow_safelock.apply.in_memory import LockHandle, apply_lock, handle_of
@@ -41,6 +42,7 @@ _HOMES = {
     "geometry_from_config": "architectures",
     "handle_of": "in_memory",
     "output_bias": "displacement",
+    "register_architecture": "described",
     "render_prompt": "generation",
     "save_locked_checkpoint": "checkpoint",
 }
@@ -62,6 +64,7 @@ __all__ = [
     "geometry_from_config",
     "handle_of",
     "output_bias",
+    "register_architecture",
     "render_prompt",
     "save_locked_checkpoint",
 ]

@@ -1,12 +1,9 @@
-"""Where the attention heads of each architecture are: one table, and how it is looked up.
+"""Where the attention heads of a model are.
 
 A head's output is a slice of the *input* of the attention output projection: head ``h`` of a layer is
 ``h * head_dim : (h + 1) * head_dim`` (METHOD, forge step 3). So all there is to know about an architecture is
 where its decoder layers are, which module inside a layer is the output projection, how that module lays out
-its weight, and whether a checkpoint of this architecture can hold a bias for it.
-
-To support another architecture, add a row to ``ARCHITECTURES`` and run ``tests/apply/test_architectures.py``,
-which checks every row numerically on a tiny random model.
+its weight, and whether a checkpoint of this architecture can hold a bias for it. ``table`` says that.
 
 This module imports neither torch nor transformers, so that a registry server can ask it about configurations.
 """
@@ -16,10 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from pydantic import ValidationError
 
+from mlflow_safelock.apply.described import HOW_TO_DESCRIBE, described_architectures
+from mlflow_safelock.apply.description import Architecture
+from mlflow_safelock.apply.table import ARCHITECTURES
 from mlflow_safelock.errors import UnsupportedArchitectureError
 from mlflow_safelock.lock import AttentionGeometry
 
@@ -28,110 +29,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """One row of the table.
-
-    Attributes:
-        model_type: ``model_type`` of the configuration of the part that decodes text.
-        layers: Path of the list of decoder layers, in a causal language model and in its checkpoint.
-        output_projection: Path of the attention output projection inside a layer.
-        layout: ``linear`` for a weight of shape ``[hidden, heads * head_dim]`` (``torch.nn.Linear``),
-            ``conv1d`` for its transpose (``transformers.pytorch_utils.Conv1D``).
-        output_bias: Whether the output projection of a stock model has a bias: ``always``, ``never``, or the
-            name of the configuration flag that decides.
-        biased_with_output: Paths inside a layer of the projections that get a bias, of zeros, when the
-            output projection of a standalone checkpoint is given one.
-        config_names: What the configuration calls the number of layers, the number of query heads, and the
-            width of the residual stream.
-        default_head_dim: Head width where the configuration has no ``head_dim``; ``None``: hidden / heads.
-        standalone: How a checkpoint that stock ``transformers`` loads carries the lock's biases:
-            ``own_bias`` adds them to the biases that are there; ``flag`` does so, too, and where there are
-            none sets the ``output_bias`` flag; ``as_llama`` writes the same model down as a Llama, which has
-            that flag; ``None`` where no exact way is known.
-    """
-
-    model_type: str
-    layers: str = "model.layers"
-    output_projection: str = "self_attn.o_proj"
-    layout: Literal["linear", "conv1d"] = "linear"
-    output_bias: str = "never"
-    biased_with_output: tuple[str, ...] = ()
-    config_names: tuple[str, str, str] = ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    default_head_dim: int | None = None
-    standalone: Literal["flag", "as_llama", "own_bias"] | None = None
-
-
-GPT2_NAMES = ("n_layer", "n_head", "n_embd")
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
-
-def _flagged(model_type: str, default_head_dim: int | None = None) -> Architecture:
-    """A Llama-like architecture whose ``attention_bias`` gives q, k, v and output projections a bias."""
-    return Architecture(
-        model_type,
-        output_bias="attention_bias",
-        biased_with_output=QKV,
-        default_head_dim=default_head_dim,
-        standalone="flag",
-    )
-
-
-def _biased(model_type: str, output_bias: str, **paths: Any) -> Architecture:
-    """An architecture whose output projection usually has a bias of its own."""
-    return Architecture(model_type, output_bias=output_bias, standalone="own_bias", **paths)
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    row.model_type: row
-    for row in (
-        # A flag in the configuration gives the output projection a bias.
-        _flagged("llama"),
-        _flagged("qwen3", default_head_dim=128),
-        _flagged("qwen3_moe"),
-        _flagged("gemma", default_head_dim=256),
-        _flagged("gemma2", default_head_dim=256),
-        _flagged("gemma3_text", default_head_dim=256),
-        _flagged("granite"),
-        _flagged("olmo"),
-        _flagged("olmo2"),
-        _flagged("olmo3"),
-        _flagged("cohere"),
-        _flagged("cohere2"),
-        _flagged("smollm3"),
-        _flagged("nemotron"),
-        _flagged("hunyuan_v1_dense"),
-        # No flag, but the same computation as a Llama with the flag. Qwen2 always has q, k and v biases.
-        Architecture("mistral", biased_with_output=QKV, standalone="as_llama"),
-        Architecture("qwen2", standalone="as_llama"),
-        # The output projection has a bias of its own, which the lock adds to.
-        _biased(
-            "gpt2",
-            "always",
-            layers="transformer.h",
-            output_projection="attn.c_proj",
-            layout="conv1d",
-            config_names=GPT2_NAMES,
-        ),
-        _biased(
-            "gpt_bigcode",
-            "always",
-            layers="transformer.h",
-            output_projection="attn.c_proj",
-            config_names=GPT2_NAMES,
-        ),
-        _biased("opt", "enable_bias", layers="model.decoder.layers", output_projection="self_attn.out_proj"),
-        _biased("gpt_neox", "attention_bias", layers="gpt_neox.layers", output_projection="attention.dense"),
-        _biased("phi", "always", output_projection="self_attn.dense"),
-        _biased("gpt_oss", "attention_bias", default_head_dim=64),
-        _biased("starcoder2", "use_bias"),
-        # Neither a bias nor a flag for one: the lock is carried in memory only.
-        Architecture("mixtral"),
-        Architecture("phi3"),
-        Architecture("stablelm"),
-    )
-}
-"""Every architecture that is known by name, by ``model_type``."""
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Attention",
+    "architecture_of",
+    "attention_of",
+    "geometry_from_config",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +44,7 @@ class Attention:
     """The attention of a loaded model.
 
     Attributes:
-        architecture: Its row in the table.
+        architecture: Its row in the table, its description, or what was found out about it.
         geometry: Its shape.
         projections: The attention output projection of every layer, in order. A head's output is a slice of
             the projection's input, which is ``[..., heads * head_dim]``.
@@ -153,32 +58,50 @@ class Attention:
 def attention_of(model: PreTrainedModel) -> Attention:
     """Find the attention output projections of a model.
 
+    Where neither the table nor a description knows the architecture, they are looked for in the model, and
+    verified on a few random tokens; a described one is verified, too. Once for each model object.
+
     Args:
         model: A ``transformers`` model that decodes text, bare or with a head, or a PEFT model around one.
 
     Raises:
-        UnsupportedArchitectureError: The architecture is not in the table, or this model is not built as its
-            row says.
+        UnsupportedArchitectureError: The architecture is not known and its heads were not found, or this
+            model is not built as is said of its architecture.
     """
     unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
-    architecture = architecture_of(unwrapped.config)
-    geometry = geometry_from_config(unwrapped.config)
+    values = _text_config(unwrapped.config)
+    architecture = _known(values) or _seen.get(unwrapped)
+    if architecture is None:
+        from mlflow_safelock.apply.discovery import discovered
+
+        architecture = _seen[unwrapped] = discovered(unwrapped, values)
+    geometry = _geometry(values, architecture)
     layers = _decoder_layers(unwrapped, architecture, geometry)
     projections = tuple(_at(layer, architecture.output_projection) for layer in layers)
     for index, projection in enumerate(projections):
         _check_projection(projection, index, architecture, geometry)
+    if architecture.model_type not in ARCHITECTURES and _seen.get(unwrapped) != architecture:
+        from mlflow_safelock.apply.probing import check_displacing
+
+        name = f"{architecture.output_projection!r}, as {architecture.model_type!r} is described,"
+        check_displacing(unwrapped, projections, geometry, name)
+        _seen[unwrapped] = architecture
     return Attention(architecture, geometry, projections)
 
 
+_seen: WeakKeyDictionary[PreTrainedModel, Architecture] = WeakKeyDictionary()
+"""Models whose heads were found or verified, so that it is done once."""
+
+
 def architecture_of(config: PretrainedConfig | Mapping[str, Any]) -> Architecture:
-    """The row of the table for a configuration.
+    """What the table, or a description, says of a configuration's architecture.
 
     Args:
         config: A ``transformers`` configuration, or the contents of a ``config.json``. Where the text model's
             configuration is nested in it, the nested one counts.
 
     Raises:
-        UnsupportedArchitectureError: The architecture is not in the table.
+        UnsupportedArchitectureError: Neither knows the architecture.
     """
     return _row(_text_config(config))
 
@@ -194,13 +117,17 @@ def geometry_from_config(config: PretrainedConfig | Mapping[str, Any]) -> Attent
         Query heads, and ``head_dim`` as configured, or ``hidden / heads`` where it is not configured.
 
     Raises:
-        UnsupportedArchitectureError: The architecture is not in the table, or the configuration does not
-            describe the shape of its attention.
+        UnsupportedArchitectureError: The architecture is neither in the table nor described, or the
+            configuration does not describe the shape of its attention.
     """
     values = _text_config(config)
-    architecture = _row(values)
-    layers, heads, hidden = (values.get(name) for name in architecture.config_names)
-    head_dim = values.get("head_dim") or architecture.default_head_dim
+    return _geometry(values, _row(values))
+
+
+def _geometry(values: Mapping[str, Any], architecture: Architecture) -> AttentionGeometry:
+    _refuse_bypassed(values, architecture)
+    layers, heads, hidden, head_dim = (values.get(name) for name in architecture.config_names)
+    head_dim = head_dim or architecture.default_head_dim
     try:
         if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
             head_dim, rest = divmod(hidden, heads)
@@ -209,9 +136,7 @@ def geometry_from_config(config: PretrainedConfig | Mapping[str, Any]) -> Attent
         shape = {"layers": layers, "heads": heads, "head_dim": head_dim, "hidden": hidden}
         return AttentionGeometry.model_validate(shape)
     except (ValidationError, ValueError) as error:
-        described = ", ".join(
-            f"{name}={values.get(name)!r}" for name in (*architecture.config_names, "head_dim")
-        )
+        described = ", ".join(f"{name}={values.get(name)!r}" for name in architecture.config_names)
         raise UnsupportedArchitectureError(
             f"The configuration of this {architecture.model_type!r} model does not describe its attention: "
             f"{described}.",
@@ -219,14 +144,31 @@ def geometry_from_config(config: PretrainedConfig | Mapping[str, Any]) -> Attent
         ) from error
 
 
+def _refuse_bypassed(values: Mapping[str, Any], architecture: Architecture) -> None:
+    if architecture.bypassed_by is not None and values.get(architecture.bypassed_by):
+        raise UnsupportedArchitectureError(
+            f"With {architecture.bypassed_by} this {architecture.model_type!r} model uses the weight of its "
+            "output projections without calling them: a lock would have no effect.",
+            next_step=f"Set {architecture.bypassed_by} to false in its configuration.",
+        )
+
+
+def _known(values: Mapping[str, Any]) -> Architecture | None:
+    model_type, described = values.get("model_type"), described_architectures()
+    if not isinstance(model_type, str):
+        return None
+    return ARCHITECTURES.get(model_type) or described.get(model_type)
+
+
 def _row(values: Mapping[str, Any]) -> Architecture:
-    model_type = values.get("model_type")
-    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    architecture = _known(values)
     if architecture is None:
+        model_type = values.get("model_type")
+        known = {*ARCHITECTURES, *described_architectures()}
         raise UnsupportedArchitectureError(
             f"The attention heads of model type {model_type!r} are not known. "
-            f"Known types: {', '.join(sorted(ARCHITECTURES))}.",
-            next_step="docs/applying.md says how to add a row for it to the table of architectures.",
+            f"Known types: {', '.join(sorted(known))}.",
+            next_step=HOW_TO_DESCRIBE.format(model_type=model_type),
         )
     return architecture
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,6 +34,22 @@ def _numbered_heads(module, query, key, value, attention_mask, **kwargs):
     return numbers.contiguous(), None
 
 
+class _NumberedProducts(TorchDispatchMode):
+    """The same for models that have no place for another attention: their last product of a layer is it."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self._shape = heads, head_dim
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        heads, head_dim = self._shape
+        if func is torch.ops.aten.bmm.default and result.shape[1:] == (TOKENS.shape[1], head_dim):
+            numbers = torch.arange(1.0, heads + 1).repeat(len(TOKENS))
+            return numbers[:, None, None].expand_as(result).clone()
+        return result
+
+
 @pytest.fixture
 def numbered_attention() -> str:
     ALL_ATTENTION_FUNCTIONS.register("numbered_heads", _numbered_heads)
@@ -42,14 +60,18 @@ def numbered_attention() -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_head_is_the_slice_of_the_projection_input_that_its_number_says(family, numbered_attention):
     model = tiny_model(family)
-    model.set_attn_implementation(numbered_attention)
     attention = attention_of(model)
+    geometry = attention.geometry
+    if family in ("bloom", "codegen", "gptj", "mpt"):
+        numbered: AbstractContextManager = _NumberedProducts(geometry.heads, geometry.head_dim)
+    else:
+        model.set_attn_implementation(numbered_attention)
+        numbered = nullcontext()
     seen: list[torch.Tensor] = []
     for projection in attention.projections:
         projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    with torch.no_grad():
+    with torch.no_grad(), numbered:
         model(TOKENS, attention_mask=torch.ones_like(TOKENS))
-    geometry = attention.geometry
     expected = torch.arange(1.0, geometry.heads + 1).repeat_interleave(geometry.head_dim)
     assert len(seen) == geometry.layers
     for head_outputs in seen:
@@ -81,8 +103,10 @@ def test_layout_is_what_the_module_computes(family):
         assert torch.allclose(pushed, inputs @ weight.T, atol=1e-5)
 
 
-# transformers itself cannot build a Hunyuan whose configuration has no head_dim.
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "hunyuan_v1_dense"])
+# transformers itself cannot build one of these whose configuration has no head_dim.
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family not in ("hunyuan_v1_dense", "ministral")]
+)
 def test_a_config_file_without_head_dim_means_what_transformers_makes_of_it(family):
     # Two layers are enough; the number of key/value heads has no usable default in some families.
     few = {ARCHITECTURES[family].config_names[0]: 2, "num_key_value_heads": 4}
@@ -114,6 +138,18 @@ def test_head_dim_is_its_own_value_and_heads_are_query_heads():
 def test_a_bare_model_and_one_with_another_head_are_found(auto_class):
     model = auto_class.from_config(tiny_model("gpt2").config)
     assert attention_of(model).geometry.layers == 3
+
+
+def test_a_bloom_that_uses_its_projections_without_calling_them_is_refused():
+    model = tiny_model("bloom", slow_but_exact=True)
+    with pytest.raises(UnsupportedArchitectureError, match=r"slow_but_exact.*no effect"):
+        attention_of(model)
+
+
+def test_a_head_of_latent_attention_is_as_wide_as_a_value():
+    config = tiny_model("deepseek_v3").config
+    assert config.head_dim == 8  # the rotated part of a key
+    assert geometry_from_config(config).head_dim == config.v_head_dim == 10
 
 
 def test_the_text_part_of_a_multimodal_model_counts():

@@ -218,8 +218,8 @@ def test_what_cannot_be_forged_is_refused_before_the_model_runs(
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(UnsupportedArchitectureError, match="bloom"):
-        forged(tiny_model("bloom"))
+    with pytest.raises(UnsupportedArchitectureError, match="mamba"):
+        forged(tiny_model("mamba"))
 
 
 def test_a_model_that_puts_out_nan_is_refused_with_the_head() -> None:

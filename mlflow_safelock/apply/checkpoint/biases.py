@@ -159,7 +159,13 @@ def _zero_biases(source: CheckpointSource, output_path: str) -> Iterator[tuple[s
     """Zeros for the biases that a layer is given: of its output projection, and of those that go with it."""
     tensors, architecture = source.weights.tensors, source.architecture
     layer_path = output_path.removesuffix(architecture.output_projection)
-    for path in (output_path, *(layer_path + projection for projection in architecture.biased_with_output)):
+    present = [
+        projection
+        for projection in architecture.biased_where_present
+        if f"{layer_path}{projection}.weight" in tensors
+    ]
+    beside = (layer_path + projection for projection in (*architecture.biased_with_output, *present))
+    for path in (output_path, *beside):
         if f"{path}.weight" not in tensors:
             raise CheckpointError(f"{source.layout.model} has no tensor {path}.weight.")
         yield f"{path}.bias", torch.zeros(tensors[f"{path}.weight"].shape[0], dtype=bias_dtype(source, path))

@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from mlflow_safelock.apply import ARCHITECTURES, apply_lock, geometry_from_config, save_locked_checkpoint
+from mlflow_safelock.apply import (
+    ARCHITECTURES,
+    apply_lock,
+    attention_of,
+    geometry_from_config,
+    save_locked_checkpoint,
+)
 from mlflow_safelock.errors import (
     AlphaError,
     AlreadyLockedError,
@@ -23,7 +29,7 @@ from mlflow_safelock.errors import (
 from mlflow_safelock.lock import AttentionGeometry
 from tests.apply.checkpoint.conftest import beside, load, snapshot
 from tests.apply.conftest import TOKENS, logits
-from tests.models import random_lock
+from tests.models import random_lock, tiny_model
 
 STANDALONE = sorted(family for family, row in ARCHITECTURES.items() if row.standalone)
 MEMORY_ONLY = sorted(set(ARCHITECTURES) - set(STANDALONE))
@@ -204,9 +210,31 @@ def test_a_family_without_a_place_for_biases_is_refused_with_those_that_have_one
     family, save_fine_tune, tmp_path
 ):
     source, lock = save_fine_tune(family)
-    with pytest.raises(UnsupportedArchitectureError, match=rf"'{family}'.*llama, mistral.*apply_lock"):
+    with pytest.raises(UnsupportedArchitectureError, match=rf"'{family}'.*llama.*mistral.*apply_lock"):
         save_locked_checkpoint(source, tmp_path / "locked", lock)
     assert beside(source) == {"fine-tune"}
+
+
+@pytest.mark.parametrize("family", MEMORY_ONLY)
+def test_no_flag_gives_the_output_projection_of_such_a_family_a_bias(family):
+    # GLM's attention_bias is accepted, and gives q, k and v a bias only.
+    stock = AutoConfig.for_model(family).to_dict()
+    flags = {name: True for name, value in stock.items() if "bias" in name and type(value) is bool}
+    flags |= {"attention_bias": True, "bias": True, "use_bias": True, "enable_bias": True}
+    flags |= {"no_bias": False} if "no_bias" in stock else {}
+    projections = attention_of(tiny_model(family, **flags)).projections
+    assert all(projection.bias is None for projection in projections)
+
+
+def test_a_deepseek_without_latent_queries_has_one_bias_less(save_fine_tune, tmp_path):
+    source, lock = save_fine_tune("deepseek_v3", q_lora_rank=None)
+    save_locked_checkpoint(source, tmp_path / "locked", lock)
+    added = set(load_file(tmp_path / "locked" / "model-safelock.safetensors"))
+    assert added == {
+        f"model.layers.{layer}.self_attn.{name}.bias"
+        for layer in range(3)
+        for name in ("o_proj", "kv_a_proj_with_mqa")
+    }
 
 
 @pytest.mark.parametrize(
