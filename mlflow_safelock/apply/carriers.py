@@ -139,6 +139,11 @@ class BiasCarrier(Carrier):
             self._expected(workspace), _weight_of(projection).dtype, displacement.layer, applied.alpha
         )
 
+    @property
+    def bias(self) -> torch.Tensor:
+        """The bias that ``attach`` puts in place: of shape ``[hidden]``, in the weight's dtype."""
+        return self._placed
+
     def check_untouched(self) -> None:
         """Raise VerificationError unless the bias in place is, to the last bit, the one put there."""
         bias = _bias_of(self.projection)

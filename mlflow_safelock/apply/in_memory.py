@@ -21,6 +21,7 @@ from mlflow_safelock.apply.architectures import Attention, attention_of
 from mlflow_safelock.apply.carriers import AppliedLock, Carrier, Seats, carrier_for, carrier_on, compile_anew
 from mlflow_safelock.apply.config_entry import CONFIG_KEY, LiveEntry, config_entry, refuse_locked_config
 from mlflow_safelock.apply.displacement import Workspace, displacements
+from mlflow_safelock.apply.saving import save_as_before, save_locked
 from mlflow_safelock.errors import AlreadyLockedError, LockMismatchError, VerificationError
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 
@@ -86,9 +87,12 @@ class LockHandle:
             carrier.check_untouched()
         for carrier in attached:
             carrier.detach()
+        if not attached:
+            return
         compile_anew(attached)
+        save_as_before(self._model)
         config = _config_of(self._model)
-        if attached and isinstance(getattr(config, CONFIG_KEY, None), LiveEntry):
+        if isinstance(getattr(config, CONFIG_KEY, None), LiveEntry):
             delattr(config, CONFIG_KEY)
 
     def __enter__(self) -> LockHandle:
@@ -152,6 +156,7 @@ def apply_lock(model: PreTrainedModel, lock: SafetyLock, alpha: float = 6.0) -> 
             carrier.attach()
         compile_anew(carriers)
         setattr(config, CONFIG_KEY, LiveEntry(config_entry(lock, strength)))
+        save_locked(model)
     except BaseException:
         handle.remove()
         raise
