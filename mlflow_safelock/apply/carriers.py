@@ -6,10 +6,12 @@ attribute of that module, so a deep copy of a model carries working copies of it
 
 from __future__ import annotations
 
+import copy
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from threading import get_ident
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,6 +61,15 @@ class Carrier(ABC):
         self.displacement = displacement
         self.projection = projection
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Carrier:
+        # With its projection. A copy of a module that the projection wraps stays with the wrapper.
+        if id(self.projection) not in memo:
+            return self
+        twin: Carrier = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The modules that this sits on: the projection, and whatever may come to stand in its place."""
@@ -67,7 +78,7 @@ class Carrier(ABC):
     @property
     def attached(self) -> bool:
         """Whether the projection carries this."""
-        return getattr(self.projection, _ATTRIBUTE, None) is self
+        return self.projection.__dict__.get(_ATTRIBUTE) is self
 
     def attach(self) -> None:
         """Put the layer's share of the lock in place."""
@@ -128,6 +139,11 @@ class BiasCarrier(Carrier):
             self._expected(workspace), _weight_of(projection).dtype, displacement.layer, applied.alpha
         )
 
+    @property
+    def bias(self) -> torch.Tensor:
+        """The bias that ``attach`` puts in place: of shape ``[hidden]``, in the weight's dtype."""
+        return self._placed
+
     def check_untouched(self) -> None:
         """Raise VerificationError unless the bias in place is, to the last bit, the one put there."""
         bias = _bias_of(self.projection)
@@ -177,8 +193,8 @@ class HookCarrier(Carrier):
     Right for any projection whose weight is not a plain matrix in memory: quantised, wrapped by an adapter,
     or offloaded. An adapter computes ``W x + scale B A x`` or something else of its input, so adding to that
     input is right for every kind of adapter, for several, and for whichever is switched on. When an adapter
-    is merged and its wrapper taken away, the wrapped module stands in its place, so that one has a hook too,
-    which rests while the wrapper runs.
+    is merged and its wrapper taken away, a module that it wrapped stands in its place, so those have a hook
+    too, which rests while the wrapper stands.
     """
 
     def __init__(
@@ -187,31 +203,24 @@ class HookCarrier(Carrier):
         displacement: Displacement,
         projection: nn.Module,
         geometry: AttentionGeometry,
+        seats: Seats,
     ) -> None:
         super().__init__(applied, displacement, projection)
         self._geometry = geometry
-        push = AddToInput(input_displacement(displacement, geometry))
-        inner = _wrapped_by(projection)
-        self._hooks: tuple[tuple[nn.Module, Callable[..., Any]], ...]
-        if inner:
-            outer = _AddAndTell(push)
-            self._hooks = (
-                (projection, outer),
-                (projection, _Told(outer)),
-                *((module, _AddUnlessTold(outer)) for module in inner),
-            )
-        else:
-            self._hooks = ((projection, push),)
-        self._push = push
+        self._push = AddToInput(input_displacement(displacement, geometry))
+        self._inner = tuple(
+            (module, _AddUnlessWrapped(self._push, *seats.of(projection), wrappers))
+            for module, wrappers in _wrapped_by(projection)
+        )
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The projection, and the modules that it wraps."""
-        return (self.projection, *_wrapped_by(self.projection))
+        return (self.projection, *(module for module, _ in _wrapped_by(self.projection)))
 
     def check_untouched(self) -> None:
         """Raise VerificationError unless the hook is in place and adds what the lock says."""
-        in_place = all(_place_of(hook, module) is not None for module, hook in self._hooks)
+        in_place = all(self._hooks_on(module) for module in self.modules)
         if not in_place or not torch.equal(self._push.displacement, self._expected()):
             raise self._fault(
                 "the hook that carries the lock was changed or taken away", "Load the model again"
@@ -222,19 +231,25 @@ class HookCarrier(Carrier):
         self.check_untouched()
 
     def _put_in_place(self) -> None:
-        for module, hook in self._hooks:
-            if isinstance(hook, _Told):
-                module.register_forward_hook(hook, always_call=True)
-            else:
-                module.register_forward_pre_hook(hook)
+        self.projection.register_forward_pre_hook(self._push)
+        for module, hook in self._inner:
+            module.register_forward_pre_hook(hook)
 
     def _take_away(self) -> None:
-        for module, hook in self._hooks:
-            place = _place_of(hook, module)
-            if place is not None:
-                table, number = place
-                del table[number]
-                module._forward_hooks_always_called.pop(number, None)
+        for module in self.modules:
+            for number in self._hooks_on(module):
+                del module._forward_pre_hooks[number]
+
+    def _hooks_on(self, module: nn.Module) -> list[int]:
+        """Numbers of this carrier's hooks among a module's hooks.
+
+        Looked up instead of kept: torch's handle for a hook does not follow a deep copy of its module.
+        """
+        return [
+            number
+            for number, hook in module._forward_pre_hooks.items()
+            if hook is self._push or (isinstance(hook, _AddUnlessWrapped) and hook.push is self._push)
+        ]
 
     def _expected(self) -> torch.Tensor:
         return input_displacement(self.displacement, self._geometry)
@@ -259,58 +274,70 @@ class AddToInput:
         return (first + self._cast, *others)
 
 
-class _AddAndTell:
-    """Adds to the input of a wrapper, and remembers in which threads the wrapper runs."""
+class _AddUnlessWrapped:
+    """Adds to the input of a wrapped module, once no wrapper of it stands in the model any more.
 
-    def __init__(self, push: AddToInput) -> None:
+    As long as one does, the push was added to that one's input.
+    """
+
+    def __init__(
+        self, push: AddToInput, parent: nn.Module, name: str, wrappers: tuple[nn.Module, ...]
+    ) -> None:
         self.push = push
-        self.running: set[int] = set()
-
-    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        self.running.add(get_ident())
-        return self.push(module, inputs)
-
-
-class _Told:
-    """A forward hook of a wrapper: it has run."""
-
-    def __init__(self, outer: _AddAndTell) -> None:
-        self.outer = outer
-
-    def __call__(self, module: nn.Module, inputs: object, output: object) -> None:
-        self.outer.running.discard(get_ident())
-
-
-class _AddUnlessTold:
-    """Adds to the input of a wrapped module, but not while its wrapper runs, whose input it was added to."""
-
-    def __init__(self, outer: _AddAndTell) -> None:
-        self.outer = outer
+        self._parent = parent
+        self._name = name
+        self._wrappers = wrappers
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
-        return None if get_ident() in self.outer.running else self.outer.push(module, inputs)
+        for standing in getattr(self._parent, self._name).modules():
+            for wrapper in self._wrappers:
+                if standing is wrapper:
+                    return None
+        return self.push(module, inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _AddUnlessWrapped:
+        # With the whole model. PEFT copies a wrapped module for another adapter: it has the same wrappers.
+        if id(self._parent) not in memo:
+            return self
+        copied = copy.deepcopy((self.push, self._parent, self._name, self._wrappers), memo)
+        return _AddUnlessWrapped(*copied)
 
 
-def _place_of(hook: object, module: nn.Module) -> tuple[dict[int, Any], int] | None:
-    """Where a hook is among a module's hooks.
+class Seats:
+    """Where modules stand in a model; looked up once, and only if somebody asks.
 
-    Looked up instead of kept: torch's handle for a hook does not follow a deep copy of its module.
+    Args:
+        model: The model.
     """
-    tables: tuple[dict[int, Any], ...] = (module._forward_pre_hooks, module._forward_hooks)
-    return next(
-        ((table, number) for table in tables for number, one in table.items() if one is hook),
-        None,
-    )
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def of(self, module: nn.Module) -> tuple[nn.Module, str]:
+        """The module that has another one as a child, and the child's name."""
+        return self._table[module]
+
+    @cached_property
+    def _table(self) -> dict[nn.Module, tuple[nn.Module, str]]:
+        return {
+            child: (parent, name)
+            for parent in self._model.modules()
+            for name, child in parent.named_children()
+        }
 
 
-def _wrapped_by(projection: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules that a projection wraps, from outside in, as PEFT's layers do."""
-    found: list[nn.Module] = []
-    inner = getattr(projection, "base_layer", None)
-    while isinstance(inner, nn.Module) and inner not in found:
-        found.append(inner)
-        inner = getattr(inner, "base_layer", None)
-    return tuple(found)
+def _wrapped_by(
+    projection: nn.Module, around: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[nn.Module, tuple[nn.Module, ...]]]:
+    """The modules that a projection wraps, as PEFT's layers do, from outside in, and what is around each."""
+    wrappers = (*around, projection)
+    trained = projection._modules.get("modules_to_save")
+    inner = [projection._modules.get(name) for name in ("base_layer", "original_module")]
+    inner += trained.values() if isinstance(trained, nn.ModuleDict) else ()
+    for module in inner:
+        if module is not None:
+            yield module, wrappers
+            yield from _wrapped_by(module, wrappers)
 
 
 def carrier_for(
@@ -320,6 +347,7 @@ def carrier_for(
     architecture: Architecture,
     geometry: AttentionGeometry,
     workspace: Workspace,
+    seats: Seats,
 ) -> Carrier:
     """Make the carrier that fits a projection, without putting it in place.
 
@@ -328,13 +356,24 @@ def carrier_for(
     """
     if is_plain_matrix(projection, geometry):
         return BiasCarrier(applied, displacement, projection, architecture, geometry, workspace)
-    return HookCarrier(applied, displacement, projection, geometry)
+    return HookCarrier(applied, displacement, projection, geometry, seats)
 
 
 def carrier_on(projection: nn.Module) -> Carrier | None:
     """The carrier that sits on a projection, or on what it wraps, if any."""
-    found = (getattr(module, _ATTRIBUTE, None) for module in (projection, *_wrapped_by(projection)))
+    modules = (projection, *(module for module, _ in _wrapped_by(projection)))
+    found = (module.__dict__.get(_ATTRIBUTE) for module in modules)
     return next((carrier for carrier in found if isinstance(carrier, Carrier)), None)
+
+
+def compile_anew(carriers: Iterable[Carrier]) -> None:
+    """Have compiled models compiled again, after carriers were attached or detached, where that is needed.
+
+    ``torch.compile`` notices another bias, but not a hook that comes or goes: a model that ran compiled would
+    go on as it was.
+    """
+    if "torch._dynamo" in sys.modules and any(isinstance(carrier, HookCarrier) for carrier in carriers):
+        torch.compiler.reset()
 
 
 def is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:

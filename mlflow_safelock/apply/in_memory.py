@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from mlflow_safelock.apply.alpha import checked_alpha
 from mlflow_safelock.apply.architectures import Attention, attention_of
-from mlflow_safelock.apply.carriers import AppliedLock, Carrier, carrier_for, carrier_on
+from mlflow_safelock.apply.carriers import AppliedLock, Carrier, Seats, carrier_for, carrier_on, compile_anew
 from mlflow_safelock.apply.config_entry import CONFIG_KEY, LiveEntry, config_entry, refuse_locked_config
 from mlflow_safelock.apply.displacement import Workspace, displacements
+from mlflow_safelock.apply.saving import save_as_before, save_locked
 from mlflow_safelock.errors import AlreadyLockedError, LockMismatchError, VerificationError
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 
@@ -86,8 +87,12 @@ class LockHandle:
             carrier.check_untouched()
         for carrier in attached:
             carrier.detach()
+        if not attached:
+            return
+        compile_anew(attached)
+        save_as_before(self._model)
         config = _config_of(self._model)
-        if attached and isinstance(getattr(config, CONFIG_KEY, None), LiveEntry):
+        if isinstance(getattr(config, CONFIG_KEY, None), LiveEntry):
             delattr(config, CONFIG_KEY)
 
     def __enter__(self) -> LockHandle:
@@ -132,7 +137,7 @@ def apply_lock(model: PreTrainedModel, lock: SafetyLock, alpha: float = 6.0) -> 
     check_geometry(lock, attention.geometry, name)
     refuse_locked_config(config, f"Model {name!r}")
     _refuse_locked(attention, name)
-    applied, workspace = AppliedLock(lock, strength), Workspace()
+    applied, workspace, seats = AppliedLock(lock, strength), Workspace(), Seats(model)
     carriers = tuple(
         carrier_for(
             applied,
@@ -141,6 +146,7 @@ def apply_lock(model: PreTrainedModel, lock: SafetyLock, alpha: float = 6.0) -> 
             attention.architecture,
             attention.geometry,
             workspace,
+            seats,
         )
         for displacement in displacements(lock, strength)
     )
@@ -148,7 +154,9 @@ def apply_lock(model: PreTrainedModel, lock: SafetyLock, alpha: float = 6.0) -> 
     try:
         for carrier in carriers:
             carrier.attach()
+        compile_anew(carriers)
         setattr(config, CONFIG_KEY, LiveEntry(config_entry(lock, strength)))
+        save_locked(model)
     except BaseException:
         handle.remove()
         raise
