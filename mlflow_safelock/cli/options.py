@@ -117,7 +117,7 @@ def model_options(function: F) -> F:
 
 
 def output_file_option(help_text: str) -> Callable[[F], F]:
-    """A required ``--output`` file, whose folder is checked before any work is done."""
+    """A required ``--output`` file; that it can be made there is checked before any work is done."""
     return click.option(
         "--output",
         required=True,
@@ -146,11 +146,22 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
 
 
 def in_existing_folder(path: Path) -> Path:
-    """The path of a file to write, once its folder is known to be there.
+    """The path of a file to write, once its folder is known to be there, and nothing but a file in its place.
+
+    A symlink counts as what it leads to, which is what is written.
 
     Raises:
-        click.BadParameter: It is not.
+        click.BadParameter: There is no such folder, or a directory, a device, a pipe or the like is there.
     """
-    if not path.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder {path.absolute().parent}")
+    from mlflow_safelock.errors import LockError
+    from mlflow_safelock.formats.files import regular_target
+
+    try:
+        target = regular_target(path)
+    except LockError as error:
+        raise click.BadParameter(error.cause) from error
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{path} cannot be written: {error}.") from error
+    if not target.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {target.parent}")
     return path

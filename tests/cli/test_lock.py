@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,20 @@ def test_an_output_in_a_folder_that_is_not_there_is_refused_first(
     done = run("lock", "import", published, "--base-model", LLAMA, "--output", tmp_path / "no" / "lock")
     assert done.exit_code == 2
     assert "there is no folder" in done.stderr
+
+
+def test_an_output_that_is_no_file_is_refused_first_and_left_alone(
+    run: Run, published: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "astray").symlink_to(tmp_path / "no" / "lock")
+    for name, why in (("pipe", "it is a pipe"), ("link", "it is a pipe"), ("astray", "there is no folder")):
+        done = run("lock", "import", published, "--base-model", LLAMA, "--output", tmp_path / name)
+        assert done.exit_code == 2
+        assert why in done.stderr
+    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_inspect_gives_everything_but_the_directions(run: Run, workshop: Workshop) -> None:
