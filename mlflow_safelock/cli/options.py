@@ -11,6 +11,9 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+SERVER_ANSWERS_WITHIN = 10
+"""Seconds within which an MLflow server must answer at all."""
+
 format_option = click.option(
     "--format",
     "form",
@@ -57,13 +60,44 @@ class MlflowAddress:
     registry_uri: str | None
 
     def connect(self) -> None:
-        """Make it the address that MLflow uses in this process."""
+        """Make it the address that MLflow uses in this process.
+
+        Raises:
+            SourceError: A server there does not answer. MLflow itself would try again for minutes.
+        """
         import mlflow
 
         if self.tracking_uri is not None:
             mlflow.set_tracking_uri(self.tracking_uri)
         if self.registry_uri is not None:
             mlflow.set_registry_uri(self.registry_uri)
+        for uri in dict.fromkeys((mlflow.get_tracking_uri(), mlflow.get_registry_uri())):
+            if uri.startswith(("http://", "https://")):
+                _refuse_dead_server(uri)
+
+
+def _refuse_dead_server(uri: str) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    from mlflow_safelock.errors import SourceError
+
+    try:
+        # Any answer will do: what it means is for the request that matters.
+        http_request(
+            get_default_host_creds(uri),
+            "/health",
+            "GET",
+            max_retries=0,
+            timeout=SERVER_ANSWERS_WITHIN,
+            raise_on_status=False,
+        )
+    except MlflowException as error:
+        raise SourceError(
+            f"The MLflow server {uri} does not answer: {error.message.splitlines()[0]}",
+            next_step="Check the address (--tracking-uri, --registry-uri), and that the server runs.",
+        ) from error
 
 
 def mlflow_options(function: F) -> F:
