@@ -77,7 +77,7 @@ class ApplyError(SafelockError):
 
 
 class AlphaError(ApplyError):
-    """An alpha that is not a finite number other than zero."""
+    """An alpha that is not a finite number other than zero, or one that numbers of the model cannot carry."""
 
 
 class AlreadyLockedError(ApplyError):

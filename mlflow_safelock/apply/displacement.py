@@ -18,10 +18,15 @@ from operator import attrgetter
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mlflow_safelock.errors import AlphaError
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
+
+_ROUNDINGS = 4.0
+"""Accepted relative distance of a stored bias from the exact one, in unit roundoffs of its dtype: rounding
+alone makes a half, and more where numbers are subnormal. Less than what verification of a model accepts."""
 
 HeadWeight = Callable[[int], torch.Tensor]
 """Gives the columns of ``W_o`` that belong to a head, ``[hidden, head_dim]``, in the weight's own dtype."""
@@ -66,10 +71,15 @@ class Workspace:
 
 
 def displacements(lock: SafetyLock, alpha: float) -> tuple[Displacement, ...]:
-    """What ``lock`` at strength ``alpha`` adds, for every layer that holds a locked head, by layer."""
+    """What ``lock`` at strength ``alpha`` adds, for every layer that holds a locked head, by layer.
+
+    Raises:
+        AlphaError: What it adds to a head is too small or too large for the float32 that models compute in.
+    """
     heads = lock.heads
     stds = np.array([locked.std for locked in heads])
     pushes = alpha * stds[:, None] * np.array([locked.direction for locked in heads], dtype=np.float64)
+    _refuse_beyond_float32(lock, pushes, alpha)
     values, found, start = torch.from_numpy(pushes), [], 0
     for layer, group in groupby(heads, key=attrgetter("layer")):
         indices = tuple(locked.head for locked in group)
@@ -109,14 +119,22 @@ def stored_bias(bias: torch.Tensor, dtype: torch.dtype, layer: int, alpha: float
         alpha: The strength that it was computed for, for the error.
 
     Raises:
-        AlphaError: A number of it is beyond what the dtype can hold.
+        AlphaError: A number of it is beyond what the dtype can hold, or so little of it is left that it is
+            not the lock's bias any more, such as nothing but zeros.
     """
     if not bias.abs().max() <= torch.finfo(dtype).max:
         raise AlphaError(
             f"At alpha {alpha} the bias of layer {layer} is beyond what {dtype} can hold.",
             next_step="Use a smaller alpha, or weights of a wider dtype.",
         )
-    return bias.to(dtype)
+    stored = bias.to(dtype)
+    lost = torch.linalg.vector_norm(stored.to(bias) - bias)
+    if not stored.any() or not lost <= _ROUNDINGS * torch.finfo(dtype).eps * torch.linalg.vector_norm(bias):
+        raise AlphaError(
+            f"At alpha {alpha} the bias of layer {layer} is lost in the rounding to {dtype}.",
+            next_step="Use a larger alpha; the method's default is 6.0.",
+        )
+    return stored
 
 
 def input_displacement(displacement: Displacement, geometry: AttentionGeometry) -> torch.Tensor:
@@ -142,6 +160,18 @@ def head_weight_of(weight: torch.Tensor, head_dim: int, layout: Literal["linear"
 def head_columns(head: int, head_dim: int) -> slice:
     """Where a head's output lies in the input of the output projection."""
     return slice(head * head_dim, (head + 1) * head_dim)
+
+
+def _refuse_beyond_float32(lock: SafetyLock, pushes: npt.NDArray[np.float64], alpha: float) -> None:
+    sizes = np.abs(pushes).max(axis=1)
+    limits = np.finfo(np.float32)
+    outside = ~((sizes >= limits.tiny) & (sizes <= limits.max))
+    if outside.any():
+        at = lock.heads[int(outside.argmax())]
+        raise AlphaError(
+            f"At alpha {alpha} the push on head {at.head} of layer {at.layer} is beyond what float32 holds.",
+            next_step="The method's default is 6.0; to have no lock, remove it.",
+        )
 
 
 def _product(columns: torch.Tensor, values: torch.Tensor, workspace: Workspace) -> torch.Tensor:

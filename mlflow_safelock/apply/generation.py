@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,7 @@ def generate(
     """
     with default_tokenization(tokenizer):
         tokens = [_tokens(tokenizer, prompt, system_prompt) for prompt in prompts]
+    _refuse_unusable(prompts, max_new_tokens, batch_size)
     # Prompts of like length together: less padding to compute.
     order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -87,6 +89,19 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt
             next_step="If it takes no system prompt, leave that out.",
         ) from error
     return rendered
+
+
+def _refuse_unusable(prompts: object, max_new_tokens: object, batch_size: object) -> None:
+    if isinstance(prompts, str):
+        raise ApplyError(
+            "Prompts must be a sequence of texts, and one text is given.", next_step="Put it into a list."
+        )
+    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+            raise ApplyError(
+                f"{name} must be a whole number from 1, and it is {number!r}.",
+                next_step="Leave it out for the default.",
+            )
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> list[int]:

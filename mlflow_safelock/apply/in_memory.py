@@ -126,7 +126,8 @@ def apply_lock(model: PreTrainedModel, lock: SafetyLock, alpha: float = 6.0) -> 
         The handle that checks and removes the lock.
 
     Raises:
-        AlphaError: Alpha is not a finite number other than zero, or too large for the model's dtype.
+        AlphaError: Alpha is not a finite number other than zero, or too large or too small for the model's
+            dtype.
         AlreadyLockedError: The model carries a lock, or was saved from one that did.
         LockMismatchError: The lock is for another attention shape.
         UnsupportedArchitectureError: The model's attention heads are not known.

@@ -35,6 +35,13 @@ _VERSIONS: sa.Table = SqlModelVersion.__table__
 _TAGS: sa.Table = SqlModelVersionTag.__table__
 _ALIASES: sa.Table = SqlRegisteredModelAlias.__table__
 
+_PACKAGES = {
+    "MySQLdb": "mysqlclient",
+    "psycopg": "psycopg[binary]",
+    "psycopg2": "psycopg2-binary",
+}
+"""The package that a database driver comes in, by its module, where the two have different names."""
+
 _Key = tuple[str, str, int]
 
 
@@ -85,7 +92,7 @@ def _engine(url: sa.URL) -> sa.Engine:
     except ModuleNotFoundError as error:
         raise LedgerError(
             f"The driver of the database {url!r} is not installed: {error}.",
-            next_step="Install it, for example with: pip install 'mlflow-safelock[postgresql]'",
+            next_step=f"Install it: pip install '{_PACKAGES.get(str(error.name), error.name)}'",
         ) from error
     return engine
 

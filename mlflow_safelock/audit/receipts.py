@@ -1,7 +1,9 @@
-"""Evidence from artifacts: the receipt in the overlay that a version's location leads to."""
+"""Evidence from artifacts: the receipt in the locked model that a version's location leads to."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from mlflow.entities import FileInfo
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from mlflow_safelock.apply.config_entry import CONFIG_KEY
 from mlflow_safelock.audit.rows import Evidence
 from mlflow_safelock.errors import SafelockError, SourceError, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE
@@ -22,12 +25,23 @@ from mlflow_safelock.flavors.overlay import (
     read_mlmodel,
     read_overlay,
 )
+from mlflow_safelock.flavors.standalone import WEIGHTS_FOLDER
 from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.formats.lock_file import MAX_FILE_BYTES
-from mlflow_safelock.provenance import ArtifactReader, LocalArtifacts, LockReference, Receipt
+from mlflow_safelock.provenance import (
+    ADDED_BY_CLIENTS,
+    ArtifactReader,
+    LocalArtifacts,
+    LockReference,
+    Receipt,
+)
 
 MAX_OVERLAY_BYTES = MAX_FILE_BYTES + (16 << 20)
-"""Largest folder that is fetched as an overlay: the largest lock and an input example beside it."""
+"""Largest folder that is fetched as an overlay: the largest lock and an input example beside it. Of a
+standalone model it is the largest file that is fetched."""
+
+_NEEDED = ("MLmodel", f"{WEIGHTS_FOLDER}/config.json")
+"""What makes a standalone model load as a locked one, beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +62,9 @@ class ReceiptReader:
     def evidence_at(self, location: str) -> Evidence | None:
         """The promotion that the receipt at a version's download location states.
 
-        A receipt is a file where clients may write, so what can be checked is: the overlay against it, its
-        lock against the registered one of that name and version, and that it loads through this package.
+        A receipt is a file where clients may write, so what can be checked is: the locked model against it,
+        its lock against the registered one of that name and version, and that it loads as a locked model. Of
+        a standalone model's weights that are the fine-tune's own files, only the sizes are compared.
 
         Returns:
             The evidence, or ``None`` where there is no receipt.
@@ -59,16 +74,68 @@ class ReceiptReader:
             SourceError: The artifacts cannot be listed or read.
         """
         entries = self._list(location)
-        if RECEIPT_FILE not in {entry.path for entry in entries}:
+        sizes = {entry.path: entry.file_size or 0 for entry in entries}
+        if RECEIPT_FILE not in sizes:
             return None
-        _check_size(entries, location)
+        if sizes[RECEIPT_FILE] > MAX_OVERLAY_BYTES:
+            raise VerificationError(f"The receipt at {location} has {sizes[RECEIPT_FILE]} bytes.")
         with TemporaryDirectory(prefix="safelock-audit-") as temporary:
-            overlay = LocalArtifacts(self._fetch(location, "", Path(temporary)))
-            receipt = read_overlay(overlay).receipt
-            _check_loader(overlay, location)
+            folder = Path(temporary)
+            data = self._fetch(location, RECEIPT_FILE, folder).read_bytes()
+            receipt = Receipt.parse(data, origin=f"{location}/{RECEIPT_FILE}")
+            if receipt.predicate.carrier == "overlay":
+                receipt = self._check_overlay(location, entries, folder)
+            else:
+                self._check_standalone(location, receipt, folder)
         _check_promotion(receipt, location)
         self._check_lock(receipt.predicate.lock, location)
         return Evidence.from_receipt(receipt)
+
+    def _check_overlay(self, location: str, entries: Sequence[FileInfo], folder: Path) -> Receipt:
+        _check_size(entries, location)
+        overlay = LocalArtifacts(self._fetch(location, "", folder))
+        receipt = read_overlay(overlay).receipt
+        _check_loader(overlay, location)
+        return receipt
+
+    def _check_standalone(self, location: str, receipt: Receipt, folder: Path) -> None:
+        """Compare a standalone model with its receipt, without fetching files of weights."""
+        stated, found = receipt.predicate, self._files(location)
+        shared = stated.source.fingerprint.of_copies(stated.shared)
+        expected = {*stated.files, *stated.shared, RECEIPT_FILE}
+        for path in sorted(expected ^ (found.keys() - ADDED_BY_CLIENTS)):
+            what = "is missing" if path in expected else "is not in its receipt"
+            raise VerificationError(f"The locked model's file {path!r} at {location} {what}.")
+        for path in sorted(set(_NEEDED) - stated.files.keys()):
+            raise VerificationError(f"The receipt at {location} says nothing about {path!r}.")
+        for file in shared.files:
+            if found[file.path] not in (None, file.size):
+                raise VerificationError(
+                    f"The locked model's file {file.path!r} at {location} has {found[file.path]} bytes, and "
+                    f"the fine-tune's had {file.size}."
+                )
+        for path, sha256 in stated.files.items():
+            size = found[path]
+            if size is not None and size > MAX_OVERLAY_BYTES and path not in _NEEDED:
+                continue
+            data = self._fetch(location, path, folder).read_bytes()
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise VerificationError(
+                    f"The locked model's file {path!r} at {location} is not the one of its receipt."
+                )
+        _check_standalone_loader(LocalArtifacts(folder), receipt, location)
+
+    def _files(self, location: str) -> dict[str, int | None]:
+        """Size of every file below a location, by path; ``None`` where the store does not tell it."""
+        found: dict[str, int | None] = {}
+        folders: list[str | None] = [None]
+        while folders:
+            for entry in self._list(location, folders.pop()):
+                if entry.is_dir:
+                    folders.append(entry.path)
+                else:
+                    found[entry.path] = entry.file_size
+        return found
 
     def _check_lock(self, stated: LockReference, location: str) -> None:
         if stated.model is None or stated.version is None:
@@ -92,9 +159,9 @@ class ReceiptReader:
         except (MlflowException, SafelockError, OSError) as error:
             raise SourceError(f"The lock {uri} that a receipt names cannot be read: {error}.") from error
 
-    def _list(self, location: str) -> Sequence[FileInfo]:
+    def _list(self, location: str, folder: str | None = None) -> Sequence[FileInfo]:
         try:
-            entries: Sequence[FileInfo] = self._repository(location).list_artifacts()
+            entries: Sequence[FileInfo] = self._repository(location).list_artifacts(folder)
         except Exception as error:  # each kind of store raises its own
             raise SourceError(f"The artifacts at {location} cannot be listed: {error}.") from error
         return entries
@@ -125,6 +192,25 @@ def _check_loader(overlay: ArtifactReader, location: str) -> None:
         set(flavors) != {"python_function", FLAVOR_NAME}
         or loader.get("loader_module") != LOADER_MODULE
         or loader.get("code")
+    ):
+        raise VerificationError(f"The model at {location} has a receipt and is not loaded as a locked model.")
+
+
+def _check_standalone_loader(model: ArtifactReader, receipt: Receipt, location: str) -> None:
+    """A standalone model is loaded by MLflow's own flavor, from the folder that the lock was written into."""
+    flavors, stated = read_mlmodel(model)["flavors"], receipt.predicate
+    transformers, loader = flavors.get("transformers"), flavors["python_function"]
+    config = json.loads(model.read(f"{WEIGHTS_FOLDER}/config.json"))
+    entry = config.get(CONFIG_KEY) if isinstance(config, dict) else None
+    if (
+        set(flavors) != {"python_function", "transformers", FLAVOR_NAME}
+        or not isinstance(transformers, dict)
+        or transformers.get("model_binary") != WEIGHTS_FOLDER
+        or transformers.get("peft_adaptor")
+        or loader.get("loader_module") != "mlflow.transformers"
+        or loader.get("code")
+        or not isinstance(entry, dict)
+        or (entry.get("lock"), entry.get("alpha")) != (stated.lock.digest, stated.alpha)
     ):
         raise VerificationError(f"The model at {location} has a receipt and is not loaded as a locked model.")
 

@@ -86,7 +86,14 @@ def import_(
         base_model, geometry, expected = _from_recipe(recipe)
     if base_model is None:
         raise click.UsageError("Name the base model: --base-model ID, or --recipe NAME.")
-    imported = import_published_lock(file, base_model=base_model, geometry=geometry)
+    try:
+        imported = import_published_lock(file, base_model=base_model, geometry=geometry)
+    except RecipeError as error:  # no recipe knows the base's shape
+        raise RecipeError(
+            error.cause,
+            next_step="Say its shape: --layers, --heads, --head-dim and --hidden; or name a base that a "
+            "recipe knows: safelock recipes",
+        ) from error
     if expected is not None and len(imported.heads) != expected:
         raise LockMismatchError(
             f"{file} holds {len(imported.heads)} heads, and the recipe {recipe} expects {expected}.",

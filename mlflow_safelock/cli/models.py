@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_safelock.errors import LockFormatError, SourceError
+from mlflow_safelock.errors import LockFormatError, PromotionRefused, SourceError
 
 if TYPE_CHECKING:
+    from mlflow_safelock.gate.source import LanguageModel as Examined
     from mlflow_safelock.lock import AttentionGeometry, SafetyLock
+    from mlflow_safelock.provenance import LocalArtifacts
 
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/", "s3://", "gs://", "abfss://", "wasbs://")
 """Beginnings of references that MLflow opens; anything else is a local path or a hub id."""
@@ -66,19 +68,14 @@ def geometry_of(reference: str) -> AttentionGeometry:
     """The attention shape of a model, from its configuration alone.
 
     Raises:
-        SourceError: There is no such model, or it has no readable configuration.
+        SourceError: There is no such model, it has no readable configuration, or it is locked.
         UnsupportedArchitectureError: Its architecture is not known.
     """
     from mlflow_safelock.apply import geometry_from_config
 
     if not is_mlflow_model(reference):
         return geometry_from_config(_config(reference))
-    from mlflow_safelock.gate.source import examine
-    from mlflow_safelock.provenance import LocalArtifacts
-
-    found = examine(LocalArtifacts(fetch_mlflow_model(reference)))
-    if found is None:
-        raise _no_language_model(reference)
+    found = _examined(reference, fetch_mlflow_model(reference))
     if found.geometry is None:
         raise SourceError(
             f"{reference} is an adapter, which says nothing of its base's attention shape.",
@@ -139,15 +136,8 @@ def _load_from_mlflow(reference: str, dtype: str) -> LanguageModel:
     import mlflow
     import torch
 
-    from mlflow_safelock.gate.source import examine
-    from mlflow_safelock.provenance import LocalArtifacts
-
     folder = fetch_mlflow_model(reference)
-    source = LocalArtifacts(folder)
-    _refuse_locked(reference, source)
-    found = examine(source)
-    if found is None:
-        raise _no_language_model(reference)
+    found = _examined(reference, folder)
     try:
         components: Mapping[str, Any] = mlflow.transformers.load_model(str(folder), return_type="components")
     except Exception as error:  # what loading raises depends on the architecture
@@ -200,21 +190,41 @@ def _config(reference: str) -> Any:
         ) from error
 
 
-def _refuse_locked(reference: str, source: Any) -> None:
-    from mlflow_safelock.flavors.overlay import FLAVOR_NAME, read_mlmodel, read_overlay
+def _examined(reference: str, folder: Path) -> Examined:
+    """What a model of MLflow is: an unlocked language model."""
+    from mlflow_safelock.gate.source import examine
+    from mlflow_safelock.provenance import LocalArtifacts
+
+    source = LocalArtifacts(folder)
+    _refuse_locked(reference, source)
+    try:
+        found = examine(source)
+    except PromotionRefused as refusal:
+        if refusal.reason != "already_locked":
+            raise
+        raise _locked(reference, "") from refusal
+    if found is None:
+        raise SourceError(
+            f"The model {reference} is no language model of mlflow.transformers.",
+            next_step="Log it with mlflow.transformers.log_model, with task='text-generation'.",
+        )
+    return found
+
+
+def _refuse_locked(reference: str, source: LocalArtifacts) -> None:
+    from mlflow_safelock.flavors.overlay import FLAVOR_NAME, RECEIPT_FILE, read_mlmodel
+    from mlflow_safelock.provenance import Receipt
 
     if FLAVOR_NAME in read_mlmodel(source)["flavors"]:
-        behind = read_overlay(source).receipt.predicate.source.uri
-        raise SourceError(
-            f"The model {reference} is locked already.",
-            next_step=f"Name the fine-tune that it was made from: {behind}",
-        )
+        # The receipt of either carrier; it only says where to look, so nothing else is compared with it.
+        receipt = Receipt.parse(source.read(RECEIPT_FILE), origin=f"{reference}/{RECEIPT_FILE}")
+        raise _locked(reference, f": {receipt.predicate.source.uri}")
 
 
-def _no_language_model(reference: str) -> SourceError:
+def _locked(reference: str, behind: str) -> SourceError:
     return SourceError(
-        f"The model {reference} is no language model of mlflow.transformers.",
-        next_step="Log it with mlflow.transformers.log_model, with task='text-generation'.",
+        f"The model {reference} is locked already.",
+        next_step=f"Name the fine-tune that it was made from{behind or '.'}",
     )
 
 

@@ -11,6 +11,9 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+SERVER_ANSWERS_WITHIN = 10
+"""Seconds within which an MLflow server must answer at all."""
+
 format_option = click.option(
     "--format",
     "form",
@@ -57,13 +60,44 @@ class MlflowAddress:
     registry_uri: str | None
 
     def connect(self) -> None:
-        """Make it the address that MLflow uses in this process."""
+        """Make it the address that MLflow uses in this process.
+
+        Raises:
+            SourceError: A server there does not answer. MLflow itself would try again for minutes.
+        """
         import mlflow
 
         if self.tracking_uri is not None:
             mlflow.set_tracking_uri(self.tracking_uri)
         if self.registry_uri is not None:
             mlflow.set_registry_uri(self.registry_uri)
+        for uri in dict.fromkeys((mlflow.get_tracking_uri(), mlflow.get_registry_uri())):
+            if uri.startswith(("http://", "https://")):
+                _refuse_dead_server(uri)
+
+
+def _refuse_dead_server(uri: str) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    from mlflow_safelock.errors import SourceError
+
+    try:
+        # Any answer will do: what it means is for the request that matters.
+        http_request(
+            get_default_host_creds(uri),
+            "/health",
+            "GET",
+            max_retries=0,
+            timeout=SERVER_ANSWERS_WITHIN,
+            raise_on_status=False,
+        )
+    except MlflowException as error:
+        raise SourceError(
+            f"The MLflow server {uri} does not answer: {error.message.splitlines()[0]}",
+            next_step="Check the address (--tracking-uri, --registry-uri), and that the server runs.",
+        ) from error
 
 
 def mlflow_options(function: F) -> F:
@@ -117,7 +151,7 @@ def model_options(function: F) -> F:
 
 
 def output_file_option(help_text: str) -> Callable[[F], F]:
-    """A required ``--output`` file, whose folder is checked before any work is done."""
+    """A required ``--output`` file; that it can be made there is checked before any work is done."""
     return click.option(
         "--output",
         required=True,
@@ -146,11 +180,22 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
 
 
 def in_existing_folder(path: Path) -> Path:
-    """The path of a file to write, once its folder is known to be there.
+    """The path of a file to write, once its folder is known to be there, and nothing but a file in its place.
+
+    A symlink counts as what it leads to, which is what is written.
 
     Raises:
-        click.BadParameter: It is not.
+        click.BadParameter: There is no such folder, or a directory, a device, a pipe or the like is there.
     """
-    if not path.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder {path.absolute().parent}")
+    from mlflow_safelock.errors import LockError
+    from mlflow_safelock.formats.files import regular_target
+
+    try:
+        target = regular_target(path)
+    except LockError as error:
+        raise click.BadParameter(error.cause) from error
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{path} cannot be written: {error}.") from error
+    if not target.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {target.parent}")
     return path

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME, ModelInfo
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.model_utils import (
     _get_flavor_configuration,
@@ -204,5 +206,9 @@ def registered_lock_uri(base_model: str) -> str:
     """
     name = lock_model_name(base_model)
     versions = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
-    newest = max((int(version.version) for version in versions), default=1)
-    return f"models:/{name}/{newest}"
+    if not versions:
+        raise MlflowException(
+            f"No lock is registered for the base model {base_model!r}: there is no version of {name!r}.",
+            error_code=RESOURCE_DOES_NOT_EXIST,
+        )
+    return f"models:/{name}/{max(int(version.version) for version in versions)}"

@@ -44,18 +44,55 @@ def read_bounded(path: Path, limit: int) -> bytes:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old bytes or the new ones, whatever happens in between.
 
+    A symlink stays: the file that it leads to is written.
+
     Raises:
-        LockError: The file cannot be written; what was at ``path`` is as it was.
+        LockError: The file cannot be written, or something that is no regular file is there, such as a
+            directory, a device or a pipe; what was at ``path`` is as it was.
     """
     try:
-        beside = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
-        _write_and_rename(beside, path, data)
-        _sync_directory(path.parent)
+        target = regular_target(path)
+        beside = target.with_name(f".{target.name[:64]}.{secrets.token_hex(8)}.tmp")
+        _write_and_rename(beside, target, data)
+        _sync_directory(target.parent)
     except (OSError, ValueError) as error:
         raise LockError(
             f"{path} cannot be written: {_reason(error)}.",
             next_step="Check that its folder exists, may be written to, and has space.",
         ) from error
+
+
+def regular_target(path: Path) -> Path:
+    """Where writing to ``path`` may put a regular file: ``path`` itself, or what its symlinks lead to.
+
+    Raises:
+        LockError: Something else is there. A rename would replace it: a device is lost to the whole machine.
+        OSError: It is not to be told what is there.
+        ValueError: It is no path, such as one with a NUL character.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return target
+    if not stat.S_ISREG(mode):
+        raise LockError(
+            f"{path} cannot be written: it is {_kind(mode)} and not a regular file.",
+            next_step="Give the path of a file; a new one is made.",
+        )
+    return target
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFLNK: "a symlink that leads round in a circle",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
 
 
 def _write_and_rename(beside: Path, path: Path, data: bytes) -> None:

@@ -28,6 +28,12 @@ def test_answers_are_those_of_the_unlocked_and_the_locked_model(llama, lock, tok
     assert before != after
 
 
+def test_one_text_in_place_of_a_list_is_refused_and_leaves_the_model_unlocked(llama, lock, tokenizer):
+    with pytest.raises(ApplyError, match="a sequence of texts"):
+        compare(llama, tokenizer, "hello", lock)
+    assert handle_of(llama) is None
+
+
 def test_the_sign_of_alpha_matters(llama, lock, tokenizer):
     plus = compare(llama, tokenizer, PROMPTS, lock, 6.0, max_new_tokens=8)
     minus = compare(llama, tokenizer, PROMPTS, lock, -6.0, max_new_tokens=8)

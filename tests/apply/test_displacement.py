@@ -14,7 +14,9 @@ from mlflow_safelock.apply.displacement import (
     head_weight_of,
     input_displacement,
     output_bias,
+    stored_bias,
 )
+from mlflow_safelock.errors import AlphaError
 from mlflow_safelock.lock import AttentionGeometry, LockedHead, SafetyLock
 from tests.models import random_lock
 
@@ -112,6 +114,33 @@ def test_displacement_is_linear_in_alpha_and_turns_with_its_sign():
     ):
         assert torch.equal(plus.values, -minus.values)
         assert torch.equal(2 * plus.values, double.values)
+
+
+@pytest.mark.parametrize("alpha", [1e-320, 1e-45, -1e-300, 1e39, -1e300])
+def test_a_push_that_float32_cannot_hold_is_refused(alpha):
+    lock = random_lock(AttentionGeometry(layers=2, heads=4, head_dim=8, hidden=16))
+    with pytest.raises(AlphaError, match=r"push on head \d of layer \d is beyond .* float32") as info:
+        displacements(lock, alpha)
+    assert info.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 1e-9), (torch.float16, 1e-7), (torch.bfloat16, 1e-42)]
+)
+def test_a_bias_that_is_lost_in_its_dtype_is_refused(dtype, size):
+    bias = size * torch.linspace(-1, 1, 48, dtype=torch.float64)
+    with pytest.raises(AlphaError, match=rf"At alpha 1e-07 the bias of layer 3 is lost .* {dtype}") as info:
+        stored_bias(bias, dtype, layer=3, alpha=1e-7)
+    assert "larger alpha" in info.value.next_step
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("hidden", [8, 16384])
+def test_a_bias_with_some_numbers_too_small_for_its_dtype_is_kept(dtype, hidden):
+    generator = torch.Generator().manual_seed(0)
+    bias = 0.002 * torch.randn(hidden, generator=generator, dtype=torch.float64)
+    bias[::2] *= 1e-12
+    assert torch.equal(stored_bias(bias, dtype, layer=0, alpha=1.0), bias.to(dtype))
 
 
 @pytest.mark.shared

@@ -162,6 +162,22 @@ def test_a_chat_template_without_system_prompts_says_so():
         render_prompt(tokenizer, "bake", "be kind")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "numbers", "why"),
+    [
+        ("hello", {}, "a sequence of texts"),
+        (["hello"], {"batch_size": 0}, "batch_size must be a whole number from 1, and it is 0"),
+        (["hello"], {"batch_size": 1.5}, "batch_size must be"),
+        (["hello"], {"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1, and it is 0"),
+        (["hello"], {"max_new_tokens": "a"}, "max_new_tokens must be"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_an_error_that_says_why(prompts, numbers, why):
+    with pytest.raises(ApplyError, match=why) as info:
+        generate(tiny_model("llama"), tiny_tokenizer(), prompts, **numbers)
+    assert info.value.next_step
+
+
 def test_no_prompts_give_no_answers_and_an_empty_prompt_is_an_error():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     assert generate(model, tokenizer, []) == []

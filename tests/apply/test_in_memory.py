@@ -373,3 +373,34 @@ def test_the_handle_says_what_it_is(llama, lock):
     assert repr(handle) == f"LockHandle({lock!r}, alpha=2.0, on)"
     handle.remove()
     assert repr(handle).endswith("removed)")
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "alpha"),
+    [
+        ("llama", torch.float32, 1e-320),
+        ("llama", torch.float16, 1e-8),
+        ("llama", torch.bfloat16, 1e-39),
+        ("gpt2", torch.float32, 1e-320),
+    ],
+)
+def test_an_alpha_of_which_nothing_is_left_locks_nothing_and_is_refused(family, dtype, alpha):
+    model = tiny_model(family, dtype=dtype)
+    before = state_of(model)
+    with pytest.raises(AlphaError) as info:
+        apply_lock(model, lock_for(model), alpha)
+    assert info.value.next_step
+    assert state_of(model) == before
+    assert handle_of(model) is None
+
+
+@pytest.mark.parametrize("exponent", range(-12, 5))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_can_be_applied_can_be_verified(dtype, exponent):
+    model = tiny_model("llama", dtype=dtype)
+    try:
+        handle = apply_lock(model, lock_for(model), 10.0**exponent)
+    except AlphaError:
+        assert (dtype, exponent < -2) == (torch.float16, True)
+    else:
+        handle.verify()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
+import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,14 @@ from mlflow_safelock.flavors.overlay import write_overlay
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import Actor, LocalArtifacts, LockReference, Promotion, Receipt
 from tests.registries import BASE, base_lock, log_fine_tune, register_lock
-from tests.servers import MlflowServer, mlflow_server
+from tests.servers import BIN, MlflowServer, mlflow_server
+
+POLICY = """
+version: 1
+gates:
+  - {models: "standalone*", carrier: standalone}
+  - {}
+"""
 
 Rows = dict[tuple[str, int], AuditRow]
 
@@ -43,7 +53,11 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Audited]:
     with patch.dict(os.environ, {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}), ExitStack() as stack:
         # MLflow leaves it behind where a test before this one named a registry.
         os.environ.pop("MLFLOW_REGISTRY_URI", None)
-        server = stack.enter_context(mlflow_server(tmp_path_factory.mktemp("audited")))
+        policy = tmp_path_factory.mktemp("policy") / "safelock.yaml"
+        policy.write_text(POLICY)
+        environment = {"SAFELOCK_POLICY": str(policy)}
+        folder = tmp_path_factory.mktemp("audited")
+        server = stack.enter_context(mlflow_server(folder, environment=environment))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # MLflow's own: stages, type hints, requirements
         stack.callback(mlflow.set_tracking_uri, None)
@@ -52,6 +66,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Audited]:
         mlflow.set_experiment("tests")
         lock = base_lock()
         populate(MlflowClient(), lock)
+        promote_standalone(MlflowClient(), server, environment)
         yield Audited(server, lock, by_version(audit(server.registry_uri)), by_version(audit(server.url)))
 
 
@@ -96,6 +111,53 @@ def populate(client: MlflowClient, lock: SafetyLock) -> None:
     log_forged_overlay(client, "other-lock", source, base_lock(seed=9))
     log_forged_overlay(client, "unlocking", source, lock, alpha=-6.0)
     log_forged_overlay(client, "other-loader", source, lock, loader="mlflow.transformers")
+
+
+def promote_standalone(client: MlflowClient, server: MlflowServer, environment: dict[str, str]) -> None:
+    """Promote a standalone model, prepared by the command where the registry is, and forge others from it."""
+    log_fine_tune("standalone")
+    subprocess.run(
+        [
+            *(BIN / "safelock", "prepare", "models:/standalone/1", "--registry-uri", server.registry_uri),
+            *("--tracking-uri", server.url, "--artifacts-destination", server.artifacts),
+        ],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+    )
+    stage(client, "standalone", 1)
+    with TemporaryDirectory() as temporary:
+        folder = Path(mlflow.artifacts.download_artifacts("models:/standalone/1", dst_path=temporary))
+        log_damaged(client, "no-biases", folder, lambda copy: next(copy.glob("model/*-safelock*")).unlink())
+        log_damaged(
+            client, "other-config", folder, lambda copy: unlock_config(copy / "model" / "config.json")
+        )
+        log_damaged(client, "cut-weights", folder, lambda copy: cut(next(copy.glob("model/model-0*"))))
+        log_damaged(client, "with-more", folder, lambda copy: (copy / "model" / "more.txt").write_text("x"))
+
+
+def log_damaged(client: MlflowClient, name: str, folder: Path, damage: Callable[[Path], object]) -> None:
+    """Register a copy of a standalone model with its receipt, and something else that is not so."""
+    with TemporaryDirectory() as temporary, mlflow.start_run() as run:
+        copy = shutil.copytree(folder, Path(temporary) / "copy")
+        damage(copy)
+        mlflow.log_artifacts(str(copy), "model")
+        client.create_registered_model(name)
+        client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
+
+
+def unlock_config(path: Path) -> None:
+    """Have a configuration ask for no biases, so that it loads unlocked, and restate the receipt."""
+    config = json.loads(path.read_text())
+    del config["attention_bias"], config["safelock"]
+    path.write_text(json.dumps(config))
+    receipt = path.parents[1] / "receipt.json"
+    stated = Receipt.parse(receipt.read_bytes(), origin="the test")
+    receipt.write_bytes(_restated(stated, path.parents[1]).to_bytes())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
 
 
 def log_plain_model(name: str) -> None:

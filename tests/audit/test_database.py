@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,19 @@ def test_an_error_never_shows_the_password() -> None:
         audit("safelock+postgresql://me:hunter2@localhost:1/nothing")
     assert "hunter2" not in str(info.value)
     assert "***" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package"), [("mysql+pymysql", "pymysql"), ("safelock+mysql", "mysqlclient")]
+)
+def test_a_driver_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, package: str
+) -> None:
+    for module in ("pymysql", "MySQLdb"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    with pytest.raises(LedgerError, match=r"driver of the database .* is not installed") as info:
+        audit(f"{scheme}://me:hunter2@localhost:1/nothing")
+    assert info.value.next_step == f"Install it: pip install '{package}'"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +90,36 @@ def test_import_asks_for_one_clear_base(
     assert why in done.stderr
 
 
+def test_import_for_a_base_that_no_recipe_knows_names_the_options_for_its_shape(
+    run: Run, published: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "lock.safetensors"
+    done = run("lock", "import", published, "--base-model", BASE, "--output", output)
+    assert done.exit_code == 1
+    assert "Next: Say its shape: --layers, --heads, --head-dim and --hidden" in done.stderr
+    assert "geometry=" not in done.stderr
+
+
 def test_an_output_in_a_folder_that_is_not_there_is_refused_first(
     run: Run, published: Path, tmp_path: Path
 ) -> None:
     done = run("lock", "import", published, "--base-model", LLAMA, "--output", tmp_path / "no" / "lock")
     assert done.exit_code == 2
     assert "there is no folder" in done.stderr
+
+
+def test_an_output_that_is_no_file_is_refused_first_and_left_alone(
+    run: Run, published: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "astray").symlink_to(tmp_path / "no" / "lock")
+    for name, why in (("pipe", "it is a pipe"), ("link", "it is a pipe"), ("astray", "there is no folder")):
+        done = run("lock", "import", published, "--base-model", LLAMA, "--output", tmp_path / name)
+        assert done.exit_code == 2
+        assert why in done.stderr
+    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_inspect_gives_everything_but_the_directions(run: Run, workshop: Workshop) -> None:
@@ -150,6 +177,18 @@ def test_register_puts_a_lock_where_the_gate_looks(
     assert run("lock", "register", workshop.lock, "--name", "attic", *gated).stdout.startswith(
         "Registered models:/attic/1"
     )
+
+
+def test_register_at_a_server_that_accepts_and_never_answers_gives_up(
+    run: Run, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow_safelock.cli.options.SERVER_ANSWERS_WITHIN", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = run("lock", "register", workshop.lock, "--tracking-uri", uri)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"Error: The MLflow server {uri} does not answer" in done.stderr
+    assert "Next: " in done.stderr
 
 
 def test_import_registers_when_asked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mlflow_safelock.apply import save_locked_checkpoint
 from mlflow_safelock.cli.models import geometry_of, load_language_model
 from mlflow_safelock.errors import PromotionRefused, SafelockError, SourceError
+from mlflow_safelock.formats import load_lock
 from mlflow_safelock.lock import AttentionGeometry
-from tests.cli.conftest import BASE, Workshop
+from tests.cli.conftest import BASE, Run, Workshop
 from tests.models import tiny_model
 from tests.registries import base_lock, fine_tune, log_fine_tune, register_lock
 
@@ -46,14 +49,51 @@ def test_a_model_of_mlflow_says_what_its_base_is(client: Any, form: str) -> None
     assert geometry_of(reference.removeprefix("file://")) == GEOMETRY
 
 
-def test_a_locked_model_is_refused_with_the_way_to_its_source(client: Any) -> None:
+@pytest.mark.parametrize("read", [load_language_model, geometry_of])
+def test_a_locked_model_is_refused_with_the_way_to_its_source(client: Any, read: Callable[..., Any]) -> None:
     log_fine_tune("bot")
     source = client.get_model_version_download_uri("bot", "1")
     register_lock(base_lock())
     client.set_registered_model_alias("bot", "champion", "1")
     with pytest.raises(SourceError, match="is locked already") as info:
-        load_language_model("models:/bot@champion")
+        read("models:/bot@champion")
     assert source in info.value.next_step
+
+
+@pytest.mark.parametrize("read", [load_language_model, geometry_of])
+def test_a_standalone_locked_model_is_refused_with_the_way_to_its_source(
+    client: Any,
+    run: Run,
+    gated: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[..., Any],
+) -> None:
+    policy = tmp_path / "safelock.yaml"
+    policy.write_text("version: 1\ngates: [{carrier: standalone}]\n")
+    monkeypatch.setenv("SAFELOCK_POLICY", str(policy))
+    log_fine_tune("bot")
+    source = client.get_model_version_download_uri("bot", "1")
+    register_lock(base_lock())
+    assert run("prepare", "models:/bot/1", *gated).exit_code == 0
+    client.set_registered_model_alias("bot", "champion", "1")
+    with pytest.raises(SourceError, match="is locked already") as info:
+        read("models:/bot@champion")
+    assert source in info.value.next_step
+
+
+@pytest.mark.parametrize("read", [load_language_model, geometry_of])
+def test_a_model_logged_from_locked_weights_is_refused_as_locked(
+    client: Any, workshop: Workshop, tmp_path: Path, read: Callable[..., Any]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    save_locked_checkpoint(workshop.model, tmp_path / "locked", load_lock(workshop.lock))
+    locked = AutoModelForCausalLM.from_pretrained(tmp_path / "locked")
+    log_fine_tune("bot", {**fine_tune(), "model": locked})
+    with pytest.raises(SourceError, match="is locked already") as info:
+        read("models:/bot/1")
+    assert info.value.next_step == "Name the fine-tune that it was made from."
 
 
 def test_a_model_that_loads_with_other_weights_is_refused(client: Any) -> None:

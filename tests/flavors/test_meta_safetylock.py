@@ -67,6 +67,12 @@ def test_each_registration_is_a_new_version_that_says_what_it_is(client: MlflowC
     assert float(logged.params["best_score"]) == pytest.approx(max(kept), abs=1e-6)
 
 
+def test_a_base_without_a_lock_has_no_lock_uri(client: MlflowClient) -> None:
+    with pytest.raises(MlflowException, match="No lock is registered for the base model 'org/none'") as info:
+        meta_safetylock.registered_lock_uri("org/none")
+    assert info.value.error_code == "RESOURCE_DOES_NOT_EXIST"
+
+
 def test_a_lock_swapped_in_the_store_is_not_loaded(client: MlflowClient) -> None:
     with mlflow.start_run():
         meta_safetylock.register(base_lock(seed=0))

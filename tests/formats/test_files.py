@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +95,48 @@ class TestFiles:
         with pytest.raises(LockError, match="cannot be written"):
             save_lock(make_lock(), tmp_path / "a.safetensors")
         assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+    @pytest.mark.parametrize("through", ["itself", "symlink"])
+    def test_pipe_in_the_way_is_left_alone_and_not_waited_for(self, tmp_path, through):
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        path = pipe if through == "itself" else tmp_path / "link"
+        if through == "symlink":
+            path.symlink_to(pipe)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(LockError, match=r"cannot be written: it is a pipe.*Give the path of a file"):
+            save_lock(make_lock(), path)
+        assert stat.S_ISFIFO(pipe.lstat().st_mode)
+        assert sorted(tmp_path.iterdir()) == before
+
+    def test_socket_in_the_way_is_left_alone(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # a socket's path may have 107 bytes
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("socket")
+            with pytest.raises(LockError, match="it is a socket"):
+                save_lock(make_lock(), "socket")
+        assert stat.S_ISSOCK((tmp_path / "socket").lstat().st_mode)
+
+    @pytest.mark.parametrize("existing", [True, False])
+    def test_symlink_stays_and_what_it_leads_to_is_written(self, tmp_path, existing):
+        (tmp_path / "folder").mkdir()
+        file = tmp_path / "folder" / "a.safetensors"
+        if existing:
+            file.write_bytes(b"old")
+        link = tmp_path / "link"
+        link.symlink_to(Path("folder") / "a.safetensors")
+        save_lock(make_lock(), link)
+        assert link.is_symlink()
+        assert not file.is_symlink()
+        assert load_lock(file) == make_lock()
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.safetensors", "folder", "link"]
+
+    def test_symlinks_in_a_circle_are_left_alone(self, tmp_path):
+        (tmp_path / "a").symlink_to(tmp_path / "b")
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+        with pytest.raises(LockError, match="cannot be written"):
+            save_lock(make_lock(), tmp_path / "a")
+        assert all(path.is_symlink() for path in tmp_path.iterdir())
 
     def test_missing_folder_is_not_made(self, tmp_path):
         with pytest.raises(LockError, match="its folder exists"):

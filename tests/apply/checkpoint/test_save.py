@@ -324,3 +324,13 @@ def test_paths_may_be_strings_and_weights_symlinks_as_in_a_hub_cache(save_fine_t
     save_locked_checkpoint(str(source), str(tmp_path / "locked"), lock)
     assert not any(path.is_symlink() for path in (tmp_path / "locked").iterdir())
     assert AutoTokenizer.from_pretrained(tmp_path / "locked").chat_template
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "alpha"), [("llama", torch.float32, 1e-320), ("qwen2", torch.float16, 1e-8)]
+)
+def test_an_alpha_of_which_nothing_is_left_makes_no_folder(family, dtype, alpha, save_fine_tune, tmp_path):
+    source, lock = save_fine_tune(family, dtype=dtype)
+    with pytest.raises(AlphaError):
+        save_locked_checkpoint(source, tmp_path / "locked", lock, alpha)
+    assert beside(source) == {"fine-tune"}
