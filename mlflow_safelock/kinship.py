@@ -23,6 +23,9 @@ MAX_LAYERS = 16
 RUNS = 4
 """Runs of neighbouring numbers in each layer's output projection."""
 
+MIN_KINSHIP = 0.5
+"""Cosine from which a model counts as a descendant: far above strangers, and far below any fine-tune."""
+
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 RUN_LENGTH = 512

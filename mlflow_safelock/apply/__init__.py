@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlflow_safelock.apply.checkpoint import CheckpointReport, save_locked_checkpoint
     from mlflow_safelock.apply.comparison import Comparison, compare
     from mlflow_safelock.apply.described import register_architecture
-    from mlflow_safelock.apply.displacement import Displacement, displacements, output_bias
+    from mlflow_safelock.apply.displacement import Displacement, base_biases, displacements, output_bias
     from mlflow_safelock.apply.generation import generate, render_prompt
     from mlflow_safelock.apply.in_memory import LockHandle, apply_lock, handle_of
 
@@ -34,6 +34,7 @@ _HOMES = {
     "Displacement": "displacement",
     "LockHandle": "in_memory",
     "apply_lock": "in_memory",
+    "base_biases": "displacement",
     "architecture_of": "architectures",
     "attention_of": "architectures",
     "compare": "comparison",
@@ -58,6 +59,7 @@ __all__ = [
     "apply_lock",
     "architecture_of",
     "attention_of",
+    "base_biases",
     "compare",
     "displacements",
     "generate",

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlflow_safelock.errors import AlphaError
+from mlflow_safelock.errors import AlphaError, ApplyError
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 
 _ROUNDINGS = 4.0
@@ -107,6 +107,34 @@ def output_bias(
         for head, values in zip(displacement.heads, displacement.values, strict=True)
     ]
     return torch.stack(terms).sum(dim=0) if len(terms) > 1 else terms[0]
+
+
+def base_biases(lock: SafetyLock, alpha: float) -> dict[int, torch.Tensor]:
+    """The biases of a lock in its own base, from the lock alone.
+
+    They are right for every model that has left the base's attention output projections as they were, such
+    as the base under adapters that go elsewhere: ``bias_l = sum_h alpha * std_h * (W_o d_h)``.
+
+    Args:
+        lock: A lock with unit biases.
+        alpha: Strength.
+
+    Returns:
+        Float64 ``[hidden]`` by layer, for every layer with a locked head, on the CPU.
+
+    Raises:
+        ApplyError: The lock has no unit biases.
+    """
+    if lock.unit_biases is None:
+        raise ApplyError(
+            f"The lock of {lock.base_model!r} holds no unit biases, so its biases need the weights.",
+            next_step="Add them from the base's folder: safelock lock enroll.",
+        )
+    biases: dict[int, torch.Tensor] = {}
+    for locked, unit in zip(lock.heads, lock.unit_biases, strict=True):
+        term = alpha * locked.std * torch.from_numpy(unit.astype(np.float64))
+        biases[locked.layer] = biases[locked.layer] + term if locked.layer in biases else term
+    return biases
 
 
 def stored_bias(bias: torch.Tensor, dtype: torch.dtype, layer: int, alpha: float) -> torch.Tensor:

@@ -146,6 +146,41 @@ def register(path: Path, name: str | None, mlflow_address: MlflowAddress) -> Non
 
 @lock.command(
     cls=Command,
+    short_help="Add what a lock lacks of its base's weights.",
+    examples=(
+        "safelock lock enroll nemo.safetensors --base ./Mistral-Nemo --output nemo-2.safetensors",
+        "safelock lock enroll models:/safelock.org--base/1 --base ./base --output full.safetensors",
+    ),
+)
+@click.argument("reference", metavar="PATH_OR_URI")
+@click.option(
+    "--base",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the base model's weights, unquantised.",
+)
+@output_file_option("Lock file to write.")
+@click.option("--register", is_flag=True, help="Register it in MLflow too, as the base's newest lock.")
+@format_option
+@mlflow_options
+def enroll(
+    reference: str, base: Path, output: Path, register: bool, form: str, mlflow_address: MlflowAddress
+) -> None:
+    """Add a sketch of its base's weights to a lock, by which the gate tells descendants from strangers.
+
+    PATH_OR_URI is a lock file, or an MLflow URI such as models:/safelock.org--base/1. Forged locks have a
+    sketch; published ones have none. Only some hundred kilobytes and the locked columns of the weights are
+    read.
+    """
+    from mlflow_safelock.forging import enroll as enrolled
+
+    bare = _load(reference, mlflow_address)
+    announce(f"Reading {base}")
+    deliver(enrolled(bare, base), output, mlflow_address if register else None, form)
+
+
+@lock.command(
+    cls=Command,
     short_help="Check a lock, and that it fits a model.",
     examples=("safelock lock verify llama-3-8b.safetensors --against ./my-fine-tune --digest sha256:9f2c…",),
 )

@@ -73,6 +73,7 @@ def _facts(lock: SafetyLock) -> Iterator[tuple[str, object]]:
     yield "layers", f"{lock.layers[0]}-{lock.layers[-1]}, {len(lock.layers)} of them locked"
     yield "std", _spread([head.std for head in lock.heads])
     yield "probe scores", _spread(scores) if scores else "not known"
+    yield "kept of the base", _kept_of_the_base(lock)
     yield "alpha", about.default_alpha
     yield "origin", about.origin
     if about.origin == "forged":
@@ -94,6 +95,11 @@ def _dataset(digest: str | None) -> str | None:
 
 def _score(lock: SafetyLock, layer: int, head: int) -> float | None:
     return None if lock.scores is None else round(float(lock.scores[layer, head]), 6)
+
+
+def _kept_of_the_base(lock: SafetyLock) -> str:
+    kept = {"sketch": lock.sketch, "unit biases": lock.unit_biases}
+    return ", ".join(name for name, part in kept.items() if part is not None) or "nothing (lock enroll)"
 
 
 def _kept_scores(lock: SafetyLock) -> list[float]:

@@ -18,8 +18,9 @@ from mlflow.models.model import ModelInfo
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
+from mlflow_safelock.apply.architectures import attention_of
 from mlflow_safelock.apply.in_memory import apply_lock
-from mlflow_safelock.errors import SourceError
+from mlflow_safelock.errors import SourceError, VerificationError
 from mlflow_safelock.flavors.environment import default_conda_env, default_pip_requirements
 from mlflow_safelock.flavors.overlay import (
     FLAVOR_NAME,
@@ -29,6 +30,8 @@ from mlflow_safelock.flavors.overlay import (
     read_overlay,
     write_overlay,
 )
+from mlflow_safelock.forging.base_weights import kinship_of
+from mlflow_safelock.kinship import MIN_KINSHIP
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import LocalArtifacts, LockReference, check_fingerprint
 
@@ -75,7 +78,7 @@ def save_model(
     folder = Path(path)
     strength = lock.metadata.default_alpha if alpha is None else alpha
     source = _fetch(source_uri)
-    _locked_implementation(source, lock, strength, {})
+    _check_descent(_locked_implementation(source, lock, strength, {}), lock, source_uri)
     _validate_and_prepare_target_save_path(str(folder))
     write_overlay(
         folder,
@@ -136,7 +139,29 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> An
     copy = options.pop(SOURCE_OPTION, None)
     overlay = read_overlay(LocalArtifacts(Path(path)))
     source = fetch_source(overlay, copy)
-    return _locked_implementation(source, overlay.lock, overlay.receipt.predicate.alpha, options)
+    predicate = overlay.receipt.predicate
+    implementation = _locked_implementation(source, overlay.lock, predicate.alpha, options)
+    if predicate.promotion is None or predicate.promotion.kinship is None:
+        # The gate could not compare what it had no weights of, such as an adapter's base.
+        _check_descent(implementation, overlay.lock, predicate.source.uri)
+    return implementation
+
+
+def _check_descent(implementation: Any, lock: SafetyLock, source_uri: str) -> None:
+    """Compare a loaded model with the sketch of the base that its lock was made for.
+
+    Raises:
+        VerificationError: It does not descend from it.
+    """
+    if lock.sketch is None:
+        return
+    kinship = kinship_of(attention_of(implementation.get_raw_model().model), lock.sketch)
+    if kinship is not None and kinship < MIN_KINSHIP:
+        raise VerificationError(
+            f"The model at {source_uri} does not descend from {lock.base_model!r}, which the lock was made "
+            f"for: the cosine between the weights of both is {kinship:.3f}, below {MIN_KINSHIP:g}.",
+            next_step="Lock it with a lock of its own base.",
+        )
 
 
 def fetch_source(overlay: Overlay, copy: str | None = None) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlflow_safelock.forging.activations import HeadActivations, collect_activations
     from mlflow_safelock.forging.answer_tokens import AnswerTokens, last_answer_tokens
+    from mlflow_safelock.forging.enrolment import enroll
     from mlflow_safelock.forging.from_activations import forge_from_activations, probe_activations
     from mlflow_safelock.forging.from_model import forge, probe_model
     from mlflow_safelock.forging.making import UNKNOWN_BASE
@@ -31,6 +32,7 @@ _HOMES = {
     "UNKNOWN_BASE": "making",
     "collect_activations": "activations",
     "dataset_digest": "preferences",
+    "enroll": "enrolment",
     "forge": "from_model",
     "forge_from_activations": "from_activations",
     "given_split": "splits",
@@ -55,6 +57,7 @@ __all__ = [
     "RowSplit",
     "collect_activations",
     "dataset_digest",
+    "enroll",
     "forge",
     "forge_from_activations",
     "given_split",

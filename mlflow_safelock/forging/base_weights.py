@@ -11,7 +11,7 @@ import torch
 from mlflow_safelock.apply.architectures import Attention
 from mlflow_safelock.apply.carriers import is_plain_matrix
 from mlflow_safelock.apply.displacement import Displacement, Workspace, head_weight_of, output_bias
-from mlflow_safelock.kinship import KinshipSketch, sampled_layers, sampled_offsets
+from mlflow_safelock.kinship import KinshipSketch, cosine, sampled_layers, sampled_offsets
 from mlflow_safelock.lock import LockedHead
 
 
@@ -28,6 +28,28 @@ def sketch_of(attention: Attention) -> KinshipSketch | None:
         offsets.append(starts)
         values.append([stored[start : start + length].float().cpu().numpy() for start in starts.tolist()])
     return KinshipSketch(layers, np.array(offsets), np.array(values, dtype=np.float16))
+
+
+def kinship_of(attention: Attention, sketch: KinshipSketch) -> float | None:
+    """How alike a loaded model's output projections are to those that a sketch was taken of.
+
+    Args:
+        attention: The model's attention; of a projection with an adapter on it, what is below counts.
+        sketch: The base's sketch, of a model of the same shape.
+
+    Returns:
+        Cosine, -1 to 1; ``None`` where a projection is not a plain matrix in memory.
+    """
+    length, values = sketch.values.shape[2], []
+    for layer, starts in zip(sketch.layers.tolist(), sketch.offsets.tolist(), strict=True):
+        projection = attention.projections[layer]
+        while isinstance(getattr(projection, "base_layer", None), torch.nn.Module):
+            projection = projection.base_layer
+        if not is_plain_matrix(projection, attention.geometry):
+            return None
+        stored = projection.weight.detach().flatten()
+        values.append([stored[start : start + length].float().cpu().numpy() for start in starts])
+    return cosine(sketch, np.array(values))
 
 
 def unit_biases_of(attention: Attention, heads: Sequence[LockedHead]) -> npt.NDArray[np.float32] | None:

@@ -11,6 +11,7 @@ import rfc8785
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mlflow_safelock.gate.ports import ModelVersion, Target
+from mlflow_safelock.kinship import MIN_KINSHIP
 
 Stage = Literal["Staging", "Production", "Archived"]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -68,7 +69,7 @@ class KinshipRule(_Section):
             quantised, or it is an adapter alone.
     """
 
-    min_cosine: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    min_cosine: Annotated[float, Field(gt=0.0, le=1.0)] = MIN_KINSHIP
     unknown: Literal["reject", "allow"] = "allow"
 
 

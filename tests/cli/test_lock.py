@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,38 @@ def test_verify_fails_on_a_damaged_file(run: Run, workshop: Workshop, tmp_path: 
     done = run("lock", "verify", tmp_path / "damaged.safetensors")
     assert done.exit_code == 1
     assert "changed or damaged" in done.stderr
+
+
+def test_enroll_adds_what_a_published_lock_lacks(run: Run, tmp_path: Path) -> None:
+    from mlflow_safelock.apply import attention_of
+    from tests.models import random_lock, tiny_model
+
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    save_lock(random_lock(attention_of(model).geometry, base_model=BASE), tmp_path / "bare.safetensors")
+    output = tmp_path / "full.safetensors"
+    done = run(
+        "lock", "enroll", tmp_path / "bare.safetensors", "--base", tmp_path / "base", "--output", output
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "sketch, unit biases" in done.stdout
+    lock = load_lock(output)
+    assert lock.sketch is not None
+    assert lock.unit_biases is not None
+    bare = load_lock(tmp_path / "bare.safetensors")
+    assert replace(lock, sketch=None, unit_biases=None) == bare != lock
+
+
+def test_enroll_refuses_a_base_of_another_shape(run: Run, tmp_path: Path) -> None:
+    from mlflow_safelock.apply import attention_of
+    from tests.models import random_lock, tiny_model
+
+    tiny_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "base")
+    save_lock(random_lock(attention_of(tiny_model("llama")).geometry), tmp_path / "bare.safetensors")
+    output = tmp_path / "full.safetensors"
+    done = run(
+        "lock", "enroll", tmp_path / "bare.safetensors", "--base", tmp_path / "base", "--output", output
+    )
+    assert done.exit_code == 1
+    assert "2 layers" in done.stderr
+    assert not output.exists()

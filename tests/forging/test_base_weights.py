@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from mlflow_safelock.apply import attention_of
+from mlflow_safelock.apply import apply_lock, attention_of, base_biases
+from mlflow_safelock.errors import ApplyError
 from mlflow_safelock.forging import forge
-from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
+from mlflow_safelock.forging.base_weights import kinship_of, sketch_of, unit_biases_of
 from mlflow_safelock.formats import lock_from_bytes, lock_to_bytes
 from mlflow_safelock.kinship import KinshipSketch, cosine
 from tests.forging.test_from_model import PAIRS
@@ -97,3 +98,34 @@ def test_descendants_are_alike_and_strangers_are_not() -> None:
             parameter += 0.1 * parameter.std() * torch.randn_like(parameter)
     assert cosine(sketch, sampled(child, sketch)) > 0.98
     assert abs(cosine(sketch, sampled(stranger, sketch))) < 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_biases_of_a_base_follow_from_its_lock_alone(family: str) -> None:
+    base = tiny_model(family)
+    lock = forge(base, tiny_tokenizer(), PAIRS, heads=6, last_tokens=2, base_model="org/base", progress=False)
+    projections = attention_of(base).projections
+    before = [None if p.bias is None else p.bias.detach().double().clone() for p in projections]
+    with apply_lock(base, lock, 4.5):
+        after = {layer: projections[layer].bias.detach().double() for layer in lock.layers}
+    found = base_biases(lock, 4.5)
+    assert found.keys() == after.keys()
+    for layer, bias in found.items():
+        pushed = after[layer] if before[layer] is None else after[layer] - before[layer]
+        assert torch.allclose(bias, pushed, rtol=1e-4, atol=1e-6)
+
+
+def test_a_lock_without_unit_biases_says_how_to_get_them() -> None:
+    with pytest.raises(ApplyError, match="safelock lock enroll"):
+        base_biases(random_lock(attention_of(tiny_model("llama")).geometry), 6.0)
+
+
+def test_below_an_adapter_the_base_is_known_again() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model("llama")
+    sketch = sketch_of(attention_of(base))
+    assert sketch is not None
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+    assert kinship_of(attention_of(adapted), sketch) == pytest.approx(1.0, abs=1e-5)
+    assert abs(kinship_of(attention_of(tiny_model("llama", seed=5)), sketch) or 1.0) < 0.2

@@ -20,10 +20,13 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LinearRegression
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mlflow_safelock.apply import apply_lock, handle_of
-from mlflow_safelock.errors import LockMismatchError, PolicyError
+from mlflow_safelock.apply import apply_lock, attention_of, handle_of
+from mlflow_safelock.errors import LockMismatchError, PolicyError, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.forging.base_weights import sketch_of
 from mlflow_safelock.gate.ledger import row_digest
+from mlflow_safelock.lock import SafetyLock
+from tests.models import tiny_model
 from tests.registries import (
     BASE,
     base_lock,
@@ -460,6 +463,17 @@ def test_an_adapter_on_a_base_of_another_shape_than_the_lock_never_loads(
     version, _ = log_adapter_alone(["q_proj"])
     stage(client, version)
     with pytest.raises(LockMismatchError):
+        mlflow.pyfunc.load_model("models:/bot/Staging")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+def test_an_adapter_on_another_base_than_the_locks_never_loads(client: MlflowClient, hub: str) -> None:
+    lock = base_lock()
+    stranger = sketch_of(attention_of(tiny_model("llama", seed=77)))
+    register_lock(SafetyLock(lock.heads, lock.metadata, lock.scores, None, stranger))
+    version, _ = log_adapter_alone(["q_proj"])
+    stage(client, version)
+    with pytest.raises(VerificationError, match=r"does not descend from 'org/tiny-base'"):
         mlflow.pyfunc.load_model("models:/bot/Staging")
 
 

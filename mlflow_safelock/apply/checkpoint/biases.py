@@ -50,7 +50,7 @@ def biases_of(source: CheckpointSource, lock: SafetyLock, alpha: float) -> Biase
         CheckpointError: The weights are not as the configuration says.
         UnsupportedArchitectureError: The architecture has no place for the biases.
     """
-    paths = [_projection_path(source, layer) for layer in range(source.geometry.layers)]
+    paths = [projection_path(source, layer) for layer in range(source.geometry.layers)]
     found = {
         f"{paths[displacement.layer]}.bias": _layer_bias(
             source, paths[displacement.layer], displacement, alpha
@@ -73,7 +73,7 @@ def has_output_bias(source: CheckpointSource) -> bool:
     return decided_by == "always" or bool(getattr(source.config, decided_by, False))
 
 
-def _projection_path(source: CheckpointSource, layer: int) -> str:
+def projection_path(source: CheckpointSource, layer: int) -> str:
     """Name of a layer's output projection in the weights, once its weight is known to be there and sound."""
     architecture, geometry, tensors = source.architecture, source.geometry, source.weights.tensors
     path = f"{architecture.layers}.{layer}.{architecture.output_projection}"
