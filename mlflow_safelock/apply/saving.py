@@ -168,11 +168,14 @@ def _biases(
     """The biases of the lock, and zeros for the others that the flag of the configuration asks for."""
     architecture, workspace = attention.architecture, Workspace()
     names = {module: name for name, module in model.named_modules()}
+    there = set(names.values())
     for layer, projection in enumerate(attention.projections):
         name = names[projection]
         if not _has_output_bias(model.config, architecture):
             start = name.removesuffix(architecture.output_projection)
-            for path in (name, *(start + other for other in architecture.biased_with_output)):
+            optional = (start + other for other in architecture.biased_where_present)
+            beside = (start + other for other in architecture.biased_with_output)
+            for path in (name, *beside, *(path for path in optional if path in there)):
                 yield f"{path}.bias", _zeros(model.get_submodule(path))
         if layer in carriers:
             yield f"{name}.bias", _locked_bias(projection, carriers[layer], attention, workspace)

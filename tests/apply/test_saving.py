@@ -36,8 +36,8 @@ from tests.models import CHATML, tiny_model, tiny_tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 
 BY_FLAG = sorted(name for name, row in ARCHITECTURES.items() if row.standalone == "flag")
-BY_OWN_BIAS = ["gpt2", "gpt_bigcode", "opt", "gpt_neox", "phi", "gpt_oss", "starcoder2"]
-WITHOUT_PLACE = ["mistral", "qwen2", "mixtral", "phi3", "stablelm"]
+BY_OWN_BIAS = sorted(name for name, row in ARCHITECTURES.items() if row.standalone == "own_bias")
+WITHOUT_PLACE = sorted({*ARCHITECTURES} - {*BY_FLAG, *BY_OWN_BIAS})
 CONFIG = {"gpt_oss": {"attention_bias": True}, "gpt_neox": {"attention_bias": True}}
 
 
