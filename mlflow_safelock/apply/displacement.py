@@ -196,8 +196,9 @@ def _refuse_beyond_float32(lock: SafetyLock, pushes: npt.NDArray[np.float64], al
     outside = ~((sizes >= limits.tiny) & (sizes <= limits.max))
     if outside.any():
         at = lock.heads[int(outside.argmax())]
+        head = f"head {at.head} of layer {at.layer}"
         raise AlphaError(
-            f"At alpha {alpha} the push on head {at.head} of layer {at.layer} is beyond what float32 holds.",
+            f"At alpha {alpha} the push on {head} is beyond what float32 can hold.",
             next_step="The method's default is 6.0; to have no lock, remove it.",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -26,6 +27,8 @@ from mlflow_safelock.audit.rows import (
 )
 from mlflow_safelock.errors import LedgerError
 from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate.policy import Policy
+from mlflow_safelock.gate.ports import Target
 
 SCHEME_PREFIX = "safelock+"
 """What makes MLflow put the gate in front of a database; the database is the same without it."""
@@ -51,12 +54,15 @@ def is_database(registry_uri: str) -> bool:
     return scheme.partition("+")[0] in DATABASE_ENGINES
 
 
-def database_rows(registry_uri: str, is_wanted: Callable[[str], bool]) -> Iterator[AuditRow]:
+def database_rows(
+    registry_uri: str, is_wanted: Callable[[str], bool], policy: Policy | None = None
+) -> Iterator[AuditRow]:
     """A row for every version in the registry's database, of all workspaces, by workspace, name and version.
 
     Args:
         registry_uri: The database, with or without the prefix ``safelock+``.
         is_wanted: Whether a registered model of this name is wanted.
+        policy: The policy that the versions are held to; to none where not given.
 
     Raises:
         LedgerError: The database is not there, holds no registry, or cannot be read.
@@ -76,7 +82,8 @@ def database_rows(registry_uri: str, is_wanted: Callable[[str], bool]) -> Iterat
             versions = [version for version in _versions(session) if is_wanted(version.name)]
             has_ledger = tables.has_table(ledger.TABLE.name)
             for version in versions:
-                yield _row(session, version) if has_ledger else row_without_evidence(version)
+                row = _row(session, version) if has_ledger else row_without_evidence(version)
+                yield _held_to(policy, row, version, session if has_ledger else None)
     except sa.exc.SQLAlchemyError as error:
         raise LedgerError(
             f"The registry's database {url!r} cannot be read: {error.args[0] if error.args else error}.",
@@ -115,6 +122,32 @@ def _row(session: Session, version: RegisteredVersion) -> AuditRow:
     if entry is None:
         return row_without_evidence(version)
     return row_of(version, Evidence.from_ledger(entry))
+
+
+def _held_to(
+    policy: Policy | None, row: AuditRow, version: RegisteredVersion, ledger_session: Session | None
+) -> AuditRow:
+    """The row, with a violation where the version is in a gated place and neither locked nor let through."""
+    rule = policy.rule_for(version.name) if policy is not None else None
+    if rule is None or row.state == "locked":
+        return row
+    stage, aliases = Target("stage", version.stage), (Target("alias", alias) for alias in version.aliases)
+    places = [str(place) for place in (stage, *aliases) if rule.covers(place)]
+    if not places or (ledger_session is not None and _was_let_through(ledger_session, version)):
+        return row
+    violation = f"It is in {' and '.join(places)}, which the policy gates, and did not pass the gate."
+    return replace(row, violation=violation)
+
+
+def _was_let_through(session: Session, version: RegisteredVersion) -> bool:
+    """Whether the gate decided that the version may go on unlocked as it is, such as one of no LLM."""
+    try:
+        decision = ledger.decision_on(session, version.workspace, version.name, version.version)
+    except LedgerError:
+        return False
+    return (
+        decision is not None and decision.event == "passed" and decision.original_location == version.location
+    )
 
 
 def _versions(session: Session) -> list[RegisteredVersion]:

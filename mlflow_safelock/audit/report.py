@@ -8,10 +8,12 @@ from fnmatch import fnmatchcase
 from mlflow.tracking import is_tracking_uri_set
 from mlflow.tracking._model_registry.utils import _resolve_registry_uri
 
-from mlflow_safelock.audit.database import database_rows, is_database
+from mlflow_safelock.audit.database import SCHEME_PREFIX, database_rows, is_database
 from mlflow_safelock.audit.rows import AuditRow
 from mlflow_safelock.audit.server import server_rows
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.gate.policy import Policy
+from mlflow_safelock.gate.policy_file import GateSettings, PolicySource
 
 LOCK_MODELS = lock_model_name("*")
 """Glob over the registered models that hold locks."""
@@ -26,6 +28,9 @@ def audit(
     is the one that a promotion wrote. Through a server the ledger cannot be reached, and the evidence is the
     receipt in the locked model; the rows say which. Tags are never evidence.
 
+    Where the registry is a gated database, or ``SAFELOCK_POLICY`` is set, a version of a database's is also
+    held to the policy: one that is in a gated stage or alias without having passed the gate is a violation.
+
     Args:
         registry_uri: A database URI, with or without the prefix ``safelock+``, or a server's address;
             MLflow's current registry where not given.
@@ -38,6 +43,7 @@ def audit(
 
     Raises:
         LedgerError: The database is not there, holds no registry, or cannot be read.
+        PolicyError: ``SAFELOCK_POLICY`` names a file that cannot be used.
         mlflow.exceptions.MlflowException: The server cannot be reached.
 
     Example:
@@ -57,8 +63,14 @@ def audit_rows(
         return not fnmatchcase(model, LOCK_MODELS) if models is None else fnmatchcase(model, models)
 
     if is_database(registry):
-        return database_rows(registry, is_wanted)
+        return database_rows(registry, is_wanted, _policy_of(registry))
     if tracking_uri is None and not is_tracking_uri_set():
         # A server is both, and its artifacts are to be had nowhere else.
         tracking_uri = registry
     return server_rows(registry, tracking_uri, is_wanted)
+
+
+def _policy_of(registry: str) -> Policy | None:
+    """The policy that a database's versions are held to; none where nothing says that they are gated."""
+    is_gated = registry.startswith(SCHEME_PREFIX) or GateSettings().policy is not None
+    return PolicySource()() if is_gated else None

@@ -175,6 +175,9 @@ class AuditRow:
         by_verified: Whether MLflow's authentication vouched for them; otherwise the name is only claimed.
         evidence: What the state rests on.
         drift: What does not agree with the evidence, one sentence each.
+        violation: Why it may not be where it is: in a gated stage or under a gated alias, and neither
+            locked nor let through. ``None`` where it may, and where that is not told: without a policy,
+            or through a server.
     """
 
     workspace: str
@@ -193,6 +196,7 @@ class AuditRow:
     by_verified: bool | None
     evidence: EvidenceKind
     drift: tuple[str, ...]
+    violation: str | None = None
 
 
 def row_of(version: RegisteredVersion, evidence: Evidence) -> AuditRow:

@@ -12,6 +12,9 @@ from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
 from mlflow_safelock.cli.output import counted, show_json, show_lines, working
 
+VIOLATIONS = 3
+"""Exit code where a version is in a gated place without having passed the gate."""
+
 
 @click.command(
     cls=Command,
@@ -37,6 +40,9 @@ def audit(models: str | None, form: str, mlflow_address: MlflowAddress) -> None:
     it serves. Through a server the ledger cannot be reached, and the evidence is the receipt in the locked
     model; the column "evidence" says which. Tags are never evidence: where they disagree, it is listed below
     the table.
+
+    Where --registry-uri begins with safelock+, or SAFELOCK_POLICY is set, versions in a database are held to
+    that policy: where one is in a gated stage or alias without having passed the gate, the exit code is 3.
     """
     # MLflow's bars, one for each receipt, say less than the count of versions does.
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -54,3 +60,8 @@ def audit(models: str | None, form: str, mlflow_address: MlflowAddress) -> None:
         show_lines(
             "No model versions are registered here." if models is None else f"No model is like {models}."
         )
+    violations = sum(row.violation is not None for row in rows)
+    if violations:
+        click.echo(f"Error: {violations} model version(s) did not pass the gate of where they are.", err=True)
+        click.echo("Next: Promote them again, which locks them, or take them out of there.", err=True)
+        click.get_current_context().exit(VIOLATIONS)

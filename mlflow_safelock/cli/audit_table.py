@@ -29,10 +29,14 @@ def show_rows(rows: Sequence[AuditRow]) -> None:
         table.add_row(*workspace, *version, _coloured(row.state), *map(shown, _lock_cells(row)))
     show_table(table)
     show_lines(
-        "", *(shown(f"{row.model} version {row.version}: {fact}") for row in rows for fact in row.drift)
+        "", *(shown(f"{row.model} version {row.version}: {fact}") for row in rows for fact in _facts(row))
     )
     counts = {state: sum(row.state == state for row in rows) for state in STYLES}
     show_lines(", ".join(f"{count} {state}" for state, count in counts.items() if count))
+
+
+def _facts(row: AuditRow) -> tuple[str, ...]:
+    return row.drift if row.violation is None else (row.violation, *row.drift)
 
 
 def _lock_cells(row: AuditRow) -> tuple[object, ...]:

@@ -40,6 +40,23 @@ def test_with_and_without_the_gates_prefix_it_is_the_same_database(audited: Audi
     assert audit(gated) == audit(gated.removeprefix("safelock+")) == tuple(audited.database.values())
 
 
+def test_what_the_gate_let_through_is_no_violation_and_a_copy_in_a_gated_place_is_one(database: Path) -> None:
+    gated = f"safelock+sqlite:///{database}"
+    assert {row.violation for row in audit(gated)} == {None}, "a model of no LLM is in Staging, on record"
+    change(
+        database,
+        "UPDATE model_versions SET current_stage = 'Production' WHERE name = 'copy'",
+        "INSERT INTO registered_model_aliases (workspace, name, alias, version) "
+        "VALUES ('default', 'bot', 'Staging', 2)",
+        "UPDATE model_versions SET storage_location = 'elsewhere' WHERE name = 'churn'",
+    )
+    found = {(row.model, row.version): row.violation for row in audit(gated) if row.violation}
+    assert set(found) == {("bot", 2), ("churn", 1), ("copy", 1)}
+    assert "alias:Staging" in found["bot", 2]
+    change(database, "DROP TABLE safelock_ledger")
+    assert {("bot", 1), ("churn", 1)} <= {(row.model, row.version) for row in audit(gated) if row.violation}
+
+
 def test_auditing_leaves_the_database_as_it_is(database: Path) -> None:
     before = database.read_bytes()
     audit(f"sqlite:///{database}")

@@ -195,4 +195,5 @@ def test_the_fields_of_a_row_are_stable() -> None:
         "by_verified",
         "evidence",
         "drift",
+        "violation",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import time
 from dataclasses import asdict
@@ -32,7 +33,7 @@ FIELDS = {
         "lock_version",
         "lock_digest",
     ),
-    *("base_model", "alpha", "when", "by", "by_verified", "evidence", "drift"),
+    *("base_model", "alpha", "when", "by", "by_verified", "evidence", "drift", "violation"),
 }
 
 
@@ -78,6 +79,39 @@ def test_the_table_shows_versions_locks_and_drift(run: Run, registry: str) -> No
     )
     assert f"{other} version 1: The tag safelock.state says 'locked', and no promotion is on record." in lines
     assert lines[-1] == "1 locked, 1 unlocked"
+
+
+@pytest.mark.parametrize("told", ["scheme", "policy"])
+def test_an_unlocked_version_in_a_gated_place_is_a_violation_and_exit_code_3(
+    run: Run, registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    copy = tmp_path / "copy.db"
+    shutil.copy(registry.removeprefix("sqlite:///"), copy)
+    with sqlite3.connect(copy) as connection:
+        connection.execute("UPDATE model_versions SET current_stage = 'Staging'")
+    connection.close()
+    assert run("audit", "--registry-uri", f"sqlite:///{copy}").exit_code == 0, "nothing says that it is gated"
+    scheme = "sqlite"
+    if told == "scheme":
+        scheme = "safelock+sqlite"
+    else:
+        policy = tmp_path / "safelock.yaml"
+        policy.write_text("version: 1\ngates: [{}]\n")
+        monkeypatch.setenv("SAFELOCK_POLICY", str(policy))
+    uri = ("--registry-uri", f"{scheme}:///{copy}")
+    why = "It is in stage:Staging, which the policy gates, and did not pass the gate."
+    done = run("audit", *uri, "--format", "json")
+    assert done.exit_code == 3
+    assert [(row["model"], row["violation"]) for row in done.json] == [
+        ("bot", None),
+        ("other\x1b[31m[bot]", why),
+    ]
+    table = run("audit", *uri)
+    assert table.exit_code == 3
+    assert f"other\\x1b[31m[bot] version 1: {why}" in table.stdout.splitlines()
+    assert "Error: 1 model version(s)" in table.stderr
+    assert "Next: " in table.stderr
+    assert run("audit", *uri, "--model", "bot").exit_code == 0
 
 
 def test_a_pattern_narrows_it_and_an_empty_answer_is_said(run: Run, registry: str) -> None:
