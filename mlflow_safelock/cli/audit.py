@@ -49,7 +49,7 @@ def audit(models: str | None, form: str, mlflow_address: MlflowAddress) -> None:
     with working("Opening the registry"):
         from mlflow_safelock.audit import audit_rows
 
-        mlflow_address.connect()
+        mlflow_address.reach()
         found = audit_rows(mlflow_address.registry_uri, mlflow_address.tracking_uri, models=models)
     rows = counted(found, "Model versions")
     if form == "json":

@@ -76,7 +76,7 @@ def compare(
     from mlflow_safelock.apply import compare as compare_answers
 
     if is_mlflow_model(model) or is_mlflow_model(lock_reference):
-        mlflow_address.connect()
+        mlflow_address.reach()
     lock = load_lock_reference(lock_reference)
     loaded = load_language_model(model, dtype=dtype, device=device)
     strength = lock.metadata.default_alpha if alpha is None else alpha

@@ -67,7 +67,7 @@ def register_lock(lock: SafetyLock, mlflow_address: MlflowAddress, name: str | N
     with working("Registering the lock"):
         from mlflow_safelock.flavors import meta_safetylock
 
-        mlflow_address.connect()
+        mlflow_address.reach()
         model = name or meta_safetylock.lock_model_name(lock.base_model)
         info = meta_safetylock.log_model(lock, registered_model_name=model)
     return f"models:/{model}/{info.registered_model_version}"

@@ -76,7 +76,7 @@ def forge_locks(request: ForgeRequest, mlflow_address: MlflowAddress) -> tuple[S
     from mlflow_safelock.forging import forge
 
     if is_mlflow_model(request.model):
-        mlflow_address.connect()
+        mlflow_address.reach()
     base = load_language_model(request.model, dtype=request.dtype, device=request.device)
     geometry = attention_of(base.model).geometry
     name = request.base_model or base.identity

@@ -206,7 +206,7 @@ def verify(
     if against is not None:
         announce(f"Reading the configuration of {against}")
         if is_mlflow_model(against):
-            mlflow_address.connect()
+            mlflow_address.reach()
         geometry = geometry_of(against)
         if geometry != found.geometry:
             raise LockMismatchError(
@@ -232,7 +232,7 @@ def _load(reference: str, mlflow_address: MlflowAddress) -> SafetyLock:
     if not is_mlflow_model(reference):
         return load_lock_reference(reference)
     announce(f"Fetching {reference}")
-    mlflow_address.connect()
+    mlflow_address.reach()
     return load_lock_reference(reference)
 
 

@@ -60,17 +60,23 @@ class MlflowAddress:
     registry_uri: str | None
 
     def connect(self) -> None:
-        """Make it the address that MLflow uses in this process.
-
-        Raises:
-            SourceError: A server there does not answer. MLflow itself would try again for minutes.
-        """
+        """Make it the address that MLflow uses in this process."""
         import mlflow
 
         if self.tracking_uri is not None:
             mlflow.set_tracking_uri(self.tracking_uri)
         if self.registry_uri is not None:
             mlflow.set_registry_uri(self.registry_uri)
+
+    def reach(self) -> None:
+        """Connect, and see that a server there answers: MLflow itself would try again for minutes.
+
+        Raises:
+            SourceError: It does not.
+        """
+        import mlflow
+
+        self.connect()
         for uri in dict.fromkeys((mlflow.get_tracking_uri(), mlflow.get_registry_uri())):
             if uri.startswith(("http://", "https://")):
                 _refuse_dead_server(uri)
