@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from rich.progress import track
 from transformers import GenerationConfig
 
+from mlflow_safelock.apply.placement import execution_device
 from mlflow_safelock.errors import ApplyError
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def generate(
         The answers, in the order of the prompts: new text only, without special tokens.
 
     Raises:
-        ApplyError: A prompt has no tokens, or the chat template takes no system prompt.
+        ApplyError: A prompt has no tokens, the chat template takes no system prompt, or the model has no
+            weights.
     """
     with default_tokenization(tokenizer):
         tokens = [_tokens(tokenizer, prompt, system_prompt) for prompt in prompts]
@@ -104,7 +106,7 @@ def _continue(model: PreTrainedModel, prompts: list[list[int]], settings: Genera
     for row, tokens in enumerate(prompts):
         inputs[row, width - len(tokens) :] = torch.tensor(tokens)
         mask[row, width - len(tokens) :] = 1
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model)
     outputs: torch.Tensor = model.generate(
         input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=settings
     )
