@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from mlflow_safelock.errors import ForgeError
 from mlflow_safelock.forging.answer_tokens import AnswerTokens
+from mlflow_safelock.forging.offloaded import offloaded_tensor
 from mlflow_safelock.lock import AttentionGeometry
 
 if TYPE_CHECKING:
@@ -96,6 +98,9 @@ def reading_key(
         geometry: Its attention shape.
         chats: What it reads.
         settings: How, such as the size of a batch.
+
+    Raises:
+        ForgeError: A weight cannot be read, so this model cannot be told from one that differs in it.
     """
     state = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
@@ -108,13 +113,26 @@ def reading_key(
     state.update(json.dumps(about, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.state_dict(keep_vars=False).items()):
         state.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
-        if parameter.device.type != "meta" and parameter.numel():
+        if parameter.numel():
             step = max(1, parameter.numel() // SAMPLES)
-            sample = parameter.detach().flatten()[::step][:SAMPLES]
+            sample = _stored(model, name, parameter).detach().flatten()[::step][:SAMPLES].to(parameter.dtype)
             state.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     for chat in chats:
         state.update(json.dumps([list(chat.token_ids), list(chat.positions)]).encode())
     return state.hexdigest()
+
+
+def _stored(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """The numbers of a parameter, wherever they are."""
+    if parameter.device.type != "meta":
+        return parameter
+    found = offloaded_tensor(model, name)
+    if found is None:
+        raise ForgeError(
+            f"The cache cannot tell this model from another: {name} is offloaded, and cannot be read.",
+            next_step="Forge without a cache, or load the model without offloading.",
+        )
+    return found
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
