@@ -8,13 +8,14 @@ that only asks for other heads, another split or seed reads the model not at all
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 SAMPLES = 64
 """Numbers of each parameter that tell one model from another."""
+
+ZEROS = bytes(2**24)
+"""What reserves disk space where the file system has no call for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,7 @@ def store_on_disk(
         batches: Number of batches.
 
     Raises:
-        ForgeError: It cannot be made, or what is there has another size.
+        ForgeError: It cannot be made, there is no room for it, or what is there has another size.
     """
     folder = Path(cache) / key
     try:
@@ -137,9 +141,27 @@ def _stored(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tenso
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     size = int(np.prod(shape)) * dtype.itemsize
-    if not path.exists():
-        with path.open("xb") as file:
-            file.truncate(size)
-    elif path.stat().st_size != size:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, and {size} are expected")
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        found = os.fstat(file.fileno()).st_size
+        if found not in (0, size):
+            raise ValueError(f"{path} has {found} bytes, and {size} are expected")
+        try:
+            _reserve(file, found, size)
+        except OSError as error:
+            if not found:
+                file.truncate(0)  # what was reserved before the disk was full is of use to others
+            raise OSError(f"{size / 1e9:.3g} GB are needed for {path.name}: {error.strerror}") from error
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+
+
+def _reserve(file: IO[bytes], found: int, size: int) -> None:
+    """Make sure of a file's blocks now: on a full disk a write through mapped memory kills the process."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # macOS has no such call, and some file systems refuse it
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        if not found:
+            for start in range(0, size, len(ZEROS)):
+                file.write(ZEROS[: size - start])
+            file.flush()
