@@ -11,6 +11,7 @@ from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.models import is_mlflow_model, load_language_model, load_lock_reference
 from mlflow_safelock.cli.options import (
     MlflowAddress,
+    ModelLoading,
     alpha_option,
     batch_size_option,
     format_option,
@@ -56,8 +57,7 @@ def compare(
     max_new_tokens: int,
     system_prompt: str | None,
     batch_size: int,
-    dtype: str,
-    device: str,
+    loading: ModelLoading,
     form: str,
     mlflow_address: MlflowAddress,
 ) -> None:
@@ -78,7 +78,7 @@ def compare(
     if is_mlflow_model(model) or is_mlflow_model(lock_reference):
         mlflow_address.reach()
     lock = load_lock_reference(lock_reference)
-    loaded = load_language_model(model, dtype=dtype, device=device)
+    loaded = load_language_model(model, loading)
     strength = lock.metadata.default_alpha if alpha is None else alpha
     comparisons = compare_answers(
         loaded.model,

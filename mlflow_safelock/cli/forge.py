@@ -12,6 +12,7 @@ from mlflow_safelock.cli.delivery import deliver, deliver_several
 from mlflow_safelock.cli.forge_request import ForgeRequest, forge_locks
 from mlflow_safelock.cli.options import (
     MlflowAddress,
+    ModelLoading,
     batch_size_option,
     format_option,
     mlflow_options,
@@ -111,8 +112,7 @@ def forge(
     base_revision: str | None,
     cache: Path | None,
     batch_size: int,
-    dtype: str,
-    device: str,
+    loading: ModelLoading,
     output: Path,
     register: bool,
     form: str,
@@ -147,8 +147,7 @@ def forge(
             geometry=None,
             cache=cache,
             batch_size=batch_size,
-            dtype=dtype,
-            device=device,
+            loading=loading,
         ),
         mlflow_address,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from mlflow_safelock.cli.models import is_mlflow_model, load_language_model
-from mlflow_safelock.cli.options import MlflowAddress
+from mlflow_safelock.cli.options import MlflowAddress, ModelLoading
 from mlflow_safelock.cli.output import announce
 from mlflow_safelock.errors import LockMismatchError, PreferenceDataError
 
@@ -39,8 +39,7 @@ class ForgeRequest:
         geometry: Attention shape that it must have; ``None`` for any.
         cache: Folder that keeps activations; ``None`` for none.
         batch_size: Texts in one forward pass.
-        dtype: Number format of the weights.
-        device: Where it runs.
+        loading: How the model is loaded.
     """
 
     model: str
@@ -59,8 +58,7 @@ class ForgeRequest:
     geometry: AttentionGeometry | None
     cache: Path | None
     batch_size: int
-    dtype: str
-    device: str
+    loading: ModelLoading
 
 
 def forge_locks(request: ForgeRequest, mlflow_address: MlflowAddress) -> tuple[SafetyLock, ...]:
@@ -77,7 +75,7 @@ def forge_locks(request: ForgeRequest, mlflow_address: MlflowAddress) -> tuple[S
 
     if is_mlflow_model(request.model):
         mlflow_address.reach()
-    base = load_language_model(request.model, dtype=request.dtype, device=request.device)
+    base = load_language_model(request.model, request.loading)
     geometry = attention_of(base.model).geometry
     name = request.base_model or base.identity
     if name is None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlflow_safelock.cli.options import ModelLoading
 from mlflow_safelock.errors import LockFormatError, PromotionRefused, SourceError
 
 if TYPE_CHECKING:
@@ -34,33 +38,41 @@ class LanguageModel:
     identity: str | None
 
 
-def load_language_model(reference: str, *, dtype: str = "auto", device: str = "auto") -> LanguageModel:
+ONE_DEVICE = ModelLoading()
+
+
+def load_language_model(reference: str, loading: ModelLoading = ONE_DEVICE) -> LanguageModel:
     """Load a causal language model and its tokenizer; no code that comes with a model is run.
 
     Args:
         reference: A local checkpoint folder, a hub id, or an MLflow model of ``mlflow.transformers`` (a URI
             or a folder).
-        dtype: ``auto`` for the checkpoint's, or the name of a torch dtype.
-        device: ``auto`` for a GPU where there is one, or the name of a torch device.
+        loading: Number format, and where the weights go.
 
     Raises:
-        SourceError: There is no such model, or it cannot be loaded.
+        SourceError: There is no such model, it cannot be loaded, or a device map is asked for and accelerate
+            is not installed.
         PromotionRefused: It is an MLflow model in a form that would load with other weights than its own.
     """
     import torch
 
-    where = _device(device)
+    where = _device(loading.device)
+    if loading.device_map is not None:
+        _require_accelerate()
     if is_mlflow_model(reference):
-        loaded = _load_from_mlflow(reference, dtype)
+        loaded = _load_from_mlflow(reference, loading)
     else:
-        loaded = _load_with_transformers(reference, dtype)
+        loaded = _load_with_transformers(reference, loading)
+    loaded.model.eval()
+    if loading.device_map is not None:
+        return loaded
     try:
         loaded.model.to(where)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise SourceError(
-            f"The model cannot be moved to {where}: {_first_line(error)}.", next_step="Try --device cpu."
+            f"The model cannot be moved to {where}: {_first_line(error)}.",
+            next_step="Try --device-map auto, which spreads it, or --device cpu.",
         ) from error
-    loaded.model.eval()
     return loaded
 
 
@@ -132,14 +144,22 @@ def fetch_mlflow_model(reference: str) -> Path:
         ) from error
 
 
-def _load_from_mlflow(reference: str, dtype: str) -> LanguageModel:
+def _load_from_mlflow(reference: str, loading: ModelLoading) -> LanguageModel:
     import mlflow
-    import torch
 
     folder = fetch_mlflow_model(reference)
     found = _examined(reference, folder)
+    if loading.offload_folder is not None:
+        raise SourceError(
+            f"MLflow loads {reference}, and takes no folder to offload weights to.",
+            next_step="Leave --offload-folder out: what stays on disk is read from the model's own files.",
+        )
+    dtype = {} if loading.dtype == "auto" else {"dtype": loading.dtype}
     try:
-        components: Mapping[str, Any] = mlflow.transformers.load_model(str(folder), return_type="components")
+        with _mlflow_device_map(loading.device_map):
+            components: Mapping[str, Any] = mlflow.transformers.load_model(
+                str(folder), return_type="components", **dtype
+            )
     except Exception as error:  # what loading raises depends on the architecture
         raise SourceError(f"The model {reference} cannot be loaded: {_first_line(error)}.") from error
     model, tokenizer = components.get("model"), components.get("tokenizer")
@@ -148,20 +168,44 @@ def _load_from_mlflow(reference: str, dtype: str) -> LanguageModel:
             f"The model {reference} was logged without a tokenizer.",
             next_step="Log model and tokenizer together with mlflow.transformers.log_model.",
         )
-    if dtype != "auto":
-        model = model.to(getattr(torch, dtype))
+    if loading.device_map is not None and not hasattr(model, "hf_device_map"):
+        raise SourceError(
+            f"MLflow could not load {reference} with a device map.",
+            next_step="Leave --device-map out, or name a checkpoint folder.",
+        )
     said = (base for base in found.said_bases if not Path(base).is_absolute())
     return LanguageModel(model, tokenizer, next(said, None))
 
 
-def _load_with_transformers(reference: str, dtype: str) -> LanguageModel:
+@contextmanager
+def _mlflow_device_map(strategy: str | None) -> Iterator[None]:
+    """Have MLflow load with a device map, or without; it is told by variables of the environment."""
+    told = {"MLFLOW_HUGGINGFACE_USE_DEVICE_MAP": str(strategy is not None).lower()}
+    if strategy is not None:
+        told["MLFLOW_HUGGINGFACE_DEVICE_MAP_STRATEGY"] = strategy
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _load_with_transformers(reference: str, loading: ModelLoading) -> LanguageModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = _config(reference)
     try:
         # Safetensors only: a pickle could run anything.
         model = AutoModelForCausalLM.from_pretrained(
-            reference, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            reference,
+            config=config,
+            dtype=loading.dtype,
+            device_map=loading.device_map,
+            offload_folder=loading.offload_folder,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         tokenizer = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
     except Exception as error:  # what loading raises depends on the architecture
@@ -226,6 +270,14 @@ def _locked(reference: str, behind: str) -> SourceError:
         f"The model {reference} is locked already.",
         next_step=f"Name the fine-tune that it was made from{behind or '.'}",
     )
+
+
+def _require_accelerate() -> None:
+    if find_spec("accelerate") is None:
+        raise SourceError(
+            "A model is spread over devices by accelerate, which is not installed.",
+            next_step="Install it: pip install 'mlflow-safelock[large]'",
+        )
 
 
 def _device(name: str) -> Any:

@@ -135,9 +135,57 @@ def mlflow_options(function: F) -> F:
     return with_address  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class ModelLoading:
+    """How a model is loaded.
+
+    Attributes:
+        dtype: ``auto`` for the checkpoint's number format, or the name of a torch dtype.
+        device: ``auto`` for a GPU where there is one, or the name of a torch device.
+        device_map: How accelerate spreads it over GPUs, main memory and disk; ``None`` for one device.
+        offload_folder: Folder for what goes to disk and cannot be read from the checkpoint itself.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    offload_folder: Path | None = None
+
+
 def model_options(function: F) -> F:
-    """The options that say how a model is loaded: ``dtype`` and ``device``."""
+    """The options that say how a model is loaded; the command gets them as ``loading``."""
+
+    def with_loading(
+        *arguments: Any,
+        dtype: str,
+        device: str,
+        device_map: str | None,
+        offload_folder: Path | None,
+        **values: Any,
+    ) -> Any:
+        if device_map is not None and device != "auto":
+            raise click.UsageError("--device names one device, and --device-map takes all: give one of them.")
+        if offload_folder is not None and device_map is None:
+            raise click.UsageError("--offload-folder is for --device-map: give --device-map auto, too.")
+        loading = ModelLoading(dtype, device, device_map, offload_folder)
+        return function(*arguments, loading=loading, **values)
+
+    with_loading.__doc__ = function.__doc__
+    with_loading.__name__ = function.__name__
+    with_loading.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
     for option in (
+        click.option(
+            "--offload-folder",
+            type=click.Path(file_okay=False, path_type=Path),
+            metavar="DIR",
+            help="With --device-map: folder for weights on disk that cannot be read from MODEL's own files.",
+        ),
+        click.option(
+            "--device-map",
+            type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+            help="Spread MODEL over all GPUs, main memory and disk, in one of accelerate's ways, because no "
+            "single device holds it.",
+        ),
         click.option(
             "--device",
             default="auto",
@@ -152,8 +200,8 @@ def model_options(function: F) -> F:
             help="Number format of the weights; auto keeps the checkpoint's.",
         ),
     ):
-        function = option(function)
-    return function
+        option(with_loading)
+    return with_loading  # type: ignore[return-value]
 
 
 def output_file_option(help_text: str) -> Callable[[F], F]:

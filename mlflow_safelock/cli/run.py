@@ -13,6 +13,7 @@ from mlflow_safelock.cli.demo import FOLDER, show_demo
 from mlflow_safelock.cli.forge_request import ForgeRequest, forge_locks
 from mlflow_safelock.cli.options import (
     MlflowAddress,
+    ModelLoading,
     format_option,
     in_existing_folder,
     mlflow_options,
@@ -55,8 +56,7 @@ def run(
     output: Path | None,
     register: bool,
     form: str,
-    dtype: str,
-    device: str,
+    loading: ModelLoading,
     mlflow_address: MlflowAddress,
 ) -> None:
     """Run RECIPE: a name from "safelock recipes", or a YAML file of your own.
@@ -74,7 +74,7 @@ def run(
         show_demo(chosen, output or FOLDER, form)
         return
     file = in_existing_folder(output or Path(f"{chosen.name}.safetensors"))
-    (lock,) = forge_locks(_request(chosen, model or chosen.base.model, dtype, device), mlflow_address)
+    (lock,) = forge_locks(_request(chosen, model or chosen.base.model, loading), mlflow_address)
     deliver(
         lock,
         file,
@@ -83,7 +83,7 @@ def run(
     )
 
 
-def _request(recipe: LockRecipe, model: str, dtype: str, device: str) -> ForgeRequest:
+def _request(recipe: LockRecipe, model: str, loading: ModelLoading) -> ForgeRequest:
     forge, base = recipe.forge, recipe.base
     return ForgeRequest(
         model=model,
@@ -102,6 +102,5 @@ def _request(recipe: LockRecipe, model: str, dtype: str, device: str) -> ForgeRe
         geometry=base.geometry,
         cache=None,
         batch_size=forge.batch_size,
-        dtype=dtype,
-        device=device,
+        loading=loading,
     )

@@ -19,9 +19,11 @@ from torch import nn
 
 from mlflow_safelock.apply import attention_of
 from mlflow_safelock.apply.architectures import Attention
+from mlflow_safelock.apply.placement import execution_device
 from mlflow_safelock.errors import AnswerTokensError, ForgeError
 from mlflow_safelock.forging.answer_tokens import AnswerTokens, last_answer_tokens
 from mlflow_safelock.forging.cache import reading_key, store_in_memory, store_on_disk
+from mlflow_safelock.forging.offloaded import send_back
 from mlflow_safelock.forging.preferences import PreferencePair
 from mlflow_safelock.forging.progress import tracked
 from mlflow_safelock.lock import AttentionGeometry
@@ -181,7 +183,7 @@ def _body_of(model: PreTrainedModel) -> nn.Module:
 def _run(model: PreTrainedModel, body: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     # Some models take no positions, and work them out from the mask.
     taken = inspect.signature(body.forward).parameters
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model)
     body(use_cache=False, **{name: values.to(device) for name, values in inputs.items() if name in taken})
 
 
@@ -245,5 +247,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
+        send_back(model)
         for module, training in modes:
             module.training = training

@@ -8,20 +8,23 @@ that only asks for other heads, another split or seed reads the model not at all
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from mlflow_safelock.errors import ForgeError
 from mlflow_safelock.forging.answer_tokens import AnswerTokens
+from mlflow_safelock.forging.offloaded import offloaded_tensor
 from mlflow_safelock.lock import AttentionGeometry
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 
 SAMPLES = 64
 """Numbers of each parameter that tell one model from another."""
+
+ZEROS = bytes(2**24)
+"""What reserves disk space where the file system has no call for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +77,7 @@ def store_on_disk(
         batches: Number of batches.
 
     Raises:
-        ForgeError: It cannot be made, or what is there has another size.
+        ForgeError: It cannot be made, there is no room for it, or what is there has another size.
     """
     folder = Path(cache) / key
     try:
@@ -96,6 +102,9 @@ def reading_key(
         geometry: Its attention shape.
         chats: What it reads.
         settings: How, such as the size of a batch.
+
+    Raises:
+        ForgeError: A weight cannot be read, so this model cannot be told from one that differs in it.
     """
     state = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
@@ -108,20 +117,51 @@ def reading_key(
     state.update(json.dumps(about, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.state_dict(keep_vars=False).items()):
         state.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
-        if parameter.device.type != "meta" and parameter.numel():
+        if parameter.numel():
             step = max(1, parameter.numel() // SAMPLES)
-            sample = parameter.detach().flatten()[::step][:SAMPLES]
+            sample = _stored(model, name, parameter).detach().flatten()[::step][:SAMPLES].to(parameter.dtype)
             state.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     for chat in chats:
         state.update(json.dumps([list(chat.token_ids), list(chat.positions)]).encode())
     return state.hexdigest()
 
 
+def _stored(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """The numbers of a parameter, wherever they are."""
+    if parameter.device.type != "meta":
+        return parameter
+    found = offloaded_tensor(model, name)
+    if found is None:
+        raise ForgeError(
+            f"The cache cannot tell this model from another: {name} is offloaded, and cannot be read.",
+            next_step="Forge without a cache, or load the model without offloading.",
+        )
+    return found
+
+
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     size = int(np.prod(shape)) * dtype.itemsize
-    if not path.exists():
-        with path.open("xb") as file:
-            file.truncate(size)
-    elif path.stat().st_size != size:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, and {size} are expected")
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        found = os.fstat(file.fileno()).st_size
+        if found not in (0, size):
+            raise ValueError(f"{path} has {found} bytes, and {size} are expected")
+        try:
+            _reserve(file, found, size)
+        except OSError as error:
+            if not found:
+                file.truncate(0)  # what was reserved before the disk was full is of use to others
+            raise OSError(f"{size / 1e9:.3g} GB are needed for {path.name}: {error.strerror}") from error
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+
+
+def _reserve(file: IO[bytes], found: int, size: int) -> None:
+    """Make sure of a file's blocks now: on a full disk a write through mapped memory kills the process."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # macOS has no such call, and some file systems refuse it
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        if not found:
+            for start in range(0, size, len(ZEROS)):
+                file.write(ZEROS[: size - start])
+            file.flush()

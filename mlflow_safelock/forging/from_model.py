@@ -12,6 +12,7 @@ import torch
 
 from mlflow_safelock.apply import attention_of, handle_of
 from mlflow_safelock.apply.config_entry import refuse_locked_config
+from mlflow_safelock.apply.placement import execution_device
 from mlflow_safelock.errors import ForgeError
 from mlflow_safelock.forging.activations import collect_activations
 from mlflow_safelock.forging.from_activations import probe_activations
@@ -249,5 +250,5 @@ def _questions(pairs: Sequence[PreferencePair]) -> list[int]:
 
 def _device_for_probes(model: PreTrainedModel) -> torch.device:
     # Probes need float64, which not every accelerator has.
-    device: torch.device = model.get_input_embeddings().weight.device
+    device = execution_device(model)
     return device if device.type == "cuda" else torch.device("cpu")

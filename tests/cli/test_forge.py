@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlflow_safelock.flavors.meta_safetylock import load_model, lock_model_name
@@ -128,6 +130,40 @@ def test_several_numbers_of_heads_give_several_files_from_one_reading(
     refused = run("forge", workshop.model, *options, "--register")
     assert refused.exit_code == 2
     assert "safelock lock register" in refused.stderr
+
+
+def test_a_base_that_does_not_fit_in_memory_gives_the_same_lock(
+    run: Run, workshop: Workshop, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("--data", data, *KEYS, "--base-model", BASE, "--heads", 3, "--batch-size", 4)
+    plain, spread = tmp_path / "plain.safetensors", tmp_path / "spread.safetensors"
+    assert run("forge", workshop.model, *common, "--output", plain).exit_code == 0
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=190_000, total=190_000))
+    options = ("--device-map", "auto", "--offload-folder", tmp_path / "offload", "--output", spread)
+    done = run("forge", workshop.model, *common, *options)
+    assert done.exit_code == 0, done.stderr
+    one, other = load_lock(plain), load_lock(spread)
+    assert other.metadata.model_copy(update={"created": one.metadata.created}) == one.metadata
+    assert [(head.layer, head.head) for head in other.heads] == [
+        (head.layer, head.head) for head in one.heads
+    ]
+    assert np.array_equal(other.unit_biases, one.unit_biases)
+    assert other.sketch is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--device-map", "auto", "--device", "cpu"), "give one of them"),
+        (("--offload-folder", "somewhere"), "--device-map auto"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    run: Run, workshop: Workshop, tmp_path: Path, options: tuple[str, ...], why: str
+) -> None:
+    done = run("forge", workshop.model, *options, "--output", tmp_path / "lock")
+    assert done.exit_code == 2
+    assert why in done.stderr
 
 
 def test_a_folder_needs_a_name_for_its_base(run: Run, workshop: Workshop, data: Path, tmp_path: Path) -> None:

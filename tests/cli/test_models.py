@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 
 from mlflow_safelock.apply import save_locked_checkpoint
 from mlflow_safelock.cli.models import geometry_of, load_language_model
+from mlflow_safelock.cli.options import ModelLoading
 from mlflow_safelock.errors import PromotionRefused, SafelockError, SourceError
 from mlflow_safelock.formats import load_lock
 from mlflow_safelock.lock import AttentionGeometry
@@ -34,7 +38,9 @@ def test_a_folder_gives_model_and_tokenizer_in_evaluation_mode(workshop: Worksho
 
 def test_the_number_format_can_be_chosen(workshop: Workshop) -> None:
     assert load_language_model(str(workshop.model)).model.dtype == torch.float32
-    assert load_language_model(str(workshop.model), dtype="bfloat16").model.dtype == torch.bfloat16
+    assert (
+        load_language_model(str(workshop.model), ModelLoading(dtype="bfloat16")).model.dtype == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("form", ["models:/bot/1", "folder"])
@@ -42,7 +48,7 @@ def test_a_model_of_mlflow_says_what_its_base_is(client: Any, form: str) -> None
     components = fine_tune(base=BASE)
     log_fine_tune("bot", components)
     reference = form if form != "folder" else client.get_model_version_download_uri("bot", "1")
-    loaded = load_language_model(reference.removeprefix("file://"), dtype="bfloat16")
+    loaded = load_language_model(reference.removeprefix("file://"), ModelLoading(dtype="bfloat16"))
     assert (loaded.identity, loaded.model.dtype) == (BASE, torch.bfloat16)
     expected = components["model"].state_dict()["model.norm.weight"].to(torch.bfloat16)
     assert torch.equal(loaded.model.state_dict()["model.norm.weight"], expected)
@@ -155,5 +161,48 @@ def test_code_that_comes_with_a_model_is_not_run(workshop: Workshop, tmp_path: P
 
 def test_a_device_that_is_not_there_is_an_error(workshop: Workshop) -> None:
     with pytest.raises(SourceError, match="no device 'tpu'") as info:
-        load_language_model(str(workshop.model), device="tpu")
+        load_language_model(str(workshop.model), ModelLoading(device="tpu"))
     assert "--device cpu" in info.value.next_step
+
+
+SPREAD = ModelLoading(device_map="auto")
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Main memory for some of the tiny model's layers, as accelerate sees it."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=190_000, total=190_000))
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("place", ["folder", "folder, with room", "mlflow"])
+def test_what_does_not_fit_in_memory_stays_on_disk(
+    workshop: Workshop, tmp_path: Path, client: Any, place: str
+) -> None:
+    reference, loading = str(workshop.model), SPREAD
+    if place == "mlflow":
+        log_fine_tune("bot", fine_tune(base=BASE))
+        reference = "models:/bot/1"
+    elif "room" in place:
+        loading = ModelLoading(device_map="sequential", offload_folder=tmp_path / "offload")
+    whole, spread = load_language_model(reference).model, load_language_model(reference, loading).model
+    assert "disk" in spread.hf_device_map.values()
+    assert not whole.training
+    assert not spread.training
+    tokens = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(whole(tokens).logits, spread(tokens).logits, atol=1e-5)
+    assert not [name for name in os.environ if "DEVICE_MAP" in name]
+
+
+def test_a_device_map_needs_accelerate(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(SourceError, match="accelerate, which is not installed") as info:
+        load_language_model(str(workshop.model), SPREAD)
+    assert "mlflow-safelock[large]" in info.value.next_step
+
+
+def test_mlflow_takes_no_offload_folder(client: Any, tmp_path: Path) -> None:
+    log_fine_tune("bot")
+    with pytest.raises(SourceError, match="takes no folder to offload"):
+        load_language_model("models:/bot/1", ModelLoading(device_map="auto", offload_folder=tmp_path))

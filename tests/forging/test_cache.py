@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch
 
 from mlflow_safelock.errors import ForgeError
 from mlflow_safelock.forging import collect_activations, forge, starter_preference_pairs
+from mlflow_safelock.forging.cache import store_on_disk
 from tests.models import CHATML, tiny_model, tiny_tokenizer
 
 PAIRS = starter_preference_pairs()[:12]
@@ -103,3 +107,53 @@ def test_a_cache_of_another_size_or_in_an_impossible_place_is_refused(tmp_path: 
         forge(base(), TOKENIZER, PAIRS, heads=4, cache=tmp_path / "cache", progress=False)
     with pytest.raises(ForgeError, match="cannot be kept"):
         forge(base(), TOKENIZER, PAIRS, heads=4, cache=file, progress=False)
+
+
+def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, length: int) -> None:
+        os.pwrite(descriptor, b"some", 0)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(ForgeError, match=r"GB are needed for values\.f32: No space left") as info:
+            forge(base(), TOKENIZER, PAIRS, heads=4, cache=tmp_path, progress=False)
+    assert "Make room" in info.value.next_step
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.*")) == 0, "nothing is left to fill the disk"
+    forge(base(), TOKENIZER, PAIRS, heads=4, cache=tmp_path, progress=False)  # there is room again
+    assert done(tmp_path) == 3
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="there is no small file system at hand")
+def test_a_file_system_that_is_too_small_is_refused_rather_than_killing_the_process() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        rows = shutil.disk_usage(folder).total // 2**20 + 1
+        with pytest.raises(ForgeError, match="No space left"):
+            store_on_disk(folder, "key", (rows, 2**18), 1)
+
+
+@pytest.mark.parametrize("refusal", [AttributeError, OSError(errno.EOPNOTSUPP, "not supported")])
+def test_where_room_cannot_be_reserved_by_a_call_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Exception
+) -> None:
+    def missing(*_: int) -> None:
+        raise refusal
+
+    monkeypatch.setattr(os, "posix_fallocate", missing)
+    store_on_disk(tmp_path, "key", (5, 2**20), 3)
+    status = (tmp_path / "key" / "values.f32").stat()
+    assert status.st_size == 5 * 2**22
+    assert status.st_blocks * 512 >= status.st_size, "no holes"
+
+
+def test_room_is_reserved_for_a_cache_that_an_earlier_version_left_with_holes(tmp_path: Path) -> None:
+    (tmp_path / "key").mkdir()
+    file = tmp_path / "key" / "values.f32"
+    with file.open("wb") as stream:
+        stream.write(b"kept")
+        stream.truncate(2**22)
+    store_on_disk(tmp_path, "key", (2**20,), 3)
+    assert file.stat().st_blocks * 512 >= 2**22
+    assert file.read_bytes().startswith(b"kept")
