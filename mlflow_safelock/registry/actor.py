@@ -21,6 +21,11 @@ def current_actor() -> Actor:
         return Actor(
             name=name or "anonymous", verified=bool(name) and _authentication_is_on(flask.current_app)
         )
+    return process_actor()
+
+
+def process_actor() -> Actor:
+    """The operating system's user that this process runs as; claimed, since nobody vouches for it."""
     try:
         return Actor(name=getpass.getuser(), verified=False)
     except (OSError, KeyError):

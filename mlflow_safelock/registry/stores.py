@@ -18,6 +18,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
+from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
 
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.guard import Guard, policy_entry
@@ -26,7 +27,7 @@ from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.policy_file import PolicySource
 from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.gate.promotion import Gate, Preparation, Request
-from mlflow_safelock.registry.actor import current_actor
+from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.sql import SqlRegistry
 
@@ -190,7 +191,8 @@ def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | Safe
     store._guard = Guard(store._gate)
 
     def put_on_record(policy: Policy) -> None:
-        registry.record_policy(policy_entry(policy, current_actor(), str(store._get_active_workspace())))
+        # It is of no workspace and of nobody's request: the process is what reads it.
+        registry.record_policy(policy_entry(policy, process_actor(), DEFAULT_WORKSPACE_NAME))
 
     source.when_changed(put_on_record)
     put_on_record(policy)

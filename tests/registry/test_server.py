@@ -252,7 +252,9 @@ def test_a_server_with_workspaces_is_gated_in_each_of_them(
         promote_and_check(running, client, "bot")
         assert "/workspaces/team-a/" in state_of(client, "bot", 1)["location"]
         with sqlite3.connect(running.registry_uri.removeprefix("safelock+sqlite:///")) as connection:
-            rows = connection.execute("SELECT DISTINCT workspace FROM safelock_ledger").fetchall()
+            rows = connection.execute(
+                "SELECT DISTINCT workspace FROM safelock_ledger WHERE event != 'policy'"
+            ).fetchall()
         assert rows == [("team-a",)]
 
 
@@ -324,5 +326,5 @@ def test_the_caller_is_verified_where_mlflows_authentication_is_on(
         register_lock(base_lock(base="org/auth"))
         client.set_registered_model_alias("bot", "staging", str(version))
         with sqlite3.connect(running.registry_uri.removeprefix("safelock+sqlite:///")) as connection:
-            bodies = connection.execute("SELECT body FROM safelock_ledger").fetchall()
+            bodies = connection.execute("SELECT body FROM safelock_ledger WHERE event != 'policy'").fetchall()
     assert [json.loads(body)["actor"] for (body,) in bodies] == [{"name": "admin", "verified": True}]
