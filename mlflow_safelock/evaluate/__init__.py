@@ -1,7 +1,15 @@
-"""What a model answers, and how often: suites, refusals, compliance, degeneration, and the sweep."""
+"""What a model answers, and how often: suites, refusals, compliance, intervals, and the sweep."""
 
 from mlflow_safelock.evaluate.answers import AnswerKind, classify
 from mlflow_safelock.evaluate.measurement import BenignTask, Measurement, measure
+from mlflow_safelock.evaluate.statistics import (
+    Interval,
+    PairedTest,
+    difference_interval,
+    mean_interval,
+    paired_test,
+    rate_interval,
+)
 from mlflow_safelock.evaluate.suites import Suite, SuitePrompt, load_suite, overlap
 from mlflow_safelock.evaluate.sweep import Constraints, Point, Sweep, sweep
 
@@ -9,14 +17,20 @@ __all__ = [
     "AnswerKind",
     "BenignTask",
     "Constraints",
+    "Interval",
     "Measurement",
+    "PairedTest",
     "Point",
     "Suite",
     "SuitePrompt",
     "Sweep",
     "classify",
+    "difference_interval",
     "load_suite",
+    "mean_interval",
     "measure",
     "overlap",
+    "paired_test",
+    "rate_interval",
     "sweep",
 ]
