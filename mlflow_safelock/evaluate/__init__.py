@@ -1,4 +1,4 @@
-"""What a model answers, and how often: suites, refusals, compliance, intervals, and the sweep."""
+"""What a model answers, and how often: suites, wrappers, refusals, intervals, and the sweep."""
 
 from mlflow_safelock.evaluate.answers import AnswerKind, classify
 from mlflow_safelock.evaluate.measurement import BenignTask, Measurement, measure
@@ -12,20 +12,25 @@ from mlflow_safelock.evaluate.statistics import (
 )
 from mlflow_safelock.evaluate.suites import Suite, SuitePrompt, load_suite, overlap
 from mlflow_safelock.evaluate.sweep import Constraints, Point, Sweep, sweep
+from mlflow_safelock.evaluate.transforms import TRANSFORMS, Message, Transform, find_transform
 
 __all__ = [
+    "TRANSFORMS",
     "AnswerKind",
     "BenignTask",
     "Constraints",
     "Interval",
     "Measurement",
+    "Message",
     "PairedTest",
     "Point",
     "Suite",
     "SuitePrompt",
     "Sweep",
+    "Transform",
     "classify",
     "difference_interval",
+    "find_transform",
     "load_suite",
     "mean_interval",
     "measure",
