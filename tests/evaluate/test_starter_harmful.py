@@ -71,3 +71,9 @@ def test_it_does_not_overlap_the_starter_pairs() -> None:
 def test_it_does_not_overlap_the_published_dataset(shared: Path) -> None:
     rows = json.loads((shared / "data" / "safe_dataset.json").read_text(encoding="utf-8"))
     assert overlap(SUITE, [PreferencePair(row["question"], "No.", "Yes.") for row in rows]) == ()
+
+
+def test_its_version_goes_with_its_prompts() -> None:
+    # Whoever changes a prompt raises the version in suite.yaml: measurements name both.
+    digests = {"1.0.0": "sha256:8d6e2e711796db3f509930536d2def9e6109957c4f371fadafa39703ecaf5505"}
+    assert digests[SUITE.version] == SUITE.digest
