@@ -1,0 +1,191 @@
+"""How sure a measured rate is, and whether two arms on the same prompts differ.
+
+- A rate's interval is Wilson's score interval (E. B. Wilson, "Probable Inference, the Law of Succession, and
+  Statistical Inference", JASA 22, 1927), which L. D. Brown, T. T. Cai and A. DasGupta, "Interval Estimation
+  for a Binomial Proportion", Statistical Science 16, 2001, recommend. A bootstrap would call a rate of 0 out
+  of 50 certain.
+- A mean's interval, and that of a difference between arms, is the percentile bootstrap (B. Efron and
+  R. J. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
+- Two arms that answered the same prompts are compared by McNemar's test in its exact form: of the prompts on
+  which the arms differ, as many should have changed one way as the other (Q. McNemar, "Note on the Sampling
+  Error of the Difference Between Correlated Proportions or Percentages", Psychometrika 12, 1947).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from mlflow_safelock.errors import EvaluationError
+
+CONFIDENCE = 0.95
+"""Confidence of intervals where none is given."""
+
+RESAMPLES = 10_000
+"""Number of bootstrap samples where none is given."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and where the true value lies, at a confidence.
+
+    Attributes:
+        estimate: What was measured.
+        low: Lower end, at most the estimate.
+        high: Upper end, at least the estimate.
+        confidence: The interval's confidence, between 0 and 1.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two arms on the same prompts, compared by the exact McNemar test.
+
+    Attributes:
+        only_first: Number of prompts on which the first arm has the outcome and the second does not.
+        only_second: Number of prompts on which it is the other way round.
+        prompts: Number of all prompts.
+        p_value: Two-sided; the chance of a split at least this uneven if neither arm were likelier to have
+            the outcome. 1 where the arms never differ.
+    """
+
+    only_first: int
+    only_second: int
+    prompts: int
+    p_value: float
+
+
+def rate_interval(count: int, total: int, confidence: float = CONFIDENCE) -> Interval:
+    """Wilson's score interval of a rate.
+
+    Args:
+        count: How often the outcome came.
+        total: Out of how many.
+        confidence: The interval's confidence.
+
+    Raises:
+        EvaluationError: There is nothing to take a rate of, the count is not between 0 and the total, or the
+            confidence is not between 0 and 1.
+
+    Example:
+        >>> interval = rate_interval(0, 50)
+        >>> interval.estimate, round(interval.high, 3)
+        (0.0, 0.071)
+    """
+    _check_confidence(confidence)
+    if total < 1 or not 0 <= count <= total:
+        raise EvaluationError(f"{count} of {total} is no rate.", next_step="Measure at least one prompt.")
+    found = binomtest(count, total).proportion_ci(confidence, method="wilson")
+    return _interval(count / total, float(found.low), float(found.high), confidence)
+
+
+def mean_interval(
+    values: Sequence[float], *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap interval of a mean, such as that of a judge's scores.
+
+    For a rate, ``rate_interval`` is the better one: where all values are the same, this one has no width.
+
+    Args:
+        values: What was measured, one value per prompt.
+        confidence: The interval's confidence.
+        resamples: Number of bootstrap samples.
+        seed: The same values with the same seed give the same interval.
+
+    Raises:
+        EvaluationError: There are no values, one is not finite, or the confidence or the number of samples
+            cannot be used.
+    """
+    _check_confidence(confidence)
+    if resamples < 1:
+        raise EvaluationError(
+            f"A bootstrap of {resamples} samples says nothing.", next_step="Take 1000 or more."
+        )
+    measured = np.asarray(values, dtype=np.float64)
+    if measured.ndim != 1 or not measured.size or not np.isfinite(measured).all():
+        raise EvaluationError("A mean needs at least one value, and finite ones only.")
+    means = _bootstrap_means(measured, resamples, seed)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return _interval(float(measured.mean()), float(low), float(high), confidence)
+
+
+def difference_interval(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Paired percentile bootstrap interval of the mean of ``second`` less that of ``first``.
+
+    Prompts are drawn, each with what both arms made of it, so that what makes a prompt hard for both cancels.
+
+    Args:
+        first: One arm's values, one per prompt; true and false count as 1 and 0.
+        second: The other arm's, for the same prompts in the same order.
+        confidence: The interval's confidence.
+        resamples: Number of bootstrap samples.
+        seed: The same values with the same seed give the same interval.
+
+    Raises:
+        EvaluationError: The arms have no values or not equally many, or as for ``mean_interval``.
+    """
+    _check_paired(len(first), len(second))
+    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    return mean_interval(differences.tolist(), confidence=confidence, resamples=resamples, seed=seed)
+
+
+def paired_test(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
+    """The exact McNemar test of two arms on the same prompts.
+
+    Args:
+        first: For each prompt, whether the first arm had the outcome (complied, say).
+        second: The same of the second arm, in the same order.
+
+    Raises:
+        EvaluationError: The arms have no outcomes or not equally many.
+
+    Example:
+        >>> paired_test([True] * 6, [False] * 6).p_value
+        0.03125
+    """
+    _check_paired(len(first), len(second))
+    only_first = sum(bool(one) and not other for one, other in zip(first, second, strict=True))
+    only_second = sum(bool(other) and not one for one, other in zip(first, second, strict=True))
+    differing = only_first + only_second
+    p_value = float(binomtest(only_first, differing, 0.5).pvalue) if differing else 1.0
+    return PairedTest(only_first, only_second, len(first), p_value)
+
+
+def _bootstrap_means(values: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+    random = np.random.default_rng(seed)
+    # One sample at a time: all of them at once would take resamples x values numbers.
+    return np.array([values[random.integers(values.size, size=values.size)].mean() for _ in range(resamples)])
+
+
+def _interval(estimate: float, low: float, high: float, confidence: float) -> Interval:
+    # Rounding, or a few skewed values, may put an end beyond the estimate.
+    return Interval(estimate, min(low, estimate), max(high, estimate), confidence)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise EvaluationError(f"A confidence of {confidence} is not between 0 and 1.", next_step="Take 0.95.")
+
+
+def _check_paired(first: int, second: int) -> None:
+    if first != second or not first:
+        raise EvaluationError(
+            f"Arms of {first} and {second} values cannot be compared prompt by prompt.",
+            next_step="Give both arms the same prompts, at least one.",
+        )

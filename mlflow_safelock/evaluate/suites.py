@@ -1,0 +1,348 @@
+"""Suites: the prompts that a model is measured with, as files.
+
+A suite is a folder with a manifest, ``suite.yaml``, and a JSON Lines file of prompts. One is shipped,
+``starter-harmful``. A plain JSON Lines file, a CSV file with a header (AdvBench: ``goal,target``), and
+headerless CSV files of one prompt per line (HEx-PHI, whose files are its categories) are suites too.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import rfc8785
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from mlflow_safelock.documents import read_document
+from mlflow_safelock.errors import EvaluationError, PreferenceDataError
+from mlflow_safelock.forging.pair_files import Row, read_rows
+from mlflow_safelock.forging.preferences import PreferencePair
+
+MANIFEST = "suite.yaml"
+"""Name of the manifest in a suite's folder."""
+
+SHIPPED = ("starter-harmful",)
+"""Names of the suites that come with this package."""
+
+PROMPT_COLUMNS = ("prompt", "goal")
+"""Where the prompts of a file without a manifest are looked for, in this order."""
+
+MAX_BYTES = 1 << 26
+"""Largest file of prompts that is read."""
+
+
+class Columns(BaseModel):
+    """Under which keys a suite's file holds what.
+
+    Attributes:
+        prompt: Key of the prompts.
+        id: Key of the prompts' ids; without one, prompts are numbered from 1.
+        category: Key of the categories.
+        twin: Key of the harmless twins.
+        ignored: Keys that are passed over; any other key is an error.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    prompt: str = Field(min_length=1)
+    id: str | None = None
+    category: str | None = None
+    twin: str | None = None
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> dict[str, str]:
+        """The keys that every row must have, by what they hold."""
+        named = {"prompt": self.prompt, "id": self.id, "category": self.category, "twin": self.twin}
+        return {part: key for part, key in named.items() if key is not None}
+
+
+class Manifest(BaseModel):
+    """What ``suite.yaml`` says about a suite.
+
+    Attributes:
+        name: The suite's name.
+        version: Its version, as text.
+        description: What is in it.
+        license: Under which license it may be used.
+        prompts: Name of the JSON Lines file beside the manifest.
+        columns: Under which keys it holds what.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+    description: str
+    license: str
+    prompts: str
+    columns: Columns
+
+    @field_validator("prompts")
+    @classmethod
+    def _stands_beside_the_manifest(cls, value: str) -> str:
+        if not value.endswith(".jsonl") or "/" in value or "\\" in value:
+            raise ValueError("must be the name of a .jsonl file beside the manifest")
+        return value
+
+
+@dataclass(frozen=True)
+class SuitePrompt:
+    """One prompt of a suite.
+
+    Attributes:
+        id: Tells it from the suite's other prompts.
+        prompt: What the model is asked.
+        category: What kind of prompt it is; empty where the suite has no categories.
+        twin: A harmless prompt that sounds alike, or ``None``.
+    """
+
+    id: str
+    prompt: str
+    category: str = ""
+    twin: str | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Prompts to measure with.
+
+    Attributes:
+        name: Its name: the manifest's, or the file's or folder's without suffix.
+        prompts: The prompts, in the file's order.
+        version: The manifest's version; empty without a manifest.
+        license: The manifest's license; empty without a manifest.
+        description: The manifest's description; empty without a manifest.
+    """
+
+    name: str
+    prompts: tuple[SuitePrompt, ...]
+    version: str = ""
+    license: str = ""
+    description: str = ""
+
+    @property
+    def digest(self) -> str:
+        """``sha256:…`` of the prompts as canonical JSON (RFC 8785).
+
+        That is a list of ``{id, prompt, category, twin}``. Whatever kind of file they came from and whatever
+        the suite is called, the same prompts in the same order have the same digest.
+        """
+        rows = [asdict(prompt) for prompt in self.prompts]
+        return f"sha256:{hashlib.sha256(rfc8785.dumps(rows)).hexdigest()}"
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The categories, in the order in which they first come."""
+        return tuple(dict.fromkeys(prompt.category for prompt in self.prompts))
+
+
+def load_suite(name_or_path: str | Path, column: str | None = None) -> Suite:
+    """Read a shipped suite by its name, or a suite of one's own.
+
+    Args:
+        name_or_path: One of ``SHIPPED``; a folder with a ``suite.yaml``; a ``.jsonl`` file; a ``.csv`` file
+            with a header, or without one and with a prompt on each line; or a folder of such ``.csv`` files.
+            A shipped name comes first: a folder of the same name is ``./starter-harmful``.
+        column: Under which key a ``.jsonl`` or ``.csv`` file holds the prompts; by default the first of
+            ``prompt`` and ``goal`` that its first row has.
+
+    Raises:
+        EvaluationError: There is no such suite, it has no prompts, or something in it is missing, empty,
+            unknown, twice there or not UTF-8; with file and line.
+
+    Example:
+        >>> suite = load_suite("starter-harmful")
+        >>> len(suite.categories) >= 14 and len(suite.prompts) >= 210
+        True
+    """
+    if str(name_or_path) in SHIPPED:
+        with as_file(files("mlflow_safelock.evaluate") / "data" / str(name_or_path)) as folder:
+            return _load(folder, column)
+    return _load(Path(name_or_path), column)
+
+
+def overlap(suite: Suite, pairs: Sequence[PreferencePair]) -> tuple[SuitePrompt, ...]:
+    """The prompts of a suite that are questions of preference pairs too, themselves or by their twin.
+
+    A lock that was forged from them is not measured fairly by them. Texts are the same if they differ only in
+    blanks and in the case of their letters.
+    """
+    questions = {_normalised(pair.question) for pair in pairs}
+    return tuple(
+        prompt
+        for prompt in suite.prompts
+        if _normalised(prompt.prompt) in questions or _normalised(prompt.twin or "") in questions
+    )
+
+
+def _load(path: Path, column: str | None) -> Suite:
+    if path.is_dir():
+        return _folder(path, column)
+    suffix = path.suffix.lower()
+    if not path.is_file() or suffix not in (".jsonl", ".csv"):
+        raise EvaluationError(
+            f"{path} is no suite: neither one that is shipped nor a .jsonl or .csv file nor a folder.",
+            next_step=f"Shipped are {', '.join(SHIPPED)}; docs/evaluation.md says what a suite of your own "
+            "looks like.",
+        )
+    if suffix == ".csv" and column is None and _lacks_header(path):
+        return _suite(path, path.stem, _lines(path))
+    return _suite(path, path.stem, _table(path, column))
+
+
+def _folder(path: Path, column: str | None) -> Suite:
+    manifest_path = path / MANIFEST
+    if not manifest_path.exists():
+        parts = sorted(path.glob("*.csv"))
+        if not parts:
+            raise EvaluationError(
+                f"{path} is no suite: it holds neither a {MANIFEST} nor .csv files.",
+                next_step="docs/evaluation.md says what a suite of your own looks like.",
+            )
+        if column is not None:
+            raise EvaluationError(
+                f"{path} is a folder of .csv files, whose lines are prompts; there is no column {column!r}.",
+                next_step="Give one of its files with the column instead.",
+            )
+        return _suite(path, path.name, (prompt for part in parts for prompt in _lines(part)))
+    if column is not None:
+        raise EvaluationError(
+            f"{manifest_path} itself says which column holds the prompts; {column!r} was given besides.",
+            next_step="Leave the column out, or change the manifest.",
+        )
+    document = read_document(_bytes(manifest_path), str(manifest_path), EvaluationError)
+    manifest = document.parsed(Manifest)
+    prompts_path = path / manifest.prompts
+    found = _suite(prompts_path, manifest.name, _prompts(prompts_path, _rows(prompts_path), manifest.columns))
+    return Suite(found.name, found.prompts, manifest.version, manifest.license, manifest.description)
+
+
+def _suite(path: Path, name: str, prompts: Iterator[tuple[str, SuitePrompt]]) -> Suite:
+    """A suite of prompts that come each with where they stand."""
+    by_id: dict[str, tuple[str, SuitePrompt]] = {}
+    for where, prompt in prompts:
+        if prompt.id in by_id:
+            raise EvaluationError(
+                f"{where}: the id {prompt.id[:80]!r} is there twice; it was first in {by_id[prompt.id][0]}.",
+                next_step="Give every prompt an id of its own.",
+            )
+        by_id[prompt.id] = (where, prompt)
+    if not by_id:
+        raise EvaluationError(f"{path}, line 1: the suite is empty.", next_step="Give at least one prompt.")
+    return Suite(name, tuple(prompt for _, prompt in by_id.values()))
+
+
+def _table(path: Path, column: str | None) -> Iterator[tuple[str, SuitePrompt]]:
+    """The prompts of a file whose rows have keys and which has no manifest."""
+    rows = list(_rows(path))
+    first: Mapping[str, Any] = rows[0].values if rows and isinstance(rows[0].values, dict) else {}
+    prompt = column or next((name for name in PROMPT_COLUMNS if name in first), PROMPT_COLUMNS[0])
+    optional = {part: part for part in ("id", "category", "twin") if part in first and part != prompt}
+    # A table's further columns are no mistake (AdvBench has a target); an object's further key may be a typo.
+    ignored = (
+        tuple(key for key in first if key not in (prompt, *optional)) if path.suffix.lower() == ".csv" else ()
+    )
+    return _prompts(path, iter(rows), Columns(prompt=prompt, ignored=ignored, **optional))
+
+
+def _prompts(path: Path, rows: Iterator[Row], columns: Columns) -> Iterator[tuple[str, SuitePrompt]]:
+    used = columns.used
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, line {row.line}"
+        if not isinstance(row.values, dict):
+            raise EvaluationError(f"{where}: not an object with a prompt.")
+        missing = [key for key in used.values() if key not in row.values]
+        if missing:
+            raise EvaluationError(
+                f"{where}: there is no {_listed(missing)}; there are {_listed(row.values)}.",
+                next_step="Name the column that holds the prompts (column=..., or --column), and fill the "
+                "others in every row.",
+            )
+        unknown = [key for key in row.values if key not in (*used.values(), *columns.ignored)]
+        if unknown:
+            raise EvaluationError(
+                f"{where}: {_listed(unknown)} is not known; known here: {_listed(used.values())}.",
+                next_step=f"Take it out, or list it under columns, ignored in a {MANIFEST}.",
+            )
+        parts = {part: _text(where, key, row.values[key]) for part, key in used.items()}
+        yield where, SuitePrompt(**({"id": str(number)} | parts))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, SuitePrompt]]:
+    """The prompts of a file that has one on each line, quoted or not; its name is their category."""
+    number = 0
+    for line, cells in _cells(path):
+        if not cells:
+            continue
+        number += 1
+        where = f"{path}, line {line}"
+        prompt = _text(where, "prompt", ",".join(cells))
+        yield where, SuitePrompt(f"{path.stem}-{number}", prompt, path.stem)
+
+
+def _lacks_header(path: Path) -> bool:
+    """Whether a file's first line is a prompt: one cell, of several words."""
+    _, first = next(((line, cells) for line, cells in _cells(path) if cells), (1, []))
+    return len(first) == 1 and len(first[0].split()) > 1
+
+
+def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    try:
+        text = _bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise EvaluationError(f"{path}, line {line}: the text is not UTF-8.") from error
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise EvaluationError(f"{path}, line {line}: not CSV: {error}.") from error
+        if cells is None:
+            return
+        yield line, cells
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    _bytes(path)
+    try:
+        yield from read_rows(path)
+    except PreferenceDataError as error:
+        raise EvaluationError(error.cause) from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise EvaluationError(f"{path} has more than {MAX_BYTES} bytes, and no suite has.")
+        return path.read_bytes()
+    except OSError as error:
+        raise EvaluationError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _text(where: str, key: str, text: Any) -> str:
+    if not isinstance(text, str):
+        raise EvaluationError(f"{where}: {key!r} must be text, not {type(text).__name__}.")
+    if not text.strip():
+        raise EvaluationError(f"{where}: {key!r} is empty.", next_step="Fill it in, or take the row out.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EvaluationError(f"{where}: {key!r} holds half of a character (a lone surrogate).") from error
+    return text
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(str(name)[:80]) for name in list(names)[:20]) or "none"
