@@ -18,6 +18,7 @@ from mlflow.protos.databricks_pb2 import (
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
 
+from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.ledger import create_table
 from mlflow_safelock.gate.policy import Policy
@@ -62,8 +63,13 @@ class GateMixin:
         self._pass_gate(name, version, Target("alias", alias))
         super().set_registered_model_alias(name, alias, version)  # type: ignore[misc]
 
-    def prepare(self, name: str, version: int) -> Preparation:
+    def prepare(self, name: str, version: int, progress: Progress = silent) -> Preparation:
         """Write ahead what the version's promotion needs; see ``Gate.prepare``.
+
+        Args:
+            name: Registered model.
+            version: Its version.
+            progress: Is told how many bytes were moved, and of how many.
 
         Raises:
             PromotionRefused: The version could not be promoted as it is.
@@ -71,7 +77,7 @@ class GateMixin:
         """
         workspace = self._get_active_workspace()  # type: ignore[attr-defined]
         target = Target("prepare", "standalone")
-        return self._gate.prepare(Request(name, version, target, current_actor(), workspace))
+        return self._gate.prepare(Request(name, version, target, current_actor(), workspace), progress)
 
     def _pass_gate(self, name: str, version: Any, target: Target) -> None:
         try:
