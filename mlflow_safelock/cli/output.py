@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -12,6 +13,7 @@ from mlflow_safelock.cli.command import results
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
     from rich.table import Table
 
 T = TypeVar("T")
@@ -101,6 +103,29 @@ def working(what: str) -> Iterator[None]:
         return
     with console.status(f"{shown(what)} …"):
         yield
+
+
+@contextmanager
+def moving() -> Iterator[Callable[[str, int, int], None]]:
+    """Show how many bytes were moved, on a terminal; gives what is to be told of it."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    console = _console(sys.stderr)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def moved(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield moved
+
+
+def in_words(ways: Iterable[str]) -> str:
+    """How several files came where they are: ``2 hard link, 1 copy``."""
+    return ", ".join(f"{count} {way}" for way, count in Counter(ways).items())
 
 
 def counted(rows: Iterable[T], what: str) -> list[T]:

@@ -9,7 +9,15 @@ import click
 
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
-from mlflow_safelock.cli.output import announce, facts_table, show_json, show_lines, show_table
+from mlflow_safelock.cli.output import (
+    announce,
+    facts_table,
+    in_words,
+    moving,
+    show_json,
+    show_lines,
+    show_table,
+)
 from mlflow_safelock.errors import SourceError
 
 _VERSION = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>[0-9]+)")
@@ -45,8 +53,9 @@ def prepare(
     """Write the standalone locked model of the version at URI, where the policy asks for that carrier.
 
     It lies beside the fine-tune and shares its weights: by links on one file system, by copies that S3 makes
-    itself. The promotion then finds it, compares it and redirects to it. Doing this again changes nothing.
-    Nothing is promoted here, and the checks are those of a promotion, refusals included.
+    itself. The promotion then finds it, compares it and redirects to it. Doing this again changes nothing,
+    and after a failure it goes on: finished copies are kept. Nothing is promoted here, and the checks are
+    those of a promotion, refusals included.
 
     This works on the registry's own database (--registry-uri safelock+...) and artifacts, not through a
     server, with the policy that SAFELOCK_POLICY names.
@@ -67,7 +76,10 @@ def prepare(
 
     if artifacts_destination is not None:
         os.environ[DESTINATION_VARIABLE] = artifacts_destination
-    made = open_store(registry_uri, mlflow.get_tracking_uri()).prepare(name, number)
+    store = open_store(registry_uri, mlflow.get_tracking_uri())
+    with moving() as progress:
+        made = store.prepare(name, number, progress)
+    written = made.written
     if form == "json":
         show_json(
             {
@@ -77,7 +89,9 @@ def prepare(
                 "location": made.location,
                 "lock": made.lock,
                 "alpha": made.alpha,
-                "check": made.check,
+                "check": written and written.check,
+                "bias_error": written and written.bias_error,
+                "weights": written and {file.path: file.sharing for file in written.weights},
             }
         )
         return
@@ -89,7 +103,9 @@ def prepare(
                 ("location", made.location or "the promotion writes it"),
                 ("lock", made.lock),
                 ("alpha", made.alpha),
-                ("check", made.check or ("there already" if made.location else None)),
+                ("weights", written and in_words(file.sharing for file in written.weights)),
+                ("bias error", written and f"{written.bias_error:.1e}, relative"),
+                ("check", written.check if written else ("there already" if made.location else None)),
             ],
         )
     )

@@ -2,7 +2,7 @@
 
 It keeps the fine-tune's own flavors, signature, input example and environment, so ``mlflow.transformers``,
 stock ``transformers`` and vLLM load it, locked, without this package. Files of weights that do not change
-are shared with the source; the receipt lies beside them.
+are shared with the source; the receipt lies beside them, and what it takes to undo it.
 """
 
 from __future__ import annotations
@@ -19,23 +19,60 @@ import yaml
 from mlflow.models.model import MLMODEL_FILE_NAME
 
 from mlflow_safelock.apply import save_locked_checkpoint
+from mlflow_safelock.apply.checkpoint.progress import Progress, silent
+from mlflow_safelock.apply.checkpoint.structure import structure_in_words
+from mlflow_safelock.apply.checkpoint.writing import WrittenFile
 from mlflow_safelock.errors import SourceError, VerificationError
 from mlflow_safelock.flavors.overlay import FLAVOR_NAME, RECEIPT_FILE, read_mlmodel
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
     ADDED_BY_CLIENTS,
     ArtifactReader,
+    FileFingerprint,
     LocalArtifacts,
     LockReference,
     Promotion,
     Receipt,
     ReceiptPredicate,
+    SourceFingerprint,
     SourceReference,
     check_fingerprint,
     take_fingerprint,
 )
 
 WEIGHTS_FOLDER = "model"
+
+SOURCE_MLMODEL_FILE = "MLmodel.source"
+"""The fine-tune's own MLmodel file, for undoing the lock."""
+
+Patches = tuple[tuple[int, bytes], ...]
+"""Places in a file of the source, and the bytes that the locked model has there."""
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights of a standalone model: one of the source, as it is or with other biases.
+
+    Attributes:
+        path: Path in the standalone model.
+        origin: Path in the source.
+        patches: What differs; nothing where the file is shared.
+        sharing: How it came there, in words.
+    """
+
+    path: str
+    origin: str
+    patches: Patches
+    sharing: str
+
+    def locked(self, start: int, data: bytes) -> bytes:
+        """Bytes of the source from ``start`` on, as the locked model has them."""
+        changed = bytearray(data)
+        for begin, new in self.patches:
+            first, last = max(begin, start), min(begin + len(new), start + len(data))
+            if first < last:
+                changed[first - start : last - start] = new[first - begin : last - begin]
+        return bytes(changed)
 
 
 @dataclass(frozen=True)
@@ -44,13 +81,15 @@ class Standalone:
 
     Attributes:
         receipt: What it states.
-        shared: Files of it that are, byte for byte, a file of the source: path there by path here.
+        weights: Its files of weights, but for the one that the lock added.
         check: How it was confirmed, in words.
+        bias_error: What rounding the biases to the dtype of the weights costs, relative to their length.
     """
 
     receipt: Receipt
-    shared: dict[str, str]
+    weights: tuple[WeightsFile, ...]
     check: str
+    bias_error: float
 
 
 def write_standalone(
@@ -64,6 +103,7 @@ def write_standalone(
     promotion: Promotion | None,
     *,
     complete: bool = True,
+    progress: Progress = silent,
 ) -> Standalone:
     """Write the standalone model of a fine-tune into an empty folder.
 
@@ -77,7 +117,9 @@ def write_standalone(
         alpha: Strength.
         promotion: On whose behalf; ``None`` for one written by hand.
         complete: Whether ``source`` is whole. Where only the parts are there that the biases need, the model
-            cannot be loaded for comparison, and its structure is checked instead.
+            cannot be loaded for comparison, and its structure is checked instead; whoever puts the files of
+            weights in their place compares them by the receipt (``weights_by_receipt``).
+        progress: Is told how many bytes of the weights are in their place, and of how many.
 
     Raises:
         ApplyError: The lock does not go onto it, or no checkpoint of its architecture can hold the biases.
@@ -94,13 +136,23 @@ def write_standalone(
         )
     weights = source / flavor["model_binary"]
     report = save_locked_checkpoint(
-        source, folder / WEIGHTS_FOLDER, lock, alpha, verify="auto" if complete else "structure"
+        source,
+        folder / WEIGHTS_FOLDER,
+        lock,
+        alpha,
+        verify="auto" if complete else "structure",
+        progress=progress,
     )
-    shared = {
-        f"{WEIGHTS_FOLDER}/{file.name}": f"{flavor['model_binary']}/{file.source}"
+    check = report.check if complete else structure_in_words(COPIED_ELSEWHERE)
+    files_of_weights = tuple(
+        WeightsFile(
+            path=f"{WEIGHTS_FOLDER}/{file.name}",
+            origin=f"{flavor['model_binary']}/{file.source}",
+            patches=_patches(folder / WEIGHTS_FOLDER / file.name, file),
+            sharing=file.sharing,
+        )
         for file in report.weights
-        if not file.patches
-    }
+    )
     for path in source.rglob("*"):
         inside = path.relative_to(source)
         left_out = {MLMODEL_FILE_NAME, *ADDED_BY_CLIENTS}
@@ -108,11 +160,13 @@ def write_standalone(
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / inside)
     _describe(folder, described, lock, alpha)
+    shutil.copyfile(source / MLMODEL_FILE_NAME, folder / SOURCE_MLMODEL_FILE)
     own = LocalArtifacts(folder)
+    from_source = {file.path for file in files_of_weights}
     files = {
         file.path: hashlib.sha256(own.read(file.path)).hexdigest()
         for file in own.files()
-        if file.path not in shared
+        if file.path not in from_source
     }
     receipt = Receipt.about(
         ReceiptPredicate(
@@ -122,20 +176,31 @@ def write_standalone(
             carrier="standalone",
             promotion=promotion,
             files=files,
-            shared=shared,
+            shared={file.path: file.origin for file in files_of_weights if not file.patches},
+            patched=tuple(
+                _patched_fingerprint(file, fingerprint, reader) for file in files_of_weights if file.patches
+            ),
+            check=check,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             tools={name: version(name) for name in ("mlflow-safelock", "mlflow", "transformers", "torch")},
         )
     )
     (folder / RECEIPT_FILE).write_bytes(receipt.to_bytes())
-    return Standalone(receipt, shared, report.check)
+    return Standalone(receipt, files_of_weights, check, report.bias_error)
+
+
+def is_complete(reader: ArtifactReader) -> bool:
+    """Whether a model is there: its MLmodel file is written last, so without one a run goes on or ended."""
+    try:
+        return MLMODEL_FILE_NAME in {file.path for file in reader.files()}
+    except SourceError:
+        return False
 
 
 def read_standalone(reader: ArtifactReader) -> Receipt:
     """Read the receipt of a standalone model and compare its files with it.
 
-    Files that the lock's writing made are compared whole. Those shared with the source are compared by the
-    blocks of the source's fingerprint.
+    Files that the lock's writing made are compared whole, files of weights by blocks.
 
     Raises:
         VerificationError: There is none, or a file is missing, new or another one.
@@ -145,7 +210,8 @@ def read_standalone(reader: ArtifactReader) -> Receipt:
     except SourceError as error:
         raise VerificationError(f"There is no receipt at {reader.location}.", next_step=_AGAIN) from error
     stated = receipt.predicate
-    expected = {*stated.files, *stated.shared, RECEIPT_FILE}
+    weights = weights_by_receipt(receipt)
+    expected = {*stated.files, *(file.path for file in weights.files), RECEIPT_FILE}
     found = {file.path for file in reader.files()} - ADDED_BY_CLIENTS
     for path in sorted(expected ^ found):
         what = "is missing" if path in expected else "is not in its receipt"
@@ -158,9 +224,47 @@ def read_standalone(reader: ArtifactReader) -> Receipt:
                 f"The locked model's file {path!r} at {reader.location} is not the one of its receipt.",
                 next_step=_AGAIN,
             )
-    copies = stated.source.fingerprint.of_copies(stated.shared)
-    check_fingerprint(copies, reader, others=expected)
+    check_fingerprint(weights, reader, others=expected)
     return receipt
+
+
+def weights_by_receipt(receipt: Receipt) -> SourceFingerprint:
+    """What a receipt says of the files of weights that come from the source: sizes, and blocks of them.
+
+    Raises:
+        VerificationError: It names a file that the source does not have.
+    """
+    stated = receipt.predicate
+    copies = stated.source.fingerprint.of_copies(stated.shared)
+    return SourceFingerprint(files=(*copies.files, *stated.patched))
+
+
+COPIED_ELSEWHERE = (
+    "files of weights are copies that the store made, compared with the source's by size and by blocks drawn "
+    "at random"
+)
+"""How files of weights were compared that never were on this machine."""
+
+
+def _patches(locked: Path, file: WrittenFile) -> Patches:
+    with locked.open("rb") as stream:
+        patches = []
+        for patch in file.patches:
+            stream.seek(patch.begin)
+            patches.append((patch.begin, stream.read(len(patch.before))))
+    return tuple(patches)
+
+
+def _patched_fingerprint(
+    file: WeightsFile, source: SourceFingerprint, reader: ArtifactReader
+) -> FileFingerprint:
+    """The fingerprint of a file of the source with other biases: the same blocks, and the biases."""
+    before = next(one for one in source.files if one.path == file.origin)
+    spans = tuple(sorted({*before.spans, *((begin, len(new)) for begin, new in file.patches)}))
+    state = hashlib.sha256()
+    for (start, _), data in zip(spans, reader.read_many(file.origin, spans), strict=True):
+        state.update(file.locked(start, data))
+    return FileFingerprint(path=file.path, size=before.size, spans=spans, sha256=state.hexdigest())
 
 
 _AGAIN = "Write it again: safelock prepare."

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from mlflow_safelock.apply.checkpoint.progress import Progress
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.lock import SafetyLock
@@ -120,10 +121,9 @@ class Artifacts(Protocol):
     def publish(self, folder: Path, uri: str) -> None:
         """Write a local folder to ``uri``."""
 
-    def discard(self, uri: str) -> None:
-        """Take back a folder that was written, as far as that can be done; nothing points to it."""
-
-    def derive(self, original: str, uri: str, lock: SafetyLock, write: Writer) -> Standalone:
+    def derive(
+        self, original: str, uri: str, lock: SafetyLock, write: Writer, progress: Progress
+    ) -> Standalone:
         """Write a standalone model to ``uri`` that shares its weights with the model at ``original``.
 
         Args:
@@ -131,4 +131,5 @@ class Artifacts(Protocol):
             uri: Where the new model goes; it appears there whole, or not at all.
             lock: The lock, which says what of the weights is needed.
             write: Writes it into an empty local folder.
+            progress: Is told how many bytes were moved, and of how many.
         """

@@ -20,9 +20,10 @@ from typing import Literal
 
 import rfc8785
 
-from mlflow_safelock.errors import PromotionRefused, SafelockError, SourceError, VerificationError
+from mlflow_safelock.apply.checkpoint.progress import Progress, silent
+from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
 from mlflow_safelock.flavors.overlay import read_overlay, write_overlay
-from mlflow_safelock.flavors.standalone import read_standalone, write_standalone
+from mlflow_safelock.flavors.standalone import Standalone, is_complete, read_standalone, write_standalone
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.locks import RegisteredLock, find_lock
 from mlflow_safelock.gate.policy import GateRule, Policy
@@ -63,14 +64,14 @@ class Preparation:
         location: Where the locked model is; ``None`` for an overlay, which the promotion itself writes.
         lock: The lock in it, ``models:/name/version``.
         alpha: Its strength.
-        check: How it was confirmed, in words; ``None`` where it was there already, or nothing was written.
+        written: What was written; ``None`` where it was there already, or nothing was to be written.
     """
 
     carrier: str
     location: str | None
     lock: str
     alpha: float
-    check: str | None
+    written: Standalone | None = None
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,12 @@ class Gate:
             self.record(request, policy, "rejected", failed)
             raise failed from error
 
-    def prepare(self, request: Request) -> Preparation:
+    def prepare(self, request: Request, progress: Progress = silent) -> Preparation:
         """Write what a promotion needs and must not take the time for; doing it again changes nothing.
+
+        Args:
+            request: What is prepared, and for whom.
+            progress: Is told how many bytes were moved, and of how many.
 
         Raises:
             PromotionRefused: The version could not be promoted as it is; nothing was written.
@@ -179,13 +184,15 @@ class Gate:
             )
         found = self.registry.model_version(request.name, request.version)
         try:
-            return self._prepare(request, policy, rule, found)
+            return self._prepare(request, policy, rule, found, progress)
         except PromotionRefused:
             raise
         except SafelockError as error:
             raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
 
-    def _prepare(self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion) -> Preparation:
+    def _prepare(
+        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, progress: Progress
+    ) -> Preparation:
         approved = self._approve(request, policy, rule, found)
         if approved is None:
             raise PromotionRefused(
@@ -195,11 +202,11 @@ class Gate:
             )
         lock = f"models:/{approved.lock.model}/{approved.lock.version}"
         if rule.carrier == "overlay":
-            return Preparation("overlay", None, lock, approved.alpha, None)
+            return Preparation("overlay", None, lock, approved.alpha)
         location = _short_enough(approved.standalone_location)
-        check = None
+        written = None
         if self._prepared(approved) is None:
-            check = self.artifacts.derive(
+            written = self.artifacts.derive(
                 approved.original,
                 location,
                 approved.lock.lock,
@@ -213,10 +220,12 @@ class Gate:
                     approved.alpha,
                     approved.promotion,
                     complete=complete,
+                    progress=progress,
                 ),
-            ).check
+                progress,
+            )
             read_standalone(self.artifacts.reader(location))
-        return Preparation("standalone", location, lock, approved.alpha, check)
+        return Preparation("standalone", location, lock, approved.alpha, written)
 
     def _promote(self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion) -> None:
         try:
@@ -341,9 +350,7 @@ class Gate:
     def _prepared(self, approved: _Approved) -> Receipt | None:
         """The receipt of the standalone model for a promotion, checked; ``None`` where there is none."""
         reader = self.artifacts.reader(approved.standalone_location)
-        try:
-            reader.files()
-        except SourceError:
+        if not is_complete(reader):
             return None
         receipt = read_standalone(reader)
         stated = receipt.predicate

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import rfc8785
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from mlflow_safelock.errors import VerificationError
 from mlflow_safelock.lock import Digest, NonEmpty
-from mlflow_safelock.provenance.fingerprint import SourceFingerprint
+from mlflow_safelock.provenance.fingerprint import FileFingerprint, SourceFingerprint
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE: Final = "urn:mlflow-safelock:locked-model:v1"
@@ -95,6 +102,9 @@ class ReceiptPredicate(_Part):
         files: SHA-256, hexadecimal, of the locked model's own files, by path.
         shared: Files of a standalone model that are, byte for byte, files of the source: path there by path
             here. An overlay has none.
+        patched: Files of a standalone model that are files of the source but for biases that the lock
+            changed: their own fingerprints, the biases included.
+        check: How a standalone model was confirmed before it was there, in words.
         created: When, ISO 8601 in UTC.
         tools: Versions of the software that made it.
     """
@@ -106,8 +116,17 @@ class ReceiptPredicate(_Part):
     promotion: Promotion | None
     files: dict[str, str]
     shared: dict[str, str] = Field(default_factory=dict)
+    patched: tuple[FileFingerprint, ...] = ()
+    check: NonEmpty | None = None
     created: NonEmpty
     tools: dict[str, str]
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As receipts were written before there were these, so that those still read back the same."""
+        values: dict[str, Any] = serialize(self)
+        absent = {"patched": not self.patched, "check": self.check is None}
+        return {name: value for name, value in values.items() if not absent.get(name, False)}
 
 
 class _Subject(_Part):

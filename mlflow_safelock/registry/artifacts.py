@@ -7,7 +7,6 @@ request means calling itself, so here the destination is used directly.
 
 from __future__ import annotations
 
-import logging
 import os
 import posixpath
 import shutil
@@ -25,6 +24,7 @@ from mlflow.store.artifact.utils.models import _parse_model_uri
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
+from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.ports import Writer
@@ -35,8 +35,6 @@ from mlflow_safelock.registry.proxied import PROXIED_SCHEMES, ProxiedArtifacts
 from mlflow_safelock.registry.remote import RemoteArtifacts
 from mlflow_safelock.registry.s3 import SCHEME, S3Artifacts
 from mlflow_safelock.registry.s3_publication import S3Publication
-
-_logger = logging.getLogger(__name__)
 
 DESTINATION_VARIABLE = "_MLFLOW_SERVER_ARTIFACT_DESTINATION"
 """Environment variable in which ``mlflow server`` tells its workers the artifact destination."""
@@ -110,14 +108,9 @@ class RegistryArtifacts:
                 next_step="Let the registry's process write beside the model's artifacts.",
             ) from error
 
-    def discard(self, uri: str) -> None:
-        """Take back a folder that was written; what cannot be deleted stays, and nothing points to it."""
-        try:
-            get_artifact_repository(physical_uri(uri)).delete_artifacts()
-        except (MlflowException, OSError, NotImplementedError, SourceError) as error:
-            _logger.info("The folder %s is not needed, and cannot be deleted: %s", uri, error)
-
-    def derive(self, original: str, uri: str, lock: SafetyLock, write: Writer) -> Standalone:
+    def derive(
+        self, original: str, uri: str, lock: SafetyLock, write: Writer, progress: Progress = silent
+    ) -> Standalone:
         """Write a standalone model to ``uri`` that shares its weights with the model at ``original``.
 
         Between two places of one file system, or of S3, nothing but the lock's share of the weights is read;
@@ -131,8 +124,8 @@ class RegistryArtifacts:
             if isinstance(source, LocalArtifacts):
                 return derive_locally(source.folder, Path(local_file_uri_to_path(physical)), write)
             if isinstance(source, S3Artifacts):
-                return derive_on_s3(source, S3Artifacts(physical), lock, write)
-            return derive_by_download(source, lambda folder: self.publish(folder, uri), write)
+                return derive_on_s3(source, S3Artifacts(physical), lock, write, progress)
+            return derive_by_download(source, lambda folder: self.publish(folder, uri), write, progress)
         except OSError as error:
             raise SourceError(
                 f"The locked model cannot be written to {uri}: {error}.",
@@ -144,10 +137,8 @@ def _publish_locally(folder: Path, destination: Path) -> None:
     """Copy aside and rename, so that nobody ever reads a half-written folder there."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     aside = destination.with_name(f".{destination.name}-{uuid4().hex}")
-    aside.mkdir()
     try:
-        for path in folder.iterdir():
-            shutil.copyfile(path, aside / path.name)
+        shutil.copytree(folder, aside, copy_function=shutil.copyfile)
         try:
             aside.rename(destination)
         except OSError:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -20,6 +21,7 @@ from mlflow.environment_variables import (
     MLFLOW_S3_ENDPOINT_URL,
     MLFLOW_S3_EXPECTED_BUCKET_OWNER,
     MLFLOW_S3_IGNORE_TLS,
+    MLFLOW_S3_UPLOAD_EXTRA_ARGS,
 )
 
 from mlflow_safelock.errors import SourceError
@@ -79,6 +81,12 @@ def bucket_owner() -> dict[str, str]:
     """The owner that a bucket must have, as MLflow is told it."""
     owner = MLFLOW_S3_EXPECTED_BUCKET_OWNER.get()
     return {"ExpectedBucketOwner": owner} if owner else {}
+
+
+def upload_settings() -> Mapping[str, Any]:
+    """What MLflow is told to give with every upload, such as the encryption."""
+    given = MLFLOW_S3_UPLOAD_EXTRA_ARGS.get()
+    return dict(json.loads(given)) if given else {}
 
 
 @dataclass(frozen=True)

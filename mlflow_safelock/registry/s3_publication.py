@@ -1,4 +1,4 @@
-"""Writing a model folder to S3, of small files and of objects that the store itself copies.
+"""Writing a model folder to S3.
 
 S3 has no folders to rename, so the MLmodel file, which makes a folder a model, is written last, and whatever
 was written before an error is deleted.
@@ -7,35 +7,19 @@ was written before an error is deleted.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from mimetypes import guess_type
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mlflow.environment_variables import MLFLOW_S3_UPLOAD_EXTRA_ARGS
 from mlflow.models.model import MLMODEL_FILE_NAME
 
-from mlflow_safelock.errors import SourceError
-from mlflow_safelock.provenance import ArtifactFile
-from mlflow_safelock.registry.ranges import PARALLEL_REQUESTS
-from mlflow_safelock.registry.s3 import S3Artifacts, bucket_owner
+from mlflow_safelock.registry.s3 import S3Artifacts, bucket_owner, upload_settings
 from mlflow_safelock.registry.s3_errors import s3_errors
-
-MAX_WHOLE_COPY_BYTES = 5 << 30
-"""Largest object that S3 copies in one request."""
-
-PART_BYTES = 512 << 20
-"""Size of one part of a larger copy."""
 
 SMALL_BYTES = 8 << 20
 """Up to this size a file is read whole and written by one request."""
-
-MAX_PARTS = 10_000
-"""Most parts that S3 puts together."""
 
 
 @dataclass
@@ -45,18 +29,14 @@ class S3Publication:
     ::
 
         with S3Publication(S3Artifacts(uri)) as publication:
-            publication.copy_from(source, "model/model-00001-of-00002.safetensors")
             publication.put("MLmodel", text)
+            publication.put("model/config.json", config)
 
     Attributes:
         destination: Where it is written.
-        whole_copy_bytes: Largest object that is copied in one request.
-        part_bytes: Size of one part of a larger copy; at least 5 MiB on S3.
     """
 
     destination: S3Artifacts
-    whole_copy_bytes: int = MAX_WHOLE_COPY_BYTES
-    part_bytes: int = PART_BYTES
     _written: list[str] = field(default_factory=list, init=False)
     _mlmodel: bytes | None = field(default=None, init=False)
 
@@ -96,7 +76,7 @@ class S3Publication:
             self.put(path, file.read_bytes())
             return
         self._written.append(path)
-        settings = {"ContentType": "application/octet-stream", **_upload_settings()}
+        settings = {"ContentType": "application/octet-stream", **upload_settings()}
         place = self._place(path)
         with s3_errors(f"The file {path!r} to be written at {self.destination.uri}"):
             self._client.upload_file(
@@ -113,38 +93,6 @@ class S3Publication:
             if path.is_file():
                 self.put_file(path.relative_to(folder).as_posix(), path)
 
-    def copy_from(self, source: S3Artifacts, path: str, to: str | None = None) -> None:
-        """Let the store copy a file of ``source``, of which nothing passes through this process.
-
-        Args:
-            source: A folder on the same store.
-            path: The file in it.
-            to: Path in the new folder, where it is another one.
-
-        Raises:
-            SourceError: It cannot be copied, or it changed meanwhile.
-        """
-        file, target = source.file(path), to or path
-        what = f"The file {path!r} at {source.uri}, being copied to {self.destination.uri},"
-        self._written.append(target)
-        with s3_errors(what):
-            if file.size <= self.whole_copy_bytes:
-                self._client.copy_object(
-                    **self._place(target), **_copied(source, file), **bucket_owner(), **_upload_settings()
-                )
-            else:
-                self._copy_in_parts(source, file, target)
-            # Not every store heeds the condition of a copy, and all heed that of a question.
-            unchanged = {"IfMatch": file.checksum.etag} if file.checksum else {}
-            source.client.head_object(
-                Bucket=source.bucket, Key=source.key(path), **unchanged, **bucket_owner()
-            )
-            copied = self._client.head_object(**self._place(target), **bucket_owner())["ContentLength"]
-        if copied != file.size:
-            raise SourceError(
-                f"{what} has {copied} bytes there and {file.size} here.", next_step="Do it again."
-            )
-
     @property
     def _client(self) -> Any:
         return self.destination.client
@@ -158,34 +106,9 @@ class S3Publication:
             self._client.put_object(
                 **self._place(path),
                 Body=data,
-                **{"ContentType": guess_type(path)[0] or "application/octet-stream", **_upload_settings()},
+                **{"ContentType": guess_type(path)[0] or "application/octet-stream", **upload_settings()},
                 **bucket_owner(),
             )
-
-    def _copy_in_parts(self, source: S3Artifacts, file: ArtifactFile, target: str) -> None:
-        place = {**self._place(target), **bucket_owner()}
-        upload = self._client.create_multipart_upload(**place, **_upload_settings())["UploadId"]
-        size = max(self.part_bytes, -(-file.size // MAX_PARTS))
-
-        def copy_part(start: int) -> dict[str, Any]:
-            number = start // size + 1
-            answer = self._client.upload_part_copy(
-                **place,
-                **_copied(source, file),
-                UploadId=upload,
-                PartNumber=number,
-                CopySourceRange=f"bytes={start}-{min(start + size, file.size) - 1}",
-            )
-            return {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
-
-        try:
-            with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-                parts = list(pool.map(copy_part, range(0, file.size, size)))
-            self._client.complete_multipart_upload(**place, UploadId=upload, MultipartUpload={"Parts": parts})
-        except BaseException:
-            with contextlib.suppress(Exception):  # the first error is the one to tell
-                self._client.abort_multipart_upload(**place, UploadId=upload)
-            raise
 
     def _delete(self) -> None:
         """Delete what was written, unless another process has completed the same folder meanwhile."""
@@ -197,25 +120,8 @@ class S3Publication:
                 self._client.delete_object(**self._place(path), **bucket_owner())
 
     def _is_complete(self) -> bool:
-        answer = self._client.list_objects_v2(
-            Bucket=self.destination.bucket,
-            Prefix=self.destination.key(MLMODEL_FILE_NAME),
-            MaxKeys=1,
-            **bucket_owner(),
+        key = self.destination.key(MLMODEL_FILE_NAME)
+        answer = self._client.list_objects_v2(  # of keys with this beginning, it is the first
+            Bucket=self.destination.bucket, Prefix=key, MaxKeys=1, **bucket_owner()
         )
-        return bool(answer.get("KeyCount"))
-
-
-def _copied(source: S3Artifacts, file: ArtifactFile) -> dict[str, Any]:
-    owner = bucket_owner().get("ExpectedBucketOwner")
-    return {
-        "CopySource": {"Bucket": source.bucket, "Key": source.key(file.path)},
-        **({"CopySourceIfMatch": file.checksum.etag} if file.checksum else {}),
-        **({"ExpectedSourceBucketOwner": owner} if owner else {}),
-    }
-
-
-def _upload_settings() -> Mapping[str, Any]:
-    """What MLflow is told to give with every upload, such as the encryption."""
-    given = MLFLOW_S3_UPLOAD_EXTRA_ARGS.get()
-    return dict(json.loads(given)) if given else {}
+        return [entry["Key"] for entry in answer.get("Contents", [])] == [key]

@@ -20,6 +20,7 @@ from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
 from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
 
+from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.guard import Guard, policy_entry
 from mlflow_safelock.gate.ledger import LockInForce, create_table
@@ -94,15 +95,20 @@ class GateMixin:
         )
         return renamed
 
-    def prepare(self, name: str, version: int) -> Preparation:
+    def prepare(self, name: str, version: int, progress: Progress = silent) -> Preparation:
         """Write ahead what the version's promotion needs; see ``Gate.prepare``.
+
+        Args:
+            name: Registered model.
+            version: Its version.
+            progress: Is told how many bytes were moved, and of how many.
 
         Raises:
             PromotionRefused: The version could not be promoted as it is.
             MlflowException: There is no such version.
         """
         target = Target("prepare", "standalone")
-        return self._gate.prepare(Request(name, version, target, current_actor(), self._workspace))
+        return self._gate.prepare(Request(name, version, target, current_actor(), self._workspace), progress)
 
     def unlock(self, name: str, version: int, reason: str) -> str:
         """Take the lock off a version that is in no gated place; see ``Guard.unlock``.

@@ -25,18 +25,21 @@ class Passed:
     range: str | None
     sent: int
     received: int
+    is_copy: bool = False
 
 
 @dataclass
 class Fault:
     """Breaks the next ``times`` requests that ``concerns`` holds for (method and target).
 
-    ``kind`` is ``busy``, ``denied``, ``silent`` (no answer for a second) or ``short`` (half of the body).
+    ``kind`` is ``busy``, ``denied``, ``silent`` (no answer for a second) or ``short`` (half of the body). The
+    first ``after`` requests that it concerns pass.
     """
 
     kind: str
     concerns: Callable[[str, str], bool]
     times: int
+    after: int = 0
 
 
 @dataclass
@@ -54,14 +57,19 @@ class S3Server:
     faults: list[Fault] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fail(self, kind: str, times: int = 1000, method: str = "GET", containing: str = "") -> None:
-        """Break the next requests of a method whose target contains a text."""
-        self.faults.append(Fault(kind, lambda m, target: m == method and containing in target, times))
+    def fail(
+        self, kind: str, times: int = 1000, method: str = "GET", containing: str = "", after: int = 0
+    ) -> None:
+        """Break the next requests of a method whose target contains a text, once so many have passed."""
+        self.faults.append(Fault(kind, lambda m, target: m == method and containing in target, times, after))
 
     def fault_for(self, method: str, target: str) -> str | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and fault.concerns(method, target):
+                    if fault.after > 0:
+                        fault.after -= 1
+                        continue
                     fault.times -= 1
                     return fault.kind
         return None
@@ -70,6 +78,11 @@ class S3Server:
     def read(self) -> int:
         """Bytes of bodies that clients got."""
         return sum(passed.received for passed in self.passed)
+
+    @property
+    def copies(self) -> list[str]:
+        """Targets of the copies that the store was asked for and made."""
+        return [passed.target for passed in self.passed if passed.is_copy]
 
     def forget(self) -> None:
         self.passed.clear()
@@ -118,7 +131,14 @@ def _handler(server: S3Server, host: str, port: int) -> type[BaseHTTPRequestHand
             else:
                 status, data, headers = self._forward(body)
             server.passed.append(
-                Passed(self.command, self.path, self.headers.get("Range"), len(body), len(data))
+                Passed(
+                    self.command,
+                    self.path,
+                    self.headers.get("Range"),
+                    len(body),
+                    len(data),
+                    is_copy="x-amz-copy-source" in self.headers and fault is None,
+                )
             )
             self.send_response_only(status)
             for name, value in headers.items():

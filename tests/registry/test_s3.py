@@ -10,12 +10,16 @@ import boto3
 import mlflow
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from safetensors.numpy import save_file
 
+from mlflow_safelock.apply.checkpoint.progress import silent
 from mlflow_safelock.errors import SourceError, VerificationError
 from mlflow_safelock.flavors.overlay import read_overlay
+from mlflow_safelock.flavors.standalone import Patches, WeightsFile
 from mlflow_safelock.provenance import (
     LocalArtifacts,
     SourceFingerprint,
@@ -25,6 +29,7 @@ from mlflow_safelock.provenance import (
 )
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.s3 import S3Artifacts, s3_client
+from mlflow_safelock.registry.s3_copies import S3Copies, parts_of
 from mlflow_safelock.registry.s3_publication import S3Publication
 from tests.registries import REQUIREMENTS, base_lock, biases_of, fine_tune, register_lock
 from tests.registry.s3_server import S3Server, s3_server
@@ -263,63 +268,157 @@ def test_a_failure_of_one_of_many_parts_is_an_error(source: Path, server: S3Serv
         reader.read_many(WEIGHTS, [(number << 20, 10) for number in range(5)])
 
 
-def publish(**sizes: int) -> S3Publication:
-    return S3Publication(S3Artifacts("s3://locked/bot"), **sizes)
+LOCKED = "s3://locked/bot"
+
+
+def publish() -> S3Publication:
+    return S3Publication(S3Artifacts(LOCKED))
+
+
+def copies(**sizes: int) -> S3Copies:
+    return S3Copies(S3Artifacts(URI), S3Artifacts(LOCKED), **sizes)
+
+
+def file_of_weights(path: str, origin: str = WEIGHTS, patches: Patches = ()) -> WeightsFile:
+    return WeightsFile(path, origin, patches, "copy")
 
 
 def test_the_store_copies_and_nothing_passes_here(source: Path, server: S3Server) -> None:
-    original = S3Artifacts(URI)
-    original.files()
+    made = copies()
+    made.source.files()
     server.forget()
-    with publish() as publication:
-        publication.put("MLmodel", b"flavors: {locked: {}}\n")
-        publication.copy_from(original, WEIGHTS)
-        publication.copy_from(original, "model/empty.txt", "other/empty.txt")
-        assert "bot/MLmodel" not in store(server).keys("locked"), "the MLmodel file comes last"
-    assert store(server).keys("locked") == {f"bot/{WEIGHTS}", "bot/other/empty.txt", "bot/MLmodel"}
+    told: list[tuple[str, int, int]] = []
+    wanted = [file_of_weights("model/a"), file_of_weights("other/empty", "model/empty.txt")]
+    made.make(wanted, lambda *how_far: told.append(how_far))
+    size = (source / WEIGHTS).stat().st_size
+    assert told[0] == ("Copying the weights", 0, size)
+    assert told[-1] == ("Copying the weights", size, size)
     assert server.read < 10_000
-    copy = S3Artifacts("s3://locked/bot")
-    assert copy.read(WEIGHTS) == (source / WEIGHTS).read_bytes()
-    assert copy.read("MLmodel") == b"flavors: {locked: {}}\n"
+    copy = S3Artifacts(LOCKED)
+    assert [file.path for file in copy.files()] == ["model/a", "other/empty"]
+    assert copy.read("model/a") == (source / WEIGHTS).read_bytes()
 
 
 def test_a_large_file_is_copied_in_parts(source: Path, server: S3Server) -> None:
-    original = S3Artifacts(URI)
-    original.files()
+    data = np.random.default_rng(1).bytes(13 << 20)
+    store(server).put("large", data)
+    made = copies(whole_copy_bytes=5 << 20, part_bytes=5 << 20)
+    made.source.files()
     server.forget()
-    with publish(whole_copy_bytes=5 << 20, part_bytes=5 << 20) as publication:
-        publication.copy_from(original, WEIGHTS)
+    made.make([file_of_weights(WEIGHTS, "large")], silent)
     parts = [passed for passed in server.passed if "partNumber" in passed.target]
-    assert len(parts) == -(-(source / WEIGHTS).stat().st_size // (5 << 20)) == 2
+    assert len(parts) == 2
     assert sum(passed.sent for passed in parts) == 0
-    assert S3Artifacts("s3://locked/bot").read(WEIGHTS) == (source / WEIGHTS).read_bytes()
+    assert S3Artifacts(LOCKED).read(WEIGHTS) == data
 
 
-def test_an_error_leaves_no_key_behind(source: Path, server: S3Server) -> None:
+def test_a_copy_that_is_there_is_not_made_again(source: Path, server: S3Server) -> None:
+    copies().make([file_of_weights("a"), file_of_weights("b", patches=((9_000, b"x"),))], silent)
+    server.forget()
+    told: list[int] = []
+    copies().make(
+        [file_of_weights("a"), file_of_weights("b", patches=((9_000, b"x"),))],
+        lambda _what, done, _total: told.append(done),
+    )
+    assert server.copies == []
+    assert max(told) == 2 * (source / WEIGHTS).stat().st_size
+    copies().make([file_of_weights("b", patches=((9_000, b"y"),))], silent)
+    assert S3Artifacts(LOCKED).read("b", 9_000, 1) == b"y", "with other biases it is another file"
+    store(server).put(WEIGHTS, (source / WEIGHTS).read_bytes()[:-1] + b"z")
+    copies().make([file_of_weights("a")], silent)
+    assert S3Artifacts(LOCKED).read("a")[-1:] == b"z", "a source that changed is copied anew"
+
+
+def test_a_file_that_was_not_made_by_a_copy_is_written_over(source: Path, server: S3Server) -> None:
+    size = (source / WEIGHTS).stat().st_size
+    store(server).client.put_object(Bucket="locked", Key="bot/a", Body=bytes(size))
+    copies().make([file_of_weights("a")], silent)
+    assert S3Artifacts(LOCKED).read("a") == (source / WEIGHTS).read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 100 << 20),
+    places=st.lists(st.floats(0, 0.999), max_size=6, unique=True),
+    part=st.sampled_from([5 << 20, 16 << 20, 1 << 30]),
+)
+def test_parts_cover_a_file_and_none_is_too_small_but_the_last(
+    size: int, places: list[float], part: int
+) -> None:
+    begins = sorted({int(place * size) // 4096 * 4096 for place in places})
+    patches = tuple((begin, bytes(min(4096, size - begin))) for begin in begins)
+    parts = parts_of(size, patches, part)
+    assert [one.start for one in parts] == [0, *(one.end for one in parts[:-1])]
+    assert parts[-1].end == size
+    assert all(one.end - one.start >= 5 << 20 for one in parts[:-1])
+    assert all(one.end > one.start for one in parts)
+    for begin, new in patches:
+        for one in parts:
+            if one.start < begin + len(new) and begin < one.end:
+                assert one.uploaded
+    assert sum(one.end - one.start for one in parts if one.uploaded) <= len(patches) * (11 << 20)
+
+
+def test_biases_that_differ_are_uploaded_with_as_little_around_them_as_s3_takes(server: S3Server) -> None:
+    data = np.random.default_rng(1).bytes(40 << 20)
+    store(server).put(WEIGHTS, data)
+    patches = ((12 << 20, b"some"), ((12 << 20) + 6, b"bias"), (30 << 20, b"other"))
+    made = copies()
+    made.source.files()
+    server.forget()
+    made.make([file_of_weights(WEIGHTS, patches=patches)], silent)
+    assert sum(passed.sent for passed in server.passed) < 11 << 20
+    assert server.read < 11 << 20
+    expected = bytearray(data)
+    for begin, new in patches:
+        expected[begin : begin + len(new)] = new
+    assert S3Artifacts(LOCKED).read(WEIGHTS) == expected
+
+
+def test_an_error_leaves_no_key_behind(server: S3Server) -> None:
     with pytest.raises(RuntimeError, match="disk full"), publish() as publication:  # noqa: PT012
         publication.put("MLmodel", b"x")
+        publication.put("MLmodel.source", b"y")
         publication.put("model/config.json", b"{}")
-        publication.copy_from(S3Artifacts(URI), WEIGHTS)
         raise RuntimeError("disk full")
     assert store(server).keys("locked") == set()
 
 
-@pytest.mark.parametrize("broken", ["partNumber=2", "MLmodel"])
-def test_a_copy_that_fails_leaves_no_key_and_no_upload_behind(
-    source: Path, server: S3Server, broken: str
-) -> None:
-    original = S3Artifacts(URI)
-    original.files()
-    server.fail("denied", method="PUT", containing=broken)
-    with (  # noqa: PT012
-        pytest.raises(SourceError, match="may not be accessed"),
-        publish(whole_copy_bytes=5 << 20, part_bytes=5 << 20) as publication,
-    ):
+def test_an_mlmodel_file_that_cannot_be_written_leaves_no_key_behind(server: S3Server) -> None:
+    server.fail("denied", method="PUT", containing="MLmodel")
+    with pytest.raises(SourceError, match="may not be accessed"), publish() as publication:  # noqa: PT012
         publication.put("MLmodel", b"x")
+        publication.put("MLmodel.source", b"y")
         publication.put("model/config.json", b"{}")
-        publication.copy_from(original, WEIGHTS)
+    assert store(server).keys("locked") == set()
+
+
+def test_a_copy_in_parts_that_fails_leaves_no_key_and_no_upload_behind(
+    source: Path, server: S3Server
+) -> None:
+    store(server).put("large", bytes(13 << 20))
+    server.fail("denied", method="PUT", containing="partNumber=2")
+    with pytest.raises(SourceError, match="may not be accessed"):
+        copies(whole_copy_bytes=5 << 20, part_bytes=5 << 20).make([file_of_weights(WEIGHTS, "large")], silent)
     assert store(server).keys("locked") == set()
     assert store(server).uploads("locked") == []
+
+
+@pytest.mark.parametrize("kind", ["busy", "denied"])
+def test_copies_that_were_made_before_a_failure_are_kept_and_not_made_again(
+    source: Path, server: S3Server, kind: str
+) -> None:
+    wanted = [file_of_weights(f"model/{number}") for number in range(7)]
+    server.fail(kind, method="PUT", after=3)
+    with pytest.raises(SourceError, match=r"being copied to s3://locked/bot") as info:
+        copies().make(wanted, silent)
+    assert "Doing it again goes on" in info.value.next_step
+    assert len(server.copies) == len(store(server).keys("locked")) == 3
+    server.faults.clear()
+    server.forget()
+    copies().make(wanted, silent)
+    assert len(server.copies) == 4
+    assert len(store(server).keys("locked")) == 7
 
 
 def test_a_folder_that_somebody_else_completed_is_not_deleted(server: S3Server) -> None:
@@ -333,11 +432,11 @@ def test_a_folder_that_somebody_else_completed_is_not_deleted(server: S3Server) 
 
 
 def test_a_source_that_changes_is_not_copied(source: Path, server: S3Server) -> None:
-    original = S3Artifacts(URI)
-    original.files()
+    made = copies()
+    made.source.files()
     store(server).put(WEIGHTS, bytes(100))
-    with pytest.raises(SourceError, match=r"changed after it was listed"), publish() as publication:
-        publication.copy_from(original, WEIGHTS)
+    with pytest.raises(SourceError, match=r"changed after it was listed"):
+        made.make([file_of_weights(WEIGHTS)], silent)
     assert store(server).keys("locked") == set()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mlflow_safelock.apply.checkpoint import unlock_checkpoint
 from mlflow_safelock.cli.main import main
 from tests.registries import (
     base_lock,
@@ -49,17 +52,19 @@ def stage(client: MlflowClient, version: int) -> None:
     client.transition_model_version_stage("bot", str(version), "Staging")
 
 
-def prepare(tmp_path: Path, version: int) -> dict[str, Any]:
-    from click.testing import CliRunner
-
-    done = CliRunner().invoke(
+def run_prepare(tmp_path: Path, version: int, form: str = "json") -> Result:
+    return CliRunner().invoke(
         main,
         [
-            *("prepare", f"models:/bot/{version}", "--format", "json"),
+            *("prepare", f"models:/bot/{version}", "--format", form),
             *("--registry-uri", f"safelock+sqlite:///{tmp_path}/registry.db"),
             *("--tracking-uri", f"sqlite:///{tmp_path}/tracking.db"),
         ],
     )
+
+
+def prepare(tmp_path: Path, version: int) -> dict[str, Any]:
+    done = run_prepare(tmp_path, version)
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -181,8 +186,6 @@ def test_a_newer_lock_needs_another_preparation(client: MlflowClient, tmp_path: 
 
 
 def test_what_a_promotion_would_refuse_is_not_prepared(client: MlflowClient, tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
     version = log_fine_tune("bot")
     location = folder_of(state_of(client, "bot", version)["location"])
     done = CliRunner().invoke(
@@ -200,52 +203,139 @@ def test_what_a_promotion_would_refuse_is_not_prepared(client: MlflowClient, tmp
     assert "safelock+sqlite" in wrong.output
 
 
-def test_on_s3_the_store_copies_the_weights_itself(
-    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with s3_server() as server:
-        components = _log_on_s3(server, monkeypatch)
-        version = int(client.search_model_versions("name='bot'")[0].version)
-        lock = base_lock(layers=2, heads=4, head_dim=32, hidden=128)
-        register_lock(lock)
-        size = sum(parameter.nbytes for parameter in components["model"].parameters())
-        server.passed.clear()
-        made = prepare(tmp_path, version)
-        through = sum(one.sent + one.received for one in server.passed)
-        assert made["location"].startswith("s3://")
-        projections = 2 * 128 * 128 * 4
-        assert size > 20_000_000
-        # Which parts the fingerprint samples differs from model to model, and with it what they overlap.
-        assert through < 2 * projections + 1_500_000 < 0.1 * size
-        stage(client, version)
-        loaded = mlflow.transformers.load_model("models:/bot/Staging").model
-        assert biases_of(loaded).keys() == expected_biases(components["model"], lock, 2.0).keys()
-        for layer, bias in expected_biases(components["model"], lock, 2.0).items():
-            np.testing.assert_allclose(biases_of(loaded)[layer], bias, rtol=1e-5, atol=1e-6)
-        assert torch.allclose(logits(loaded), pushed(components["model"], lock), atol=1e-5)
-
-
-def _log_on_s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A model whose weights are mostly something else than attention, logged to S3."""
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """S3, where the tests' experiment keeps its artifacts."""
     import boto3
 
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "MLFLOW_S3_ENDPOINT_URL": server.url,
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3", endpoint_url=server.url).create_bucket(Bucket="models")
-    mlflow.create_experiment("on s3", artifact_location="s3://models/artifacts")
-    mlflow.set_experiment("on s3")
+    with s3_server() as server:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "2",
+            "MLFLOW_S3_ENDPOINT_URL": server.url,
+        }.items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3", endpoint_url=server.url).create_bucket(Bucket="models")
+        mlflow.create_experiment("on s3", artifact_location="s3://models/artifacts")
+        mlflow.set_experiment("on s3")
+        yield server
+
+
+def download(location: str, to: Path) -> Path:
+    return Path(mlflow.artifacts.download_artifacts(location, dst_path=str(to)))
+
+
+@pytest.fixture
+def large(s3: S3Server) -> dict[str, Any]:
+    """A model on S3 whose weights are mostly something else than attention."""
     components = fine_tune(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=32,
         hidden_size=128,
-        intermediate_size=8192,
+        intermediate_size=32_768,
     )
     log_fine_tune("bot", components)
     return components
+
+
+def test_on_s3_the_store_copies_the_weights_itself(
+    client: MlflowClient, tmp_path: Path, s3: S3Server, large: dict[str, Any]
+) -> None:
+    lock = base_lock(layers=2, heads=4, head_dim=32, hidden=128)
+    register_lock(lock)
+    size = sum(parameter.nbytes for parameter in large["model"].parameters())
+    s3.forget()
+    made = prepare(tmp_path, 1)
+    assert sum(one.sent + one.received for one in s3.passed) < 0.03 * size
+    assert made["location"].startswith("s3://")
+    assert made["weights"] == {"model/model-00001-of-00001.safetensors": "copied by the store"}
+    assert "compared with the source's by size and by blocks" in made["check"]
+    stage(client, 1)
+    receipt = json.loads(mlflow.artifacts.load_text(f"{made['location']}/receipt.json"))
+    assert receipt["predicate"]["check"] == made["check"]
+    loaded = mlflow.transformers.load_model("models:/bot/Staging").model
+    assert biases_of(loaded).keys() == expected_biases(large["model"], lock, 2.0).keys()
+    for layer, bias in expected_biases(large["model"], lock, 2.0).items():
+        np.testing.assert_allclose(biases_of(loaded)[layer], bias, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(logits(loaded), pushed(large["model"], lock), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_was_made_on_s3_can_be_undone_byte_for_byte(
+    client: MlflowClient, tmp_path: Path, s3: S3Server, family: str
+) -> None:
+    # Larger than what is read of a file for its header, and than one part of a copy.
+    wide = {"llama": {"intermediate_size": 40_000}, "gpt2": {"n_inner": 40_000}}[family]
+    components = fine_tune(family, **wide)
+    log_fine_tune("bot", components)
+    lock = base_lock(**mlflow_geometry(components["model"]))
+    register_lock(lock)
+    source = download(client.get_model_version_download_uri("bot", "1"), tmp_path / "source")
+    s3.forget()
+    made = prepare(tmp_path, 1)
+    stage(client, 1)
+    locked = download(made["location"], tmp_path / "locked")
+    stock = AutoModelForCausalLM.from_pretrained(locked / "model")
+    assert torch.allclose(logits(stock), pushed(components["model"], lock), atol=1e-5)
+    unlock_checkpoint(locked / "model", tmp_path / "unlocked")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / "unlocked" / name).read_bytes() == (source / "model" / name).read_bytes()
+
+
+def test_a_preparation_that_was_cut_off_goes_on(
+    client: MlflowClient, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components = fine_tune(intermediate_size=2_000)
+    monkeypatch.setenv("MLFLOW_HUGGINGFACE_MODEL_MAX_SHARD_SIZE", "500KB")
+    log_fine_tune("bot", components)
+    register_lock(base_lock())
+    source = client.get_model_version_download_uri("bot", "1")
+    shards = [path for path in files_on_s3(source) if path.endswith(".safetensors")]
+    assert len(shards) >= 5
+    s3.forget()
+    s3.fail("busy", method="PUT", containing="-safelock", after=3)
+    done = run_prepare(tmp_path, 1)
+    assert done.exit_code == 1
+    assert "overloaded" in done.output
+    assert "Doing it again goes on" in done.output
+    assert len(s3.copies) == 3
+    with pytest.raises(MlflowException, match="not_prepared"):
+        stage(client, 1)
+    s3.faults.clear()
+    s3.forget()
+    made = prepare(tmp_path, 1)
+    assert len(s3.copies) == len(shards) - 3
+    assert len(made["weights"]) == len(shards)
+    stage(client, 1)
+
+
+def test_copies_that_are_not_the_source_are_never_a_model(
+    client: MlflowClient, tmp_path: Path, s3: S3Server
+) -> None:
+    import boto3
+
+    log_fine_tune("bot", fine_tune(intermediate_size=40_000))
+    register_lock(base_lock())
+    s3.fail("busy", method="PUT", containing="receipt.json")
+    assert run_prepare(tmp_path, 1).exit_code == 1
+    s3.faults.clear()
+    bucket = boto3.resource("s3", endpoint_url=s3.url).Bucket("models")
+    kept = [entry.Object() for entry in bucket.objects.all() if "-safelock/" in entry.key]
+    (copy,) = [found for found in kept if found.key.endswith("model-00001-of-00001.safetensors")]
+    copy.put(Body=bytes(copy.content_length), Metadata=copy.metadata)
+    done = run_prepare(tmp_path, 1)
+    assert done.exit_code == 1
+    assert "is not what the fine-tune is" in done.output
+    assert not [entry for entry in bucket.objects.all() if entry.key.endswith("-safelock/MLmodel")]
+    with pytest.raises(MlflowException, match="not_prepared"):
+        stage(client, 1)
+
+
+def files_on_s3(location: str) -> list[str]:
+    from mlflow_safelock.registry.s3 import S3Artifacts
+
+    return [file.path for file in S3Artifacts(location).files()]

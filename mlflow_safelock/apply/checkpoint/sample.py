@@ -16,9 +16,14 @@ def sampled_digest(path: Path) -> str:
     """
     size = path.stat().st_size
     digest = hashlib.sha256(size.to_bytes(8, "little"))
-    last = max(0, size - _SPAN_BYTES)
     with path.open("rb") as file:
-        for number in range(_SPANS):
-            file.seek(last * number // (_SPANS - 1))
-            digest.update(file.read(_SPAN_BYTES))
+        for start, length in sampled_spans(size):
+            file.seek(start)
+            digest.update(file.read(length))
     return digest.hexdigest()
+
+
+def sampled_spans(size: int) -> tuple[tuple[int, int], ...]:
+    """First byte and length of each span that the digest of a file of ``size`` bytes is made of."""
+    length = min(size, _SPAN_BYTES)
+    return tuple(((size - length) * number // (_SPANS - 1), length) for number in range(_SPANS))

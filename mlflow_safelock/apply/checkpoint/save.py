@@ -14,6 +14,7 @@ from mlflow_safelock.apply.checkpoint.card import locked_card
 from mlflow_safelock.apply.checkpoint.configuration import carrier_in_words, locked_values
 from mlflow_safelock.apply.checkpoint.confirmation import Verify, checked_verify, confirm
 from mlflow_safelock.apply.checkpoint.folder import check_destination, written_aside
+from mlflow_safelock.apply.checkpoint.progress import Meter, Progress, silent
 from mlflow_safelock.apply.checkpoint.record import write_record
 from mlflow_safelock.apply.checkpoint.report import CheckpointReport
 from mlflow_safelock.apply.checkpoint.sharing import own_file, way_of
@@ -35,6 +36,7 @@ def save_locked_checkpoint(
     *,
     verify: Verify = "auto",
     sharing: Literal["link", "copy"] = "link",
+    progress: Progress = silent,
 ) -> CheckpointReport:
     """Write a locked copy of a fine-tune that stock ``transformers`` loads, locked, from its folder alone.
 
@@ -57,6 +59,7 @@ def save_locked_checkpoint(
         sharing: ``link``: weights are shared as reflinks where the filesystem has them, else as hard links,
             else copied. A hard link is the same file: what is edited *in place* in one folder changes in the
             other. ``copy``: the folder is independent, and costs as much as the source.
+        progress: Is told how many bytes of the weights are in their place, and of how many.
 
     Returns:
         What was written, and how it was confirmed.
@@ -84,7 +87,8 @@ def save_locked_checkpoint(
     check_geometry(lock, source.geometry, str(source_folder))
     biases = biases_of(source, lock, strength)
     with written_aside(folder) as beside:
-        written = write_weights(source.weights, biases, beside, share)
+        meter = Meter("Weights", source.weights.size, progress)
+        written = write_weights(source.weights, biases, beside, share, meter.add)
         _write_small_files(source, lock, strength, beside)
         write_record(source, written, lock, strength, beside)
         confirmation = confirm(verify, source, written, biases, beside, lock, strength)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from mlflow_safelock.errors import CheckpointError
 
 Sharing = Literal["reflink", "hard link", "copy"]
 """How a file came to its second place."""
 
-_CHUNK = 1 << 30
+_CHUNK = 64 << 20
+_CHUNK_IN_MEMORY = 1 << 20
 _FICLONE = 0x40049409
 # What the kernel answers where it cannot share, as opposed to a disk that is full or broken.
 _CANNOT_SHARE = frozenset(
@@ -38,35 +38,47 @@ _CANNOT_SHARE = frozenset(
 )
 
 
-def share_file(source: Path, destination: Path) -> Sharing:
-    """Give a file a second place: by reflink, else by hard link, else by copying it.
+class Way(Protocol):
+    """Gives a file a second place."""
 
-    Args:
-        source: The file. Where it is a symbolic link, the file that it leads to.
-        destination: Where it goes; nothing may be there.
-    """
+    def __call__(self, source: Path, destination: Path, moved: Callable[[int], None] = ...) -> Sharing:
+        """Do it.
+
+        Args:
+            source: The file. Where it is a symbolic link, the file that it leads to.
+            destination: Where it goes; nothing may be there.
+            moved: Is told of bytes that are there, now and then.
+        """
+
+
+def _ignore(_count: int) -> None:
+    pass
+
+
+def share_file(source: Path, destination: Path, moved: Callable[[int], None] = _ignore) -> Sharing:
+    """Give a file a second place: by reflink, else by hard link, else by copying it."""
     real = source.resolve(strict=True)
     destination.parent.mkdir(exist_ok=True)
     if _reflinked(real, destination):
+        moved(real.stat().st_size)
         return "reflink"
     if _hard_linked(real, destination):
+        moved(real.stat().st_size)
         return "hard link"
-    return _copied(real, destination)
+    return _copied(real, destination, moved)
 
 
-def own_file(source: Path, destination: Path) -> Sharing:
-    """Give a file a second place that may be written to without touching the first: by reflink, or a copy.
-
-    Args:
-        source: The file. Where it is a symbolic link, the file that it leads to.
-        destination: Where it goes; nothing may be there.
-    """
+def own_file(source: Path, destination: Path, moved: Callable[[int], None] = _ignore) -> Sharing:
+    """Give a file a second place that may be written to without touching the first: by reflink, or a copy."""
     real = source.resolve(strict=True)
     destination.parent.mkdir(exist_ok=True)
-    return "reflink" if _reflinked(real, destination) else _copied(real, destination)
+    if _reflinked(real, destination):
+        moved(real.stat().st_size)
+        return "reflink"
+    return _copied(real, destination, moved)
 
 
-def way_of(sharing: str) -> Callable[[Path, Path], Sharing]:
+def way_of(sharing: str) -> Way:
     """How files are put into another folder.
 
     Raises:
@@ -103,28 +115,50 @@ def _hard_linked(source: Path, destination: Path) -> bool:
     return True
 
 
-def _copied(source: Path, destination: Path) -> Sharing:
+def _copied(source: Path, destination: Path, moved: Callable[[int], None]) -> Sharing:
+    """Copy a file; where it has holes, so has the copy."""
     with source.open("rb") as reader, destination.open("xb") as writer:
-        if not _copied_by_the_kernel(reader.fileno(), writer.fileno()):
-            shutil.copyfileobj(reader, writer, 1 << 20)
+        size = os.fstat(reader.fileno()).st_size
+        writer.truncate(size)
+        place = 0
+        for begin, end in _stretches(reader.fileno(), size):
+            moved(begin - place)
+            place = begin
+            while place < end:
+                step = _copied_some(reader.fileno(), writer.fileno(), place, min(_CHUNK, end - place))
+                if step == 0:
+                    raise OSError("the source became shorter while it was copied")
+                place += step
+                moved(step)
+        moved(size - place)
+        if os.fstat(reader.fileno()).st_size < size:  # what is gone would pass for a hole
+            raise OSError("the source became shorter while it was copied")
     return "copy"
 
 
-def _copied_by_the_kernel(reader: int, writer: int) -> bool:
-    """Copy without taking the bytes through this process. False where the kernel does not do that."""
-    copied = 0
-    size = os.fstat(reader).st_size
-    while hasattr(os, "copy_file_range") and copied < size:
+def _stretches(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a file holds bytes, and no holes; all of it where the filesystem does not say."""
+    end = 0
+    while end < size:
         try:
-            step = os.copy_file_range(reader, writer, min(_CHUNK, size - copied))
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", None) != errno.ENXIO:  # there is nothing but a hole
+                yield end, size
+            return
+        yield begin, min(end, size)
+
+
+def _copied_some(reader: int, writer: int, place: int, count: int) -> int:
+    """Copy some bytes, by the kernel where it does that; how many they were."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(reader, writer, count, place, place)
         except OSError as error:
-            if copied == 0 and error.errno in _CANNOT_SHARE:
-                return False
-            raise
-        if step == 0:
-            raise OSError("the source became shorter while it was copied")
-        copied += step
-    return copied == size
+            if error.errno not in _CANNOT_SHARE:
+                raise
+    return os.pwrite(writer, os.pread(reader, min(count, _CHUNK_IN_MEMORY), place), place)
 
 
-_WAYS: Mapping[str, Callable[[Path, Path], Sharing]] = {"link": share_file, "copy": own_file}
+_WAYS: Mapping[str, Way] = {"link": share_file, "copy": own_file}

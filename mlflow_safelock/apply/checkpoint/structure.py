@@ -7,7 +7,7 @@ that is accepted and ignored, as GLM's is, shows there. The rest is bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,8 +46,9 @@ def confirm_by_structure(
     Raises:
         CheckpointError: It is not as it should be.
     """
+    is_same = []
     for file in written:
-        _compare_file(source.layout.model / file.source, folder / file.name, file.patches)
+        is_same.append(_compare_file(source.layout.model / file.source, folder / file.name, file.patches))
         _compare_headers(source.layout.model / file.source, folder / file.name)
     found = read_weights(folder)
     _compare_names(source.weights, found, biases)
@@ -57,19 +58,37 @@ def confirm_by_structure(
     _check_places(folder, {name: tuple(bias.shape) for name, bias in everything.items()})
     return Confirmation(
         kind="structure",
-        check=(
-            "structure, not loaded: every tensor compared byte for byte with the source's, the biases with "
-            f"those computed; headers and index checked; transformers {transformers.__version__} builds a "
-            "model with a place for every bias"
-        ),
+        check=structure_in_words(_comparison(is_same)),
         max_logit_difference=None,
         max_logit_change=None,
     )
 
 
-def _compare_file(source: Path, locked: Path, patches: tuple[Patch, ...]) -> None:
+def structure_in_words(weights: str) -> str:
+    """The check in words.
+
+    Args:
+        weights: How the files of weights were compared with the source's.
+    """
+    return (
+        f"structure, not loaded: {weights}; biases are those computed; headers and index checked; "
+        f"transformers {transformers.__version__} builds a model with a place for every bias"
+    )
+
+
+def _comparison(is_same: Sequence[bool]) -> str:
+    own, compared = "the source's own (hard links)", "compared byte for byte with the source's"
+    if all(is_same):
+        return f"files of weights are {own}"
+    if not any(is_same):
+        return f"files of weights {compared}"
+    return f"{sum(is_same)} files of weights are {own}, {len(is_same) - sum(is_same)} {compared}"
+
+
+def _compare_file(source: Path, locked: Path, patches: tuple[Patch, ...]) -> bool:
+    """Compare two files but for the patches; whether it is one file under two names, and so the same."""
     if source.samefile(locked):
-        return
+        return True
     size = source.stat().st_size
     starts = [0, *(patch.end for patch in patches)]
     ends = [*(patch.begin for patch in patches), size]
@@ -89,6 +108,7 @@ def _compare_file(source: Path, locked: Path, patches: tuple[Patch, ...]) -> Non
             f"{locked.name} is not what {source} is.",
             next_step="Check the disk, and lock the fine-tune again.",
         )
+    return False
 
 
 def _compare_headers(source: Path, locked: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from mlflow_safelock.apply.checkpoint.record import (
     read_record,
 )
 from mlflow_safelock.apply.checkpoint.sample import sampled_digest
-from mlflow_safelock.apply.checkpoint.sharing import Sharing, own_file, way_of
+from mlflow_safelock.apply.checkpoint.sharing import Way, own_file, way_of
 from mlflow_safelock.apply.checkpoint.writing import write_over
 from mlflow_safelock.errors import CheckpointError
 
@@ -70,13 +69,11 @@ def unlock_checkpoint(
     return UnlockReport(folder, files, record.lock, record.alpha)
 
 
-def _write_weights(
-    weights: RecordedWeights, locked: Path, folder: Path, share: Callable[[Path, Path], Sharing]
-) -> None:
+def _write_weights(weights: RecordedWeights, locked: Path, folder: Path, share: Way) -> None:
     source, path = locked / weights.locked_name, folder / weights.name
     if not source.is_file():
         raise CheckpointError(f"{source} is missing.", next_step="Copy the locked checkpoint again.")
-    place = own_file if weights.changed else share
+    place: Way = own_file if weights.changed else share
     place(source, path)
     for change in weights.changed:
         write_over(path, change.begin, _bytes(change.before, source))

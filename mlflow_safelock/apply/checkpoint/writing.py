@@ -21,7 +21,7 @@ from safetensors.torch import save
 from mlflow_safelock.apply.checkpoint.biases import Biases
 from mlflow_safelock.apply.checkpoint.header import read_header
 from mlflow_safelock.apply.checkpoint.layout import BIAS_FILE
-from mlflow_safelock.apply.checkpoint.sharing import Sharing, own_file
+from mlflow_safelock.apply.checkpoint.sharing import Sharing, Way, own_file
 from mlflow_safelock.apply.checkpoint.weights import INDEX_FILE, SINGLE_FILE, StoredWeights
 from mlflow_safelock.errors import CheckpointError
 
@@ -64,7 +64,7 @@ class WrittenFile:
 
 
 def write_weights(
-    weights: StoredWeights, biases: Biases, folder: Path, share: Callable[[Path, Path], Sharing]
+    weights: StoredWeights, biases: Biases, folder: Path, share: Way, moved: Callable[[int], None]
 ) -> tuple[WrittenFile, ...]:
     """Put the weights into ``folder`` with the biases added.
 
@@ -76,6 +76,7 @@ def write_weights(
         biases: What is added and replaced.
         folder: The new checkpoint.
         share: Gives a file that does not change its place in the new checkpoint.
+        moved: Is told of bytes that are there, now and then.
 
     Returns:
         The source's files, as they are in the new checkpoint.
@@ -90,8 +91,8 @@ def write_weights(
     changed = {weights.tensors[name].file for name in biases.replaced}
     written = []
     for source, name in names.items():
-        place = own_file if source in changed else share
-        sharing = place(weights.folder / source, folder / name)
+        place: Way = own_file if source in changed else share
+        sharing = place(weights.folder / source, folder / name, moved)
         replaced = {
             tensor: bias for tensor, bias in biases.replaced.items() if weights.tensors[tensor].file == source
         }
