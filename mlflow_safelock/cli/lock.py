@@ -9,10 +9,12 @@ import click
 
 from mlflow_safelock.cli.command import CONTEXT_SETTINGS, Command, Group
 from mlflow_safelock.cli.delivery import deliver, register_lock
+from mlflow_safelock.cli.guarded import open_guarded, version_of
 from mlflow_safelock.cli.lock_report import lock_facts, show_lock
 from mlflow_safelock.cli.models import geometry_of, is_mlflow_model, load_lock_reference
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options, output_file_option
 from mlflow_safelock.cli.output import announce, facts_table, show_json, show_lines, show_table
+from mlflow_safelock.cli.unlock import reason_option
 from mlflow_safelock.errors import LockMismatchError, RecipeError
 
 if TYPE_CHECKING:
@@ -177,6 +179,33 @@ def enroll(
     bare = _load(reference, mlflow_address)
     announce(f"Reading {base}")
     deliver(enrolled(bare, base), output, mlflow_address if register else None, form)
+
+
+@lock.command(
+    cls=Command,
+    short_help="Say that a registered lock may not be applied any more.",
+    examples=(
+        "safelock lock revoke models:/safelock.org--base/1 --reason 'forged from the wrong pairs' \\",
+        "    --registry-uri safelock+postgresql://mlflow@db/mlflow",
+    ),
+)
+@click.argument("version", metavar="URI", callback=version_of)
+@reason_option
+@format_option
+@mlflow_options
+def revoke(version: tuple[str, int], reason: str, form: str, mlflow_address: MlflowAddress) -> None:
+    """Put on record that the lock at URI may not be applied any more.
+
+    No promotion applies it from then on, under whatever version it is registered again. What runs it already
+    goes on, with a warning in the log, or is refused, as the policy says (lock: revoked). It cannot be taken
+    back. This works on the registry's own database (--registry-uri safelock+...), not through a server.
+    """
+    name, number = version
+    revoked = open_guarded(mlflow_address).revoke_lock(name, number, reason)
+    if form == "json":
+        show_json(revoked.model_dump(mode="json"))
+    else:
+        show_lines(f"Revoked models:/{name}/{number}", f"digest     {revoked.digest}")
 
 
 @lock.command(

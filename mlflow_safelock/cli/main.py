@@ -10,10 +10,13 @@ from mlflow_safelock.cli.compare import compare
 from mlflow_safelock.cli.demo import demo
 from mlflow_safelock.cli.export import export
 from mlflow_safelock.cli.forge import forge
+from mlflow_safelock.cli.ledger import ledger
 from mlflow_safelock.cli.lock import lock
+from mlflow_safelock.cli.policy import policy
 from mlflow_safelock.cli.prepare import prepare
 from mlflow_safelock.cli.recipes import recipes
 from mlflow_safelock.cli.run import run
+from mlflow_safelock.cli.unlock import undo, unlock
 
 
 @click.group(
@@ -41,5 +44,8 @@ def main() -> None:
     """
 
 
-for _command in (demo, forge, lock, compare, prepare, export, audit, recipes, run):
+for _command in (
+    *(demo, forge, lock, compare, prepare, export, undo),
+    *(policy, audit, ledger, unlock, recipes, run),
+):
     main.add_command(_command)

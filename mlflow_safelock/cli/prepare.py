@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 
 import click
 
 from mlflow_safelock.cli.command import Command
+from mlflow_safelock.cli.guarded import open_guarded, version_of
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
 from mlflow_safelock.cli.output import (
     announce,
@@ -18,16 +18,6 @@ from mlflow_safelock.cli.output import (
     show_lines,
     show_table,
 )
-from mlflow_safelock.errors import SourceError
-
-_VERSION = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>[0-9]+)")
-
-
-def _version(_context: click.Context, _parameter: click.Parameter, uri: str) -> tuple[str, int]:
-    found = _VERSION.fullmatch(uri)
-    if found is None:
-        raise click.BadParameter(f"{uri!r} is not of the form models:/name/3.")
-    return found["name"], int(found["version"])
 
 
 @click.command(
@@ -39,7 +29,7 @@ def _version(_context: click.Context, _parameter: click.Parameter, uri: str) -> 
         "    --artifacts-destination s3://bucket/mlflow",
     ),
 )
-@click.argument("version", metavar="URI", callback=_version)
+@click.argument("version", metavar="URI", callback=version_of)
 @click.option(
     "--artifacts-destination",
     metavar="URI",
@@ -62,21 +52,11 @@ def prepare(
     """
     name, number = version
     announce(f"Preparing {name} version {number}")
-    import mlflow
-
-    mlflow_address.connect()
-    registry_uri = mlflow.get_registry_uri()
-    if not registry_uri.startswith("safelock+"):
-        raise SourceError(
-            f"The registry at {registry_uri} is not one that safelock guards in this process.",
-            next_step="Give the database with --registry-uri safelock+sqlite:///... or safelock+postgresql://...",
-        )
     from mlflow_safelock.registry.artifacts import DESTINATION_VARIABLE
-    from mlflow_safelock.registry.stores import open_store
 
     if artifacts_destination is not None:
         os.environ[DESTINATION_VARIABLE] = artifacts_destination
-    store = open_store(registry_uri, mlflow.get_tracking_uri())
+    store = open_guarded(mlflow_address)
     with moving() as progress:
         made = store.prepare(name, number, progress)
     written = made.written

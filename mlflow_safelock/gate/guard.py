@@ -65,7 +65,7 @@ class Guard:
                 "not_locked",
                 f"{name!r} version {version} is in {where}, and what it serves did not pass the gate: "
                 + _difference(decision, found),
-                next_step="Promote it again, which locks it, or take it out: safelock reconcile does either.",
+                next_step="Promote it again, which locks it, or take it out of there.",
             ),
         )
 

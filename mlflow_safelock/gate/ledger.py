@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import rfc8785
 import sqlalchemy as sa
@@ -139,7 +140,8 @@ def append(session: Session, entry: LedgerEntry) -> None:
         sa.select(TABLE.c.sequence, TABLE.c.digest).order_by(TABLE.c.sequence.desc()).limit(1)
     ).one_or_none()
     sequence, previous = (last.sequence + 1, last.digest) if last else (1, GENESIS)
-    body = rfc8785.dumps(entry.model_dump(mode="json"))
+    values = entry.model_dump(mode="json")
+    body = rfc8785.dumps(values)
     session.execute(
         TABLE.insert().values(
             sequence=sequence,
@@ -147,7 +149,7 @@ def append(session: Session, entry: LedgerEntry) -> None:
             event=entry.event,
             model=entry.model,
             version=entry.version,
-            location_key=_key_of(entry),
+            location_key=_key_in(values),
             previous=previous,
             digest=row_digest(previous, body),
             body=body.decode(),
@@ -216,6 +218,72 @@ def entries(session: Session) -> Iterator[LedgerEntry]:
         yield _entry(row)
 
 
+def last_entries(session: Session, limit: int, model: str | None = None) -> list[tuple[int, LedgerEntry]]:
+    """The last rows with their numbers, newest first; of one registered model where it is named.
+
+    Raises:
+        LedgerError: A row's body is not what its digest says.
+    """
+    chosen = sa.select(TABLE).order_by(TABLE.c.sequence.desc()).limit(limit)
+    if model is not None:
+        chosen = chosen.where(TABLE.c.model == model)
+    return [(row.sequence, _entry(row)) for row in session.execute(chosen)]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A ledger whose rows all fit.
+
+    Attributes:
+        rows: How many there are.
+        head: Digest of the last row, which stands for all of them.
+    """
+
+    rows: int
+    head: str
+
+
+def verify_chain(connection: sa.Connection) -> Chain:
+    """Walk the whole ledger in order.
+
+    Raises:
+        LedgerError: A row was edited, removed or reordered; the message names the first that does not fit.
+    """
+    rows, head = 0, GENESIS
+    streamed = connection.execution_options(yield_per=1000)
+    for row in streamed.execute(sa.select(TABLE).order_by(TABLE.c.sequence)):
+        rows += 1
+        body = row.body.encode()
+        if row.sequence != rows:
+            raise _broken(rows, f"row {rows} is missing, and the next one is {row.sequence}")
+        if row.previous != head:
+            raise _broken(rows, "it is not chained to the row before it")
+        if row_digest(row.previous, body) != row.digest:
+            raise _broken(rows, "its body is not what its digest says")
+        values = json.loads(body)
+        columns = row.workspace, row.event, row.model, row.version
+        if columns != tuple(values[name] for name in ("workspace", "event", "model", "version")):
+            raise _broken(rows, "its columns do not say what its body says")
+        if row.location_key != _key_in(values):
+            raise _broken(rows, "it is looked up by something else than its body says")
+        head = row.digest
+    return Chain(rows, head)
+
+
+def _broken(sequence: int, what: str) -> LedgerError:
+    return LedgerError(
+        f"The ledger does not hold from row {sequence} on: {what}.",
+        next_step="Restore the table from a backup, and find out who can write to the database.",
+    )
+
+
+def _key_in(values: dict[str, Any]) -> str | None:
+    """What a row is looked up by: a promotion by its locked model's place, a revocation by its lock."""
+    if values["event"] == "revoked" and values["lock"]:
+        return _key(values["lock"]["digest"])
+    return _key(values["location"]) if values["location"] else None
+
+
 def _entry(row: sa.Row[tuple[object, ...]]) -> LedgerEntry:
     body = row.body.encode()
     if row_digest(row.previous, body) != row.digest:
@@ -227,13 +295,6 @@ def _entry(row: sa.Row[tuple[object, ...]]) -> LedgerEntry:
         return LedgerEntry.model_validate(json.loads(body), strict=True)
     except ValidationError as error:
         raise LedgerError(f"Row {row.sequence} of the ledger is not one that this version reads.") from error
-
-
-def _key_of(entry: LedgerEntry) -> str | None:
-    """What a row is looked up by: a promotion by its locked model's place, a revocation by its lock."""
-    if entry.event == "revoked" and entry.lock is not None:
-        return _key(entry.lock.digest)
-    return _key(entry.location) if entry.location else None
 
 
 def _key(text: str) -> str:

@@ -34,7 +34,16 @@ EACH = pytest.mark.parametrize("path", ALL, ids=" ".join)
 def test_the_commands_are_these() -> None:
     assert {" ".join(path) for path in ALL} == {
         *("demo", "forge", "compare", "prepare", "export", "audit", "recipes", "run"),
-        *("lock", "lock enroll", "lock import", "lock inspect", "lock register", "lock verify"),
+        *(
+            "lock",
+            "lock enroll",
+            "lock import",
+            "lock inspect",
+            "lock register",
+            "lock revoke",
+            "lock verify",
+        ),
+        *("policy", "policy check", "ledger", "ledger show", "ledger verify", "unlock", "undo"),
     }
 
 
