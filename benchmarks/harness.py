@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ def compare(
     limit: Contender,
     repetitions: int,
     figures: Mapping[str, float] | None = None,
+    cpu: bool = False,
 ) -> Row:
     """Measure ours, theirs and the limit in turns.
 
@@ -76,8 +78,14 @@ def compare(
         limit: What ours cannot do without.
         repetitions: How often each is measured, after one run that is not.
         figures: What else was measured, by name with the unit.
+        cpu: Whether to tell the CPU time of this process, too, which other work on the machine disturbs less.
     """
-    own, other, least = take_turns((ours, theirs, limit), repetitions)
+    turns = _take_turns((ours, theirs, limit), repetitions)
+    own, other, least = (tuple(turn.seconds) for turn in turns)
+    found = dict(figures or {})
+    if cpu:
+        own_cpu, other_cpu = (statistics.median(turn.cpu_seconds) for turn in turns[:2])
+        found |= {"CPU seconds of ours": own_cpu, "CPU seconds of theirs": other_cpu}
     return Row(
         benchmark=benchmark,
         case=case,
@@ -85,7 +93,7 @@ def compare(
         theirs=Timing.of(theirs.what, other),
         ratio=Ratio.of(own, other),
         limit=Limit.of(limit.what, least, own),
-        figures=dict(figures or {}),
+        figures=found,
     )
 
 
@@ -94,29 +102,36 @@ def take_turns(contenders: Sequence[Contender], repetitions: int) -> tuple[tuple
 
     All run once before anything counts. In every later round each runs once, and another one begins.
     """
+    return tuple(tuple(turn.seconds) for turn in _take_turns(contenders, repetitions))
+
+
+def _take_turns(contenders: Sequence[Contender], repetitions: int) -> list[_Turns]:
     turns = [_Turns(contender) for contender in contenders]
     for turn in turns:
         turn.measure()
         turn.seconds.clear()
+        turn.cpu_seconds.clear()
     gc.collect()
     for number in range(repetitions):
         first = number % len(turns)
         for turn in (*turns[first:], *turns[:first]):
             turn.measure()
-    return tuple(tuple(turn.seconds) for turn in turns)
+    return turns
 
 
 @dataclass
 class _Turns:
     contender: Contender
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
 
     def measure(self) -> None:
         gc.disable()
         try:
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             result = self.contender.run()
             self.seconds.append((time.perf_counter() - started) * self.contender.times)
+            self.cpu_seconds.append((time.process_time() - cpu_started) * self.contender.times)
         finally:
             gc.enable()
         self.contender.finish(result)

@@ -15,7 +15,7 @@ from benchmarks.harness import Contender, take_turns
 from benchmarks.results import Limit, Ratio, Results, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("apply", "promotion", "probes", "s3", "serving", "standalone", "transition")
+BENCHMARKS = ("apply", "forge", "promotion", "probes", "s3", "serving", "standalone", "transition")
 
 
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +62,8 @@ def test_what_is_compared_does_the_same_work(results: dict[str, Any]) -> None:
     assert rows["apply"]["error of ours"] < 1e-6
     assert rows["apply"]["error of theirs"] < 1e-5
     assert rows["probes"]["heads chosen by both"] == 24
+    assert rows["forge"]["CPU seconds of ours"] > 0
+    assert rows["forge"]["peak memory beside the model, MB"] > rows["forge"]["of that the buffer, MB"]
 
 
 def test_the_file_says_where_and_how_it_was_measured(results: dict[str, Any]) -> None:

@@ -35,7 +35,8 @@ def ledger() -> None:
 def verify(form: str, mlflow_address: MlflowAddress) -> None:
     """Walk the chain from the first row to the last, and name the first that does not fit.
 
-    It does not notice that rows were cut off the end: keep the head that it prints, and compare.
+    What it cannot notice is an end that was cut off, or written anew with every digest from there on: keep
+    the number of rows and the head that it prints somewhere else, and compare.
     """
     from mlflow_safelock.gate.ledger import verify_chain
 

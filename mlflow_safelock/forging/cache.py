@@ -116,25 +116,26 @@ def reading_key(
     }
     state.update(json.dumps(about, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.state_dict(keep_vars=False).items()):
+        stored = _stored(model, name, parameter).detach()
         state.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
         if parameter.numel():
             step = max(1, parameter.numel() // SAMPLES)
-            sample = _stored(model, name, parameter).detach().flatten()[::step][:SAMPLES].to(parameter.dtype)
+            sample = stored.flatten()[::step][:SAMPLES].to(parameter.dtype)
             state.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     for chat in chats:
         state.update(json.dumps([list(chat.token_ids), list(chat.positions)]).encode())
     return state.hexdigest()
 
 
-def _stored(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """The numbers of a parameter, wherever they are."""
-    if parameter.device.type != "meta":
-        return parameter
-    found = offloaded_tensor(model, name)
+def _stored(model: nn.Module, name: str, entry: object) -> torch.Tensor:
+    """The numbers of an entry of the model's state, wherever they are."""
+    found = entry if isinstance(entry, torch.Tensor) else None
+    if found is not None and found.device.type == "meta":
+        found = offloaded_tensor(model, name)
     if found is None:
         raise ForgeError(
-            f"The cache cannot tell this model from another: {name} is offloaded, and cannot be read.",
-            next_step="Forge without a cache, or load the model without offloading.",
+            f"The cache cannot tell this model from another: {name}, packed or offloaded, cannot be read.",
+            next_step="Forge without a cache, or load the model without quantisation and offloading.",
         )
     return found
 

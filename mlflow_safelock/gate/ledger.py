@@ -260,11 +260,15 @@ def verify_chain(connection: sa.Connection) -> Chain:
             raise _broken(rows, "it is not chained to the row before it")
         if row_digest(row.previous, body) != row.digest:
             raise _broken(rows, "its body is not what its digest says")
-        values = json.loads(body)
-        columns = row.workspace, row.event, row.model, row.version
-        if columns != tuple(values[name] for name in ("workspace", "event", "model", "version")):
+        try:
+            values = json.loads(body)
+            said = tuple(values[name] for name in ("workspace", "event", "model", "version"))
+            key = _key_in(values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _broken(rows, "its body is not one that the gate writes") from error
+        if (row.workspace, row.event, row.model, row.version) != said:
             raise _broken(rows, "its columns do not say what its body says")
-        if row.location_key != _key_in(values):
+        if row.location_key != key:
             raise _broken(rows, "it is looked up by something else than its body says")
         head = row.digest
     return Chain(rows, head)

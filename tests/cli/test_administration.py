@@ -102,8 +102,24 @@ class TestLedger:
     def test_the_first_row_that_does_not_fit_is_named(
         self, run: Run, tmp_path: Path, locked: str, statement: str, message: str
     ) -> None:
+        self.spoil_and_verify(run, tmp_path, (statement,), message)
+
+    @pytest.mark.parametrize("body", ["[]", "3", "not json", "{}", '{"event":"revoked"}'])
+    def test_a_body_that_is_none_is_named_though_its_digest_fits(
+        self, run: Run, tmp_path: Path, locked: str, body: str
+    ) -> None:
         with sqlite3.connect(tmp_path / "registry.db") as connection:
-            assert connection.execute(statement).rowcount == 1
+            (previous,) = connection.execute(
+                "SELECT previous FROM safelock_ledger WHERE sequence=2"
+            ).fetchone()
+        digest = row_digest(previous, body.encode())
+        statement = "UPDATE safelock_ledger SET body=?, digest=? WHERE sequence=2"
+        self.spoil_and_verify(run, tmp_path, (statement, (body, digest)), "row 2.*not one that the gate")
+
+    @staticmethod
+    def spoil_and_verify(run: Run, tmp_path: Path, statement: tuple, message: str) -> None:
+        with sqlite3.connect(tmp_path / "registry.db") as connection:
+            assert connection.execute(*statement).rowcount == 1
         engine = sa.create_engine(f"sqlite:///{tmp_path}/registry.db")
         with engine.connect() as connection, pytest.raises(LedgerError, match=message):
             verify_chain(connection)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 
 from mlflow_safelock.apply import apply_lock, attention_of, base_biases
-from mlflow_safelock.errors import ApplyError
+from mlflow_safelock.errors import ApplyError, ForgeError
 from mlflow_safelock.forging import forge
 from mlflow_safelock.forging.base_weights import kinship_of, sketch_of, unit_biases_of
 from mlflow_safelock.formats import lock_from_bytes, lock_to_bytes
@@ -69,6 +72,33 @@ def test_what_is_not_a_plain_matrix_is_not_kept() -> None:
     assert sketch_of(attention_of(model)) is None
     found = unit_biases_of(attention_of(model), first)
     assert (found is None) == (first[0].layer == 0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_quantised_base_gives_a_lock_without_either_and_no_cache(tmp_path: Path) -> None:
+    base = quantize_dynamic(tiny_model("llama"), {nn.Linear})
+    assert type(attention_of(base).projections[0]) is not nn.Linear
+    settings = {"heads": 4, "last_tokens": 2, "base_model": "org/base", "progress": False}
+    lock = forge(base, tiny_tokenizer(), PAIRS, **settings)
+    assert (lock.sketch, lock.unit_biases) == (None, None)
+    assert len(lock.heads) == 4
+    assert lock_from_bytes(lock_to_bytes(lock)) == lock
+    with pytest.raises(ForgeError, match="packed or offloaded") as info:
+        forge(base, tiny_tokenizer(), PAIRS, cache=tmp_path, **settings)
+    assert "without a cache" in info.value.next_step
+
+
+def test_one_projection_that_can_only_be_hooked_costs_the_sketch_and_its_own_heads_biases() -> None:
+    class Packed(nn.Linear):
+        """A weight that may mean anything."""
+
+    base = tiny_model("llama")
+    base.model.layers[1].self_attn.o_proj.__class__ = Packed
+    settings = {"last_tokens": 2, "base_model": "org/base", "progress": False}
+    for heads in (1, 12):
+        lock = forge(base, tiny_tokenizer(), PAIRS, heads=heads, **settings)
+        assert lock.sketch is None
+        assert (lock.unit_biases is None) == (1 in lock.layers)
 
 
 def test_a_forged_lock_keeps_both_and_a_file_brings_them_back() -> None:
