@@ -14,6 +14,7 @@ from mlflow_safelock.cli.lock import lock
 from mlflow_safelock.cli.prepare import prepare
 from mlflow_safelock.cli.recipes import recipes
 from mlflow_safelock.cli.run import run
+from mlflow_safelock.cli.undo import undo
 
 
 @click.group(
@@ -41,5 +42,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, forge, lock, compare, prepare, export, audit, recipes, run):
+for _command in (demo, forge, lock, compare, prepare, export, undo, audit, recipes, run):
     main.add_command(_command)
