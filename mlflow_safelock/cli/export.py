@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.models import fetch_mlflow_model
-from mlflow_safelock.cli.options import MlflowAddress, mlflow_options
-from mlflow_safelock.cli.output import announce, facts_table, show_lines, show_table
+from mlflow_safelock.cli.options import MlflowAddress, mlflow_options, new_folder
+from mlflow_safelock.cli.output import announce, facts_table, in_words, moving, show_lines, show_table
 from mlflow_safelock.errors import SourceError
-
-if TYPE_CHECKING:
-    from mlflow_safelock.flavors.overlay import Overlay
-
-
-def _not_there_yet(_context: click.Context, _parameter: click.Parameter, path: Path) -> Path:
-    if path.exists():
-        raise click.BadParameter(f"{path} exists already; name a new folder.")
-    return path
 
 
 @click.command(
@@ -37,7 +27,7 @@ def _not_there_yet(_context: click.Context, _parameter: click.Parameter, path: P
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    callback=_not_there_yet,
+    callback=new_folder,
     help="Folder to write; it must not exist.",
 )
 @click.option(
@@ -52,37 +42,17 @@ def export(uri: str, output: Path, source: Path | None, mlflow_address: MlflowAd
 
     URI is that of a locked version: models:/name/Staging, models:/name@champion, models:/name/3. Lock and
     alpha are those of its receipt; the fine-tune is fetched and compared with the receipt's fingerprint; the
-    folder is loaded once with stock transformers and compared before it counts as written.
+    folder is loaded once with stock transformers and compared before it counts as written. Of a version that
+    is a standalone model already, the folder is taken as it is, once it is what its receipt says.
     """
     announce(f"Fetching {uri}")
-    from mlflow_safelock.apply import save_locked_checkpoint
-    from mlflow_safelock.flavors.locked_model import fetch_source
-
     mlflow_address.connect()
-    overlay = _read_locked(uri)
-    fine_tune = fetch_source(overlay, None if source is None else str(source))
-    predicate = overlay.receipt.predicate
-    announce(f"Writing {output}, and comparing what stock transformers makes of it")
-    report = save_locked_checkpoint(fine_tune, output, overlay.lock, predicate.alpha)
-    show_table(
-        facts_table(
-            "Exported",
-            [
-                ("folder", report.folder),
-                ("files", ", ".join(report.files)),
-                ("left out", ", ".join(report.left_out)),
-                ("carrier", report.carrier),
-                ("layers with a bias", report.biases),
-                ("base model", predicate.lock.base_model),
-                ("lock", report.lock),
-                ("alpha", report.alpha),
-                ("receipt", overlay.receipt.digest),
-                ("check", report.check),
-                ("largest logit difference", report.max_logit_difference),
-                ("largest change by the lock", report.max_logit_change),
-            ],
-        )
-    )
+    folder = fetch_mlflow_model(uri)
+    if _is_standalone(folder, uri):
+        facts = _export_standalone(folder, output, source)
+    else:
+        facts = _export_overlay(folder, output, source)
+    show_table(facts_table("Exported", facts))
     show_lines(
         "",
         "Serve it with software that knows nothing of locks:",
@@ -91,15 +61,72 @@ def export(uri: str, output: Path, source: Path | None, mlflow_address: MlflowAd
     )
 
 
-def _read_locked(uri: str) -> Overlay:
-    from mlflow_safelock.flavors.overlay import FLAVOR_NAME, read_mlmodel, read_overlay
+def _is_standalone(folder: Path, uri: str) -> bool:
+    from mlflow_safelock.flavors.overlay import FLAVOR_NAME, read_mlmodel
+    from mlflow_safelock.flavors.standalone import is_standalone
     from mlflow_safelock.provenance import LocalArtifacts
 
-    folder = LocalArtifacts(fetch_mlflow_model(uri))
-    if FLAVOR_NAME not in read_mlmodel(folder)["flavors"]:
+    described = read_mlmodel(LocalArtifacts(folder))
+    if FLAVOR_NAME not in described["flavors"]:
         raise SourceError(
             f"{uri} is not locked, and only locked models are exported.",
             next_step="Promote it through a guarded registry first, for example to Staging. Which versions "
             "are locked: safelock audit",
         )
-    return read_overlay(folder)
+    return is_standalone(described)
+
+
+def _export_overlay(folder: Path, output: Path, source: Path | None) -> list[tuple[str, object]]:
+    """Lock the fine-tune anew, as the overlay's receipt says."""
+    from mlflow_safelock.apply import save_locked_checkpoint
+    from mlflow_safelock.flavors.locked_model import fetch_source
+    from mlflow_safelock.flavors.overlay import read_overlay
+    from mlflow_safelock.provenance import LocalArtifacts
+
+    overlay = read_overlay(LocalArtifacts(folder))
+    fine_tune = fetch_source(overlay, None if source is None else str(source))
+    predicate = overlay.receipt.predicate
+    announce(f"Writing {output}, and comparing what stock transformers makes of it")
+    with moving() as progress:
+        report = save_locked_checkpoint(fine_tune, output, overlay.lock, predicate.alpha, progress=progress)
+    return [
+        ("folder", report.folder),
+        ("files", ", ".join(report.files)),
+        ("left out", ", ".join(report.left_out)),
+        ("carrier", report.carrier),
+        ("weights", in_words(report.shared.values())),
+        ("layers with a bias", report.biases),
+        ("bias error", f"{report.bias_error:.1e}, relative"),
+        ("base model", predicate.lock.base_model),
+        ("lock", report.lock),
+        ("alpha", report.alpha),
+        ("receipt", overlay.receipt.digest),
+        ("check", report.check),
+        ("largest logit difference", report.max_logit_difference),
+        ("largest change by the lock", report.max_logit_change),
+    ]
+
+
+def _export_standalone(folder: Path, output: Path, source: Path | None) -> list[tuple[str, object]]:
+    """Take the folder that stock software loads out of a model that is locked in its own weights."""
+    from mlflow_safelock.flavors.standalone import export_standalone, files_below
+
+    if source is not None:
+        raise SourceError(
+            "This version has the lock in its own weights, so the fine-tune is not asked for.",
+            next_step="Leave --source away.",
+        )
+    announce(f"Writing {output}")
+    receipt, sharing = export_standalone(folder, output)
+    predicate = receipt.predicate
+    return [
+        ("folder", output),
+        ("files", ", ".join(sorted(files_below(output)))),
+        ("carrier", "standalone, as it was prepared"),
+        ("weights", in_words(sharing.values())),
+        ("base model", predicate.lock.base_model),
+        ("lock", predicate.lock.digest),
+        ("alpha", predicate.alpha),
+        ("receipt", receipt.digest),
+        ("check", f"its files are those of the receipt; when it was written: {predicate.check}"),
+    ]

@@ -16,7 +16,8 @@ from mlflow_safelock.cli.policy import policy
 from mlflow_safelock.cli.prepare import prepare
 from mlflow_safelock.cli.recipes import recipes
 from mlflow_safelock.cli.run import run
-from mlflow_safelock.cli.unlock import undo, unlock
+from mlflow_safelock.cli.undo import undo
+from mlflow_safelock.cli.unlock import unlock
 
 
 @click.group(

@@ -233,6 +233,17 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:
     return settings
 
 
+def new_folder(_context: click.Context, _parameter: click.Parameter, path: Path) -> Path:
+    """The path of a folder to write, once nothing is known to be there.
+
+    Raises:
+        click.BadParameter: Something is.
+    """
+    if path.exists():
+        raise click.BadParameter(f"{path} exists already; name a new folder.")
+    return path
+
+
 def in_existing_folder(path: Path) -> Path:
     """The path of a file to write, once its folder is known to be there, and nothing but a file in its place.
 

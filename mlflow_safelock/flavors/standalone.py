@@ -19,7 +19,10 @@ import yaml
 from mlflow.models.model import MLMODEL_FILE_NAME
 
 from mlflow_safelock.apply import save_locked_checkpoint
+from mlflow_safelock.apply.checkpoint import unlock_checkpoint
+from mlflow_safelock.apply.checkpoint.folder import written_aside
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
+from mlflow_safelock.apply.checkpoint.sharing import own_file, share_file
 from mlflow_safelock.apply.checkpoint.structure import structure_in_words
 from mlflow_safelock.apply.checkpoint.writing import WrittenFile
 from mlflow_safelock.errors import SourceError, VerificationError
@@ -189,6 +192,12 @@ def write_standalone(
     return Standalone(receipt, files_of_weights, check, report.bias_error)
 
 
+def is_standalone(described: dict[str, Any]) -> bool:
+    """Whether an MLmodel file is one of a standalone model."""
+    flavor = described["flavors"].get(FLAVOR_NAME)
+    return isinstance(flavor, dict) and flavor.get("carrier") == "standalone"
+
+
 def is_complete(reader: ArtifactReader) -> bool:
     """Whether a model is there: its MLmodel file is written last, so without one a run goes on or ended."""
     try:
@@ -226,6 +235,91 @@ def read_standalone(reader: ArtifactReader) -> Receipt:
             )
     check_fingerprint(weights, reader, others=expected)
     return receipt
+
+
+@dataclass(frozen=True)
+class Unlocked:
+    """An unlocked MLflow model that was written.
+
+    Attributes:
+        folder: Where it is.
+        files: Paths of its files; each was compared with the receipt's fingerprint of the fine-tune.
+        missing: Files of the fine-tune that the locked model did not carry.
+        lock: Digest of the lock that was undone.
+        alpha: Its strength.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    missing: tuple[str, ...]
+    lock: str
+    alpha: float
+
+
+def unlock_standalone(locked: Path, destination: Path) -> Unlocked:
+    """Write the fine-tune that a standalone model was made of, as it was logged.
+
+    Args:
+        locked: The standalone model's folder.
+        destination: The folder to write. It must not exist; its parent must.
+
+    Raises:
+        CheckpointError: A file is not the one that was written, or the copy cannot be written.
+        VerificationError: The locked model is not as its receipt says, or the result not the fine-tune.
+    """
+    receipt = read_standalone(LocalArtifacts(locked))
+    expected = {file.path: file for file in receipt.predicate.source.fingerprint.files}
+    described = yaml.safe_load((locked / SOURCE_MLMODEL_FILE).read_text(encoding="utf-8"))
+    binary = described["flavors"]["transformers"]["model_binary"]
+    with written_aside(destination) as beside:
+        weights = beside / binary
+        if not weights.resolve().is_relative_to(beside.resolve()):
+            raise VerificationError(f"{locked / SOURCE_MLMODEL_FILE} leads out of its folder: {binary!r}.")
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        undone = unlock_checkpoint(locked / WEIGHTS_FOLDER, weights)
+        for path in files_below(beside) - expected.keys():
+            (beside / path).unlink()  # what came from beside the weights, and is put there below
+        shutil.copyfile(locked / SOURCE_MLMODEL_FILE, beside / MLMODEL_FILE_NAME)
+        for path in (files_below(locked) & expected.keys()) - files_below(beside):
+            (beside / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(locked / path, beside / path)
+        files = files_below(beside)
+        found = SourceFingerprint(files=tuple(expected[path] for path in sorted(files)))
+        check_fingerprint(found, LocalArtifacts(beside))
+    missing = expected.keys() - files
+    return Unlocked(destination, tuple(sorted(files)), tuple(sorted(missing)), undone.lock, undone.alpha)
+
+
+def export_standalone(locked: Path, destination: Path) -> tuple[Receipt, dict[str, str]]:
+    """Write the folder that stock software loads, out of a standalone model that is as its receipt says.
+
+    Args:
+        locked: The standalone model's folder.
+        destination: The folder to write. It must not exist; its parent must.
+
+    Returns:
+        The receipt, and how each file of weights came into the folder.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+        VerificationError: The locked model is not as its receipt says.
+    """
+    receipt = read_standalone(LocalArtifacts(locked))
+    weights = {file.path for file in weights_by_receipt(receipt).files}
+    sharing: dict[str, str] = {}
+    with written_aside(destination) as beside:
+        for path in sorted(files_below(locked / WEIGHTS_FOLDER)):
+            is_shared = f"{WEIGHTS_FOLDER}/{path}" in weights
+            (beside / path).parent.mkdir(parents=True, exist_ok=True)
+            how = (share_file if is_shared else own_file)(locked / WEIGHTS_FOLDER / path, beside / path)
+            if is_shared:
+                sharing[path] = how
+    return receipt, sharing
+
+
+def files_below(folder: Path) -> set[str]:
+    """Paths of the files below a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def weights_by_receipt(receipt: Receipt) -> SourceFingerprint:

@@ -120,8 +120,8 @@ def mirror_what_a_lock_needs(
     """
     flavor = read_mlmodel(reader)["flavors"].get("transformers") or {}
     config = json.loads(reader.read(f"{flavor.get('model_binary')}/config.json"))
-    locked = _locked_projections(architecture_of(config), lock)
-    wanted = {file: _needed(reader, file, locked) for file in reader.files()}
+    locked = locked_projections(architecture_of(config), lock)
+    wanted = {file: needed_spans(reader, file, locked) for file in reader.files()}
     meter = Meter(
         "Reading what the biases come from",
         sum(length for spans in wanted.values() for _, length in spans),
@@ -131,7 +131,8 @@ def mirror_what_a_lock_needs(
         _fetch(reader, file, spans, folder / file.path, meter)
 
 
-def _needed(reader: ArtifactReader, file: ArtifactFile, locked: re.Pattern[str]) -> tuple[Span, ...]:
+def needed_spans(reader: ArtifactReader, file: ArtifactFile, locked: re.Pattern[str]) -> tuple[Span, ...]:
+    """The parts of a file that its place in the mirror has; ``locked`` finds the tensors that biases need."""
     if not file.path.endswith(WEIGHTS):
         return ((0, file.size),)
     header = read_header(reader, file.path, file.size)
@@ -151,7 +152,7 @@ def _compare_copies(receipt: Receipt, copies: S3Artifacts) -> None:
         ) from error
 
 
-def _locked_projections(architecture: Architecture, lock: SafetyLock) -> re.Pattern[str]:
+def locked_projections(architecture: Architecture, lock: SafetyLock) -> re.Pattern[str]:
     """Finds the tensors of the output projections of locked layers by name."""
     layers = "|".join(map(str, lock.layers))
     container = re.escape(architecture.layers.rpartition(".")[2])

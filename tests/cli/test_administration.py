@@ -1,4 +1,4 @@
-"""What an administrator does: unlock, revoke, look into the ledger, check a policy, undo a folder."""
+"""What an administrator does: unlock, revoke, look into the ledger, check a policy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import rfc8785
 import sqlalchemy as sa
 from mlflow import MlflowClient
 
-from mlflow_safelock.apply import attention_of, save_locked_checkpoint
 from mlflow_safelock.errors import LedgerError
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.gate.ledger import GENESIS, TABLE, row_digest, verify_chain
 from tests.cli.conftest import Run
-from tests.models import random_lock, tiny_model
 from tests.registries import BASE, base_lock, log_fine_tune, register_lock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
@@ -189,25 +187,3 @@ class TestPolicy:
         path.write_text(self.TEXT)
         monkeypatch.setenv("SAFELOCK_POLICY", str(path))
         assert run("policy", "check", "--format", "json").json["policy"]["gates"][0]["models"] == "internal-*"
-
-
-@pytest.mark.parametrize("named", ["the folder itself", "the folder around it"])
-def test_undo_gives_the_source_back_byte_for_byte(run: Run, tmp_path: Path, named: str) -> None:
-    model = tiny_model("llama")
-    model.save_pretrained(tmp_path / "source")
-    lock = random_lock(attention_of(model).geometry)
-    (tmp_path / "around").mkdir()
-    save_locked_checkpoint(tmp_path / "source", tmp_path / "around" / "model", lock, 3.0)
-    folder = tmp_path / "around" / ("model" if named == "the folder itself" else "")
-    done = run("undo", folder, "--output", tmp_path / "undone", "--copy", "--format", "json")
-    assert done.exit_code == 0, done.stderr
-    assert done.json["lock"] == lock.digest
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "undone").iterdir()} == expected
-
-
-def test_undo_refuses_what_was_never_locked(run: Run, tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "source")
-    done = run("undo", tmp_path / "source", "--output", tmp_path / "undone")
-    assert done.exit_code == 1
-    assert not (tmp_path / "undone").exists()

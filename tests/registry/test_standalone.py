@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlflow_safelock.apply.checkpoint import unlock_checkpoint
 from mlflow_safelock.cli.main import main
+from mlflow_safelock.gate import promotion
+from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from tests.registries import (
     base_lock,
     biases_of,
     expected_biases,
+    files_below,
     fine_tune,
     log_fine_tune,
     register_lock,
     state_of,
 )
 from tests.registry.s3_server import S3Server, s3_server
+from tests.servers import mlflow_server
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
 
@@ -185,6 +191,169 @@ def test_a_newer_lock_needs_another_preparation(client: MlflowClient, tmp_path: 
     stage(client, version)
 
 
+def test_a_preparation_says_what_rounding_costs_and_how_weights_came_there(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    made = prepare(tmp_path, version)
+    assert 0 < made["bias_error"] < 2**-24
+    (how,) = made["weights"].values()
+    assert how in ("reflink", "hard link")
+    assert made["check"].startswith("reloaded")
+    shutil.rmtree(folder_of(made["location"]))
+    shown = run_prepare(tmp_path, version, "table").stdout
+    assert f"1 {how}" in shown
+    assert f"{made['bias_error']:.1e}, relative" in shown
+
+
+def test_a_preparation_that_fails_leaves_nothing_behind(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    location = folder_of(state_of(client, "bot", version)["location"])
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(promotion, "write_standalone", full)
+    done = run_prepare(tmp_path, version)
+    assert done.exit_code == 1
+    assert "No space left" in done.output
+    assert not location.with_name(f"{location.name}-safelock").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_a_prepared_model_is_undone_to_what_was_logged(
+    client: MlflowClient, tmp_path: Path, family: str
+) -> None:
+    components = fine_tune(family)
+    version = log_fine_tune("bot", components, input_example=["how do i bake"])
+    register_lock(base_lock(**mlflow_geometry(components["model"])))
+    source = folder_of(state_of(client, "bot", version)["location"])
+    prepare(tmp_path, version)
+    stage(client, version)
+    done = undo(tmp_path, "models:/bot/Staging", tmp_path / "unlocked")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert snapshot(tmp_path / "unlocked") == snapshot(source)
+    assert set(found["files"]) == set(snapshot(source))
+    assert found["missing"] == []
+    pipeline = mlflow.transformers.load_model(str(tmp_path / "unlocked"))
+    assert torch.equal(logits(pipeline.model), logits(components["model"]))
+
+
+def test_what_is_no_standalone_model_is_not_undone(client: MlflowClient, tmp_path: Path) -> None:
+    version = log_fine_tune("bot")
+    done = undo(tmp_path, f"models:/bot/{version}", tmp_path / "unlocked")
+    assert (done.exit_code, "is not locked" in done.output) == (1, True)
+    done = undo(tmp_path, str(tmp_path / "nothing"), tmp_path / "unlocked")
+    assert (done.exit_code, "There is no folder" in done.output) == (1, True)
+    assert not (tmp_path / "unlocked").exists()
+
+
+def test_a_model_that_was_changed_is_not_undone(client: MlflowClient, tmp_path: Path) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    folder = folder_of(prepare(tmp_path, version)["location"])
+    (folder / "MLmodel.source").write_text("flavors: {transformers: {model_binary: ../..}}")
+    done = undo(tmp_path, str(folder), tmp_path / "unlocked")
+    assert (done.exit_code, "is not the one of its receipt" in done.output) == (1, True)
+    assert not (tmp_path / "unlocked").exists()
+
+
+def undo(tmp_path: Path, model: str, output: Path) -> Result:
+    return CliRunner().invoke(
+        main,
+        [
+            *("undo", model, "--output", str(output), "--format", "json"),
+            *("--registry-uri", f"safelock+sqlite:///{tmp_path}/registry.db"),
+            *("--tracking-uri", f"sqlite:///{tmp_path}/tracking.db"),
+        ],
+    )
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "registered_model_meta"
+    }
+
+
+def test_a_version_with_the_lock_in_its_weights_is_exported_as_it_is(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    components = fine_tune("llama")
+    version = log_fine_tune("bot", components)
+    lock = base_lock()
+    register_lock(lock)
+    folder = folder_of(prepare(tmp_path, version)["location"])
+    stage(client, version)
+    done = export(tmp_path, "models:/bot/Staging", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert snapshot(tmp_path / "out") == snapshot(folder / "model")
+    assert lock.digest in done.stdout
+    assert "its files are those of the receipt" in done.stdout
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(logits(stock), pushed(components["model"], lock), atol=1e-5)
+    done = export(tmp_path, "models:/bot/Staging", tmp_path / "other", "--source", str(tmp_path))
+    assert (done.exit_code, "Leave --source away" in done.output) == (1, True)
+
+
+def export(tmp_path: Path, model: str, output: Path, *options: str) -> Result:
+    return CliRunner().invoke(
+        main,
+        [
+            *("export", model, "--output", str(output), *options),
+            *("--registry-uri", f"safelock+sqlite:///{tmp_path}/registry.db"),
+            *("--tracking-uri", f"sqlite:///{tmp_path}/tracking.db"),
+        ],
+    )
+
+
+def test_a_model_behind_a_server_is_fetched_and_uploaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: MlflowClient
+) -> None:
+    with mlflow_server(tmp_path / "server") as server:
+        mlflow.set_tracking_uri(server.url)
+        mlflow.set_registry_uri(server.url)
+        mlflow.set_experiment("behind a server")
+        components = fine_tune("gpt2")
+        version = log_fine_tune("bot", components)
+        lock = base_lock(**mlflow_geometry(components["model"]))
+        register_lock(lock)
+        location = MlflowClient(server.url).get_model_version_download_uri("bot", str(version))
+        assert location.startswith("mlflow-artifacts:")
+        done = CliRunner().invoke(
+            main,
+            [
+                *("prepare", f"models:/bot/{version}", "--format", "json"),
+                *("--registry-uri", server.registry_uri, "--tracking-uri", server.url),
+            ],
+        )
+        assert done.exit_code == 0, done.output
+        made = json.loads(done.stdout)
+        assert made["location"].startswith(f"{location}-safelock/")
+        assert set(made["weights"].values()) == {"fetched and uploaded"}
+        locked = download(made["location"], tmp_path / "locked")
+        assert files_below(locked / "components"), "folders in folders are there, too"
+        stock = AutoModelForCausalLM.from_pretrained(locked / "model")
+        assert torch.allclose(logits(stock), pushed(components["model"], lock), atol=1e-5)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "there already"])
+def test_a_folder_with_folders_is_published_on_a_disk(tmp_path: Path, before: bool) -> None:
+    folder = tmp_path / "folder"
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "b" / "file").write_text("here")
+    for _ in range(2 if before else 1):
+        RegistryArtifacts().publish(folder, str(tmp_path / "published" / "model"))
+    assert (tmp_path / "published" / "model" / "a" / "b" / "file").read_text() == "here"
+    assert [path.name for path in (tmp_path / "published").iterdir()] == ["model"]
+
+
 def test_what_a_promotion_would_refuse_is_not_prepared(client: MlflowClient, tmp_path: Path) -> None:
     version = log_fine_tune("bot")
     location = folder_of(state_of(client, "bot", version)["location"])
@@ -326,13 +495,18 @@ def test_copies_that_are_not_the_source_are_never_a_model(
     bucket = boto3.resource("s3", endpoint_url=s3.url).Bucket("models")
     kept = [entry.Object() for entry in bucket.objects.all() if "-safelock/" in entry.key]
     (copy,) = [found for found in kept if found.key.endswith("model-00001-of-00001.safetensors")]
+    assert [found.key for found in kept] == [copy.key], "what was uploaded is taken back"
     copy.put(Body=bytes(copy.content_length), Metadata=copy.metadata)
     done = run_prepare(tmp_path, 1)
     assert done.exit_code == 1
     assert "is not what the fine-tune is" in done.output
-    assert not [entry for entry in bucket.objects.all() if entry.key.endswith("-safelock/MLmodel")]
+    assert not [key for key in (entry.key for entry in bucket.objects.all()) if is_locked_mlmodel(key)]
     with pytest.raises(MlflowException, match="not_prepared"):
         stage(client, 1)
+
+
+def is_locked_mlmodel(key: str) -> bool:
+    return "-safelock/" in key and key.endswith("/MLmodel")
 
 
 def files_on_s3(location: str) -> list[str]:

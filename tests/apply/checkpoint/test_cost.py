@@ -41,6 +41,19 @@ def test_files_of_weights_are_shared_and_only_biases_and_small_files_written(sha
             assert (tmp_path / "locked" / name).samefile(original)
 
 
+@pytest.mark.parametrize("sharing", ["link", "copy"])
+def test_it_is_told_how_many_bytes_are_there(sharing, save_fine_tune, tmp_path):
+    source, lock = save_fine_tune("gpt2", shard="30KB")
+    told: list[tuple[str, int, int]] = []
+    save_locked_checkpoint(
+        source, tmp_path / "locked", lock, sharing=sharing, progress=lambda *how_far: told.append(how_far)
+    )
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    assert told[0] == ("Weights", 0, size)
+    assert told[-1] == ("Weights", size, size)
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
 def test_a_copy_that_was_asked_for_is_one(save_fine_tune, tmp_path):
     source, lock = save_fine_tune("llama")
     report = save_locked_checkpoint(source, tmp_path / "locked", lock, sharing="copy")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mlflow_safelock.apply import ARCHITECTURES, apply_lock, save_locked_checkpoint
@@ -15,9 +19,12 @@ from mlflow_safelock.apply.checkpoint.biases import biases_of
 from mlflow_safelock.apply.checkpoint.fp8 import scheme_of
 from mlflow_safelock.apply.checkpoint.source import read_source
 from mlflow_safelock.errors import CheckpointError
+from mlflow_safelock.lock import AttentionGeometry
 from tests.apply.checkpoint.conftest import beside, load, snapshot
+from tests.apply.checkpoint.test_precision import DTYPES, write_attention
 from tests.apply.conftest import logits
 from tests.apply.test_displacement import plain_biases
+from tests.models import random_lock
 
 WEIGHTS = "model.safetensors"
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -86,6 +93,44 @@ def test_biases_are_those_of_the_weights_that_blocks_and_scales_stand_for(family
         half_a_step = torch.finfo(torch.bfloat16).eps / 2 * exact.abs()
         assert ((bias.double() - exact).abs() <= half_a_step * (1 + 1e-6)).all()
     assert 0 < biases.error <= torch.finfo(torch.bfloat16).eps / 2
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@given(
+    layers=st.integers(1, 3),
+    heads=st.integers(1, 7),
+    head_dim=st.sampled_from([2, 6, 8, 40, 64]),
+    width=st.sampled_from([2, 12, 50, 64]),
+    block=st.one_of(st.none(), st.tuples(st.integers(1, 200), st.integers(1, 200)).map(list)),
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+    alpha=st.floats(0.01, 20).flatmap(lambda value: st.sampled_from([value, -value])),
+    seed=st.integers(0, 2**16),
+)
+def test_the_error_of_a_bias_is_the_rounding_of_its_dtype(
+    layers, heads, head_dim, width, block, dtype, alpha, seed
+):
+    shape = AttentionGeometry(layers=layers, heads=heads, head_dim=head_dim, hidden=heads * width)
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(layers, shape.hidden, heads * head_dim, generator=generator)
+    lock = random_lock(shape, heads=min(5, layers * heads), seed=seed)
+    parts = [quantised(weight, block) for weight in weights]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_attention(folder, shape, dtype, weights.to(DTYPES[dtype]))
+        change_config(folder, quantization_config={**FP8, "weight_block_size": block})
+        for layer, (stored, scales, _) in enumerate(parts):
+            path = f"model.layers.{layer}.self_attn.o_proj"
+            change_tensors(folder, **{f"{path}.weight": stored, f"{path}.weight_scale_inv": scales})
+        biases = biases_of(read_source(folder), lock, alpha)
+    exact = torch.from_numpy(plain_biases(lock, alpha, torch.stack([plain for _, _, plain in parts]).numpy()))
+    limits = torch.finfo(DTYPES[dtype])
+    for layer in lock.layers:
+        found = biases.added[f"model.layers.{layer}.self_attn.o_proj.bias"]
+        assert found.dtype == DTYPES[dtype]
+        # Float64's own sums, and numbers too small for the dtype to hold with all its digits.
+        beyond = 1e-12 * exact[layer].abs().max() + limits.smallest_normal * limits.eps
+        assert ((found.double() - exact[layer]).abs() <= limits.eps / 2 * exact[layer].abs() + beyond).all()
+    assert biases.error <= limits.eps / 2
 
 
 @pytest.mark.parametrize("verify", ["reload", "structure"])

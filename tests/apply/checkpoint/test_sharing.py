@@ -66,6 +66,29 @@ def test_a_file_of_one_s_own_has_the_bytes_and_is_independent(tmp_path, no_refli
     assert (tmp_path / "copy").stat().st_ino != source.stat().st_ino
 
 
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "process"])
+def test_a_copy_has_the_holes_of_its_file(tmp_path, no_reflinks, monkeypatch, kernel):
+    if not kernel:
+        monkeypatch.delattr(os, "copy_file_range")
+    source, size = tmp_path / "source", 300 << 20
+    with source.open("wb") as file:
+        for place in (0, 100 << 20, size - 5):
+            file.seek(place)
+            file.write(b"bytes")
+    if source.stat().st_blocks * 512 > 1 << 20:
+        pytest.skip("there are no holes on this filesystem")
+    told: list[int] = []
+    assert own_file(source, tmp_path / "copy", told.append) == "copy"
+    assert sum(told) == size
+    assert (tmp_path / "copy").stat().st_blocks * 512 < 1 << 20
+    with (tmp_path / "copy").open("rb") as copy:
+        for place in (0, 100 << 20, size - 5):
+            copy.seek(place)
+            assert copy.read(5) == b"bytes"
+        copy.seek(50 << 20)
+        assert copy.read(100) == bytes(100)
+
+
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK])
 def test_where_nothing_can_be_shared_it_is_copied(tmp_path, no_reflinks, monkeypatch, code):
     def link(*_: object) -> None:

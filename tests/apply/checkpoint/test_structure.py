@@ -35,6 +35,18 @@ def test_what_is_confirmed_without_loading_loads_locked(family, save_fine_tune, 
     assert torch.allclose(logits(load(tmp_path / "locked")), logits(in_memory), atol=1e-5)
 
 
+def test_it_is_told_apart_what_was_compared_and_what_is_the_same_file(save_fine_tune, tmp_path):
+    source, lock = save_fine_tune("gpt2", shard="30KB")
+    report = save_locked_checkpoint(source, tmp_path / "linked", lock, verify="structure")
+    ways = list(report.shared.values())
+    linked, own = ways.count("hard link"), len(ways) - ways.count("hard link")
+    if linked:
+        assert own
+        assert f"{linked} files of weights are the source's own (hard links), {own} compared" in report.check
+    report = save_locked_checkpoint(source, tmp_path / "own", lock, verify="structure", sharing="copy")
+    assert "files of weights compared byte for byte with the source's; biases" in report.check
+
+
 def test_a_model_is_loaded_if_it_fits_and_the_report_says_so(save_fine_tune, tmp_path, monkeypatch):
     source, lock = save_fine_tune("llama")
     assert save_locked_checkpoint(source, tmp_path / "fits", lock).verified == "reload"
