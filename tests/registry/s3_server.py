@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import requests
 from moto.server import ThreadedMotoServer
 
 BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -94,6 +95,8 @@ def s3_server() -> Iterator[S3Server]:
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
+    # Its buckets are the process's, and so those of the tests before.
+    requests.post(f"http://{host}:{port}/moto-api/reset", timeout=30).raise_for_status()
     server = S3Server("")
     relay = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server, host, port))
     relay.daemon_threads = True
