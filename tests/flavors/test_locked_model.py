@@ -8,11 +8,14 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 
+from mlflow_safelock.apply import LockHandle
 from mlflow_safelock.errors import LockMismatchError, SourceError, VerificationError
 from mlflow_safelock.flavors import locked_model
+from mlflow_safelock.lock import SafetyLock
 from tests.registries import (
     REQUIREMENTS,
     SIGNATURE,
@@ -158,3 +161,19 @@ def test_a_source_of_another_flavor_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"mlflow\.transformers"):
         locked_model.save_model(base_lock(), tmp_path / "locked", str(tmp_path / "echo"))
     assert not (tmp_path / "locked").exists()
+
+
+def test_a_bias_that_is_not_in_place_is_noticed_before_anything_is_served(
+    overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply_lock = locked_model.apply_lock
+
+    def spoiled(model: torch.nn.Module, lock: SafetyLock, alpha: float) -> LockHandle:
+        handle = apply_lock(model, lock, alpha)
+        with torch.no_grad():
+            model.model.layers[lock.layers[0]].self_attn.o_proj.bias.zero_()
+        return handle
+
+    monkeypatch.setattr(locked_model, "apply_lock", spoiled)
+    with pytest.raises(VerificationError, match="bias that carries the lock was changed"):
+        locked_model.load_model(str(overlay))
