@@ -57,6 +57,21 @@ def test_stock_transformers_loads_it_locked(
         assert told in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
+def test_the_strength_is_that_of_the_promotion_and_not_the_locks(
+    run: Run, promoted: Promoted, client: MlflowClient, gated: tuple[str, ...], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, lock = promoted
+    client.set_model_version_tag("bot", "1", "safelock.alpha", "2.5")
+    client.transition_model_version_stage("bot", "1", "Production")
+    assert run("export", "models:/bot/1", "--output", tmp_path / "out", *gated).exit_code == 0
+    found = biases_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    for layer, bias in expected_biases(model, lock, alpha=2.5).items():
+        np.testing.assert_allclose(found[layer], bias, rtol=1e-5, atol=1e-6)
+
+
 def test_a_local_copy_of_the_source_is_used_if_it_is_the_same(
     run: Run, promoted: Promoted, client: MlflowClient, gated: tuple[str, ...], tmp_path: Path
 ) -> None:
