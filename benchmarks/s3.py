@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
 
+from benchmarks import s3_standalone
 from benchmarks.harness import Contender, Settings, compare
 from benchmarks.registries import (
     BASE,
@@ -29,6 +29,7 @@ from benchmarks.registries import (
     register_lock,
 )
 from benchmarks.results import Row
+from benchmarks.s3_traffic import Traffic
 from mlflow_safelock.flavors.overlay import read_overlay
 from mlflow_safelock.lock import AttentionGeometry
 from mlflow_safelock.provenance import FileFingerprint
@@ -39,7 +40,7 @@ START_SECONDS = 60
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    """An overlay of a large model against one of a small one, and against reading the large one whole."""
+    """Overlays, of a large model against a small one and against reading it whole; a standalone model."""
     with _s3_server(settings.scratch / "s3.log"):
         s3_client().create_bucket(Bucket=BUCKET)
         gated, stock = open_folder(settings.scratch / "s3-registry")
@@ -74,35 +75,7 @@ def run(settings: Settings) -> Iterator[Row]:
             repetitions=repetitions,
             figures=figures,
         )
-
-
-@dataclass
-class _Traffic:
-    """What passes through the S3 client while it is counted.
-
-    Attributes:
-        requests: Requests that were sent.
-        received: Bytes of the answers' bodies.
-    """
-
-    requests: int = 0
-    received: int = 0
-    _name: str = field(default="safelock-benchmark", init=False)
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count what is done in the block."""
-        events = s3_client().meta.events
-        events.register("after-call.s3", self._count, unique_id=self._name)
-        try:
-            yield
-        finally:
-            events.unregister("after-call.s3", self._count, unique_id=self._name)
-
-    def _count(self, http_response: Any, model: Any, **_: Any) -> None:
-        self.requests += 1
-        if model.http["method"] != "HEAD":
-            self.received += int(http_response.headers.get("content-length", 0))
+        yield s3_standalone.measure(settings, BUCKET)
 
 
 @dataclass(frozen=True)
@@ -125,7 +98,7 @@ class _OnS3:
     name: str
     source: str
     fingerprint: tuple[FileFingerprint, ...]
-    traffic: _Traffic
+    traffic: Traffic
 
     @property
     def size(self) -> int:
@@ -175,7 +148,7 @@ def _log(gated: MlflowClient, stock: MlflowClient, name: str, geometry: Attentio
         gated.create_registered_model(registered)
     version = fine_tune.new_version(gated, name)
     source = gated.get_model_version_download_uri(name, version)
-    traffic = _Traffic()
+    traffic = Traffic()
     with traffic.counted():
         gated.transition_model_version_stage(name, version, "Staging")
     overlay = S3Artifacts(gated.get_model_version_download_uri(name, version))

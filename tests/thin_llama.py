@@ -24,10 +24,11 @@ def thin_llama(
     *,
     key_value_heads: int,
     intermediate: int = 64,
+    vocabulary: int = VOCABULARY,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """A Llama with this attention, a thin MLP and a tiny vocabulary, in evaluation mode.
+    """A Llama with this attention and, if nothing else is said, a thin MLP and a tiny vocabulary.
 
     Every matrix is another stretch of one pool of normal random numbers, at another scale around
     ``fan_in ** -0.5``, so that no two columns of any two output projections are the same, and making the
@@ -37,6 +38,7 @@ def thin_llama(
         geometry: Its attention shape.
         key_value_heads: Number of key/value heads.
         intermediate: Width of the MLP.
+        vocabulary: Number of tokens; no fewer than the tests' tokenizer has.
         dtype: Dtype of all parameters.
         seed: Seed of the pool.
     """
@@ -47,7 +49,7 @@ def thin_llama(
         head_dim=geometry.head_dim,
         hidden_size=geometry.hidden,
         intermediate_size=intermediate,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_position_embeddings=256,
         pad_token_id=0,
         bos_token_id=1,
