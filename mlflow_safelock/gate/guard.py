@@ -13,10 +13,11 @@ from datetime import UTC, datetime
 from mlflow_safelock.errors import LockError, PromotionRefused, SafelockError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE
 from mlflow_safelock.formats import lock_from_bytes
+from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Target
-from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate, Request
+from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate
 from mlflow_safelock.gate.source import examine
 from mlflow_safelock.provenance import Actor
 

@@ -9,50 +9,26 @@ finishes it.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Literal
 
-import rfc8785
-
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
-from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
-from mlflow_safelock.flavors.overlay import read_overlay, write_overlay
-from mlflow_safelock.flavors.standalone import Standalone, is_complete, read_standalone, write_standalone
+from mlflow_safelock.errors import PromotionRefused, SafelockError
+from mlflow_safelock.flavors.standalone import Standalone
+from mlflow_safelock.gate.approval import Approved, Request, approve
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
-from mlflow_safelock.gate.locks import RegisteredLock, find_lock
+from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, standalone_location
 from mlflow_safelock.gate.policy import GateRule, Policy
-from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
-from mlflow_safelock.gate.source import examine
-from mlflow_safelock.gate.strength import alpha_for
-from mlflow_safelock.provenance import Actor, LockReference, Promotion, Receipt, check_fingerprint
+from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry
+from mlflow_safelock.provenance import Receipt
 
 _logger = logging.getLogger(__name__)
 
 NOT_AN_LLM = PromotionRefused("not_an_llm", "It is no language model.")
 """Why most versions go through a gate unlocked."""
-
-STANDALONE = "standalone-"
-"""Beginning of the last part of a standalone model's location."""
-
-MAX_LOCATION = 500
-"""Longest download location that MLflow's table holds, in characters."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A promotion that somebody asked for."""
-
-    name: str
-    version: int
-    target: Target
-    actor: Actor
-    workspace: str
 
 
 @dataclass(frozen=True)
@@ -75,53 +51,6 @@ class Preparation:
 
 
 @dataclass(frozen=True)
-class _Approved:
-    """What a promotion will apply, and onto what."""
-
-    request: Request
-    policy: Policy
-    rule: GateRule
-    found: ModelVersion
-    original: str
-    lock: RegisteredLock
-    kinship: float | None
-    alpha: float
-
-    @property
-    def uri(self) -> str:
-        """The version's address in the registry."""
-        return f"models:/{self.request.name}/{self.request.version}"
-
-    @property
-    def lock_reference(self) -> LockReference:
-        """The lock, for receipts."""
-        return LockReference(
-            digest=self.lock.lock.digest,
-            base_model=self.lock.lock.base_model,
-            model=self.lock.model,
-            version=self.lock.version,
-        )
-
-    @property
-    def promotion(self) -> Promotion:
-        """The decision, for receipts."""
-        return Promotion(
-            model=self.request.name,
-            version=self.request.version,
-            target=str(self.request.target),
-            policy=self.policy.digest,
-            actor=self.request.actor,
-            kinship=None if self.kinship is None else round(self.kinship, 6),
-        )
-
-    @property
-    def standalone_location(self) -> str:
-        """Where the standalone model is: the same for the same source, lock and strength."""
-        made_of = rfc8785.dumps([self.original, self.lock.lock.digest, self.alpha])
-        return f"{self.original.rstrip('/')}-safelock/{STANDALONE}{hashlib.sha256(made_of).hexdigest()[:32]}"
-
-
-@dataclass(frozen=True)
 class Gate:
     """The gate in front of one registry.
 
@@ -134,6 +63,10 @@ class Gate:
     policy: Callable[[], Policy]
     registry: Registry
     artifacts: Artifacts
+
+    @property
+    def _locked_models(self) -> LockedModels:
+        return LockedModels(self.artifacts)
 
     def promote(self, request: Request) -> None:
         """Lock a version that is about to be promoted, where the policy gates that; otherwise do nothing.
@@ -193,7 +126,7 @@ class Gate:
     def _prepare(
         self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, progress: Progress
     ) -> Preparation:
-        approved = self._approve(request, policy, rule, found)
+        approved = approve(request, policy, rule, found, self.registry, self.artifacts)
         if approved is None:
             raise PromotionRefused(
                 "nothing_to_lock",
@@ -203,33 +136,15 @@ class Gate:
         lock = f"models:/{approved.lock.model}/{approved.lock.version}"
         if rule.carrier == "overlay":
             return Preparation("overlay", None, lock, approved.alpha)
-        location = _short_enough(approved.standalone_location)
+        location = standalone_location(approved)
         written = None
-        if self._prepared(approved) is None:
-            written = self.artifacts.derive(
-                approved.original,
-                location,
-                approved.lock.lock,
-                lambda source, folder, complete: write_standalone(
-                    folder,
-                    source,
-                    self.artifacts.reader(approved.original),
-                    approved.original,
-                    approved.lock.lock,
-                    approved.lock_reference,
-                    approved.alpha,
-                    approved.promotion,
-                    complete=complete,
-                    progress=progress,
-                ),
-                progress,
-            )
-            read_standalone(self.artifacts.reader(location))
+        if self._locked_models.prepared(approved) is None:
+            written = self._locked_models.write_standalone(approved, progress)
         return Preparation("standalone", location, lock, approved.alpha, written)
 
     def _promote(self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion) -> None:
         try:
-            approved = self._approve(request, policy, rule, found)
+            approved = approve(request, policy, rule, found, self.registry, self.artifacts)
         except PromotionRefused as refusal:
             if refusal.reason != "missing_lock" or rule.missing_lock == "reject":
                 raise
@@ -239,12 +154,16 @@ class Gate:
             self._let_through(request, policy, found, NOT_AN_LLM)
             return
         known = self.registry.decision_on(request.workspace, request.name, request.version)
-        if known is not None and _is_in_force(known, approved, found) and self._still_stands(known):
+        if (
+            known is not None
+            and _is_in_force(known, approved, found)
+            and self._locked_models.still_stands(known)
+        ):
             return
         if rule.carrier == "overlay":
-            location, receipt = self._write_overlay(approved)
+            location, receipt = self._locked_models.write_overlay(approved)
         else:
-            location, receipt = approved.standalone_location, self._found_prepared(approved)
+            location, receipt = standalone_location(approved), self._locked_models.found_prepared(approved)
         redirection = Redirection(
             name=request.name,
             version=request.version,
@@ -266,105 +185,7 @@ class Gate:
         if known is None or (known.event, known.original_location) != ("passed", found.location):
             self.record(request, policy, "passed", why, found.location)
 
-    def _still_stands(self, known: LedgerEntry) -> bool:
-        """Whether the locked model of an earlier promotion is there as it was written.
-
-        Raises:
-            PromotionRefused: The fine-tune that it was made of is not what it was.
-        """
-        try:
-            reader = self.artifacts.reader(known.location or "")
-            standalone = _is_standalone(known.location)
-            receipt = read_standalone(reader) if standalone else read_overlay(reader).receipt
-        except SafelockError as error:
-            _logger.warning("The locked model at %s is written again: %s", known.location, error)
-            return False
-        if receipt.digest != known.receipt:
-            _logger.warning(
-                "The locked model at %s has another receipt, and is written again", known.location
-            )
-            return False
-        source = receipt.predicate.source
-        try:
-            check_fingerprint(source.fingerprint, self.artifacts.reader(source.uri))
-        except VerificationError as error:
-            raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
-        return True
-
-    def _approve(
-        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion
-    ) -> _Approved | None:
-        """What is to be applied to a version; ``None`` where nothing is."""
-        known = self.registry.promotion_at(found.location)
-        original = self.artifacts.resolve((known and known.original_location) or found.location)
-        source = examine(self.artifacts.reader(original))
-        if source is None:
-            if rule.not_an_llm == "reject":
-                raise PromotionRefused(
-                    "not_an_llm",
-                    f"{request.name!r} version {request.version} is no language model, and the policy lets "
-                    "only locked language models through.",
-                    next_step="Set 'not_an_llm: allow' in the policy's gate for it.",
-                )
-            return None
-        chosen = find_lock(found, source, policy, rule, self.registry, self.artifacts)
-        lock, kinship = chosen.registered, chosen.kinship
-        return _Approved(request, policy, rule, found, original, lock, kinship, alpha_for(found, rule))
-
-    def _write_overlay(self, approved: _Approved) -> tuple[str, Receipt]:
-        with TemporaryDirectory(prefix="safelock-") as temporary:
-            folder = Path(temporary)
-            receipt = write_overlay(
-                folder,
-                self.artifacts.reader(approved.original),
-                approved.original,
-                approved.lock.lock,
-                approved.lock_reference,
-                approved.alpha,
-                approved.promotion,
-            )
-            name = receipt.digest.removeprefix("sha256:")[:32]
-            location = _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
-            self.artifacts.publish(folder, location)
-        if read_overlay(self.artifacts.reader(location)).receipt != receipt:
-            raise PromotionRefused(
-                "not_written",
-                f"The locked model at {location} did not read back as it was written.",
-                next_step="Look at the artifact store, then promote again.",
-            )
-        return location, receipt
-
-    def _found_prepared(self, approved: _Approved) -> Receipt:
-        receipt = self._prepared(approved)
-        if receipt is None:
-            raise PromotionRefused(
-                "not_prepared",
-                f"The policy has {approved.request.name!r} promoted as a standalone model, and none is there "
-                f"for version {approved.request.version} with lock {approved.lock.model} version "
-                f"{approved.lock.version} at alpha {approved.alpha:g}.",
-                next_step=f"Write it, where the registry's database and artifacts can be reached: safelock "
-                f"prepare {approved.uri}. Then promote again.",
-            )
-        return receipt
-
-    def _prepared(self, approved: _Approved) -> Receipt | None:
-        """The receipt of the standalone model for a promotion, checked; ``None`` where there is none."""
-        reader = self.artifacts.reader(approved.standalone_location)
-        if not is_complete(reader):
-            return None
-        receipt = read_standalone(reader)
-        stated = receipt.predicate
-        wanted = (approved.original, approved.lock.lock.digest, approved.alpha)
-        if (stated.source.uri, stated.lock.digest, stated.alpha) != wanted:
-            raise VerificationError(
-                f"The locked model at {reader.location} is not of the source, lock and alpha that its place "
-                "stands for.",
-                next_step="Delete it, and write it again: safelock prepare.",
-            )
-        check_fingerprint(stated.source.fingerprint, self.artifacts.reader(approved.original))
-        return receipt
-
-    def _accept_the_faster_one(self, approved: _Approved) -> None:
+    def _accept_the_faster_one(self, approved: Approved) -> None:
         """Somebody redirected the version meanwhile: fine if they did what this promotion wanted."""
         request = approved.request
         now = self.registry.model_version(request.name, request.version)
@@ -407,7 +228,7 @@ class Gate:
         _logger.info("%s %s/%s: %s (%s)", event, request.name, request.version, refusal, refusal.reason)
 
 
-def _is_in_force(known: LedgerEntry, approved: _Approved, found: ModelVersion) -> bool:
+def _is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
     """Whether what was decided last about this version is this very lock at this very strength."""
     return (
         known.locks
@@ -415,26 +236,11 @@ def _is_in_force(known: LedgerEntry, approved: _Approved, found: ModelVersion) -
         and known.lock is not None
         and known.lock.digest == approved.lock.lock.digest
         and known.alpha == approved.alpha
-        and _is_standalone(known.location) == (approved.rule.carrier == "standalone")
+        and is_standalone(known.location) == (approved.rule.carrier == "standalone")
     )
 
 
-def _is_standalone(location: str | None) -> bool:
-    return PurePosixPath(location or "").name.startswith(STANDALONE)
-
-
-def _short_enough(location: str) -> str:
-    if len(location) > MAX_LOCATION:
-        raise PromotionRefused(
-            "location_too_long",
-            f"The locked model's location would have {len(location)} characters, and MLflow holds "
-            f"{MAX_LOCATION}.",
-            next_step="Log the model under a shorter artifact location.",
-        )
-    return location
-
-
-def _promoted(approved: _Approved, receipt: Receipt, location: str) -> LedgerEntry:
+def _promoted(approved: Approved, receipt: Receipt, location: str) -> LedgerEntry:
     request, lock = approved.request, approved.lock
     return LedgerEntry(
         event="promoted",
@@ -458,7 +264,7 @@ def _promoted(approved: _Approved, receipt: Receipt, location: str) -> LedgerEnt
     )
 
 
-def _tags(approved: _Approved, receipt: Receipt) -> dict[str, str]:
+def _tags(approved: Approved, receipt: Receipt) -> dict[str, str]:
     """For people who look at the version in the UI; never evidence."""
     lock = approved.lock
     return {

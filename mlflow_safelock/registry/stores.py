@@ -22,12 +22,13 @@ from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.guard import Guard, policy_entry
 from mlflow_safelock.gate.ledger import LockInForce, create_table
 from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.policy_file import PolicySource
 from mlflow_safelock.gate.ports import Target
-from mlflow_safelock.gate.promotion import Gate, Preparation, Request
+from mlflow_safelock.gate.promotion import Gate, Preparation
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.sql import SqlRegistry

@@ -1,0 +1,107 @@
+"""What a promotion will apply: the source (never a locked one), the base's lock, and the strength."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.gate.locks import RegisteredLock, find_lock
+from mlflow_safelock.gate.policy import GateRule, Policy
+from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry, Target
+from mlflow_safelock.gate.source import examine
+from mlflow_safelock.gate.strength import alpha_for
+from mlflow_safelock.provenance import Actor, LockReference, Promotion
+
+
+@dataclass(frozen=True)
+class Request:
+    """A promotion that somebody asked for."""
+
+    name: str
+    version: int
+    target: Target
+    actor: Actor
+    workspace: str
+
+
+@dataclass(frozen=True)
+class Approved:
+    """What a promotion will apply, and onto what; everything that the policy asks for was found in order."""
+
+    request: Request
+    policy: Policy
+    rule: GateRule
+    found: ModelVersion
+    original: str
+    lock: RegisteredLock
+    kinship: float | None
+    alpha: float
+
+    @property
+    def uri(self) -> str:
+        """The version's address in the registry."""
+        return f"models:/{self.request.name}/{self.request.version}"
+
+    @property
+    def lock_reference(self) -> LockReference:
+        """The lock, for receipts."""
+        return LockReference(
+            digest=self.lock.lock.digest,
+            base_model=self.lock.lock.base_model,
+            model=self.lock.model,
+            version=self.lock.version,
+        )
+
+    @property
+    def promotion(self) -> Promotion:
+        """The decision, for receipts."""
+        return Promotion(
+            model=self.request.name,
+            version=self.request.version,
+            target=str(self.request.target),
+            policy=self.policy.digest,
+            actor=self.request.actor,
+            kinship=None if self.kinship is None else round(self.kinship, 6),
+        )
+
+
+def approve(
+    request: Request,
+    policy: Policy,
+    rule: GateRule,
+    found: ModelVersion,
+    registry: Registry,
+    artifacts: Artifacts,
+) -> Approved | None:
+    """Decide what is to be applied to a version; nothing is written.
+
+    Args:
+        request: The promotion.
+        policy: The policy in force.
+        rule: Its gate for the version.
+        found: The version as the registry has it.
+        registry: The registry.
+        artifacts: The artifacts behind it.
+
+    Returns:
+        ``None`` where nothing is to be applied: it is no language model, and the policy lets those through.
+
+    Raises:
+        PromotionRefused: The version may not be promoted.
+        SourceError: Its artifacts cannot be read.
+    """
+    known = registry.promotion_at(found.location)
+    original = artifacts.resolve((known and known.original_location) or found.location)
+    source = examine(artifacts.reader(original))
+    if source is None:
+        if rule.not_an_llm == "reject":
+            raise PromotionRefused(
+                "not_an_llm",
+                f"{request.name!r} version {request.version} is no language model, and the policy lets "
+                "only locked language models through.",
+                next_step="Set 'not_an_llm: allow' in the policy's gate for it.",
+            )
+        return None
+    chosen = find_lock(found, source, policy, rule, registry, artifacts)
+    lock, kinship = chosen.registered, chosen.kinship
+    return Approved(request, policy, rule, found, original, lock, kinship, alpha_for(found, rule))

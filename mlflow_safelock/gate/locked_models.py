@@ -1,0 +1,170 @@
+"""The locked models beside their fine-tunes: an overlay is written in its promotion, a standalone before it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+import rfc8785
+
+from mlflow_safelock.apply.checkpoint.progress import Progress
+from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
+from mlflow_safelock.flavors.overlay import read_overlay, write_overlay
+from mlflow_safelock.flavors.standalone import Standalone, is_complete, read_standalone, write_standalone
+from mlflow_safelock.gate.approval import Approved
+from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.ports import Artifacts
+from mlflow_safelock.provenance import Receipt, check_fingerprint
+
+_logger = logging.getLogger(__name__)
+
+STANDALONE = "standalone-"
+"""Beginning of the last part of a standalone model's location."""
+
+MAX_LOCATION = 500
+"""Longest download location that MLflow's table holds, in characters."""
+
+
+@dataclass(frozen=True)
+class LockedModels:
+    """The locked models beside the fine-tunes that they are made of.
+
+    Attributes:
+        artifacts: The artifacts behind the registry.
+    """
+
+    artifacts: Artifacts
+
+    def write_overlay(self, approved: Approved) -> tuple[str, Receipt]:
+        """Write the overlay of a promotion and read it back; its location and its receipt."""
+        with TemporaryDirectory(prefix="safelock-") as temporary:
+            folder = Path(temporary)
+            receipt = write_overlay(
+                folder,
+                self.artifacts.reader(approved.original),
+                approved.original,
+                approved.lock.lock,
+                approved.lock_reference,
+                approved.alpha,
+                approved.promotion,
+            )
+            name = receipt.digest.removeprefix("sha256:")[:32]
+            location = _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
+            self.artifacts.publish(folder, location)
+        if read_overlay(self.artifacts.reader(location)).receipt != receipt:
+            raise PromotionRefused(
+                "not_written",
+                f"The locked model at {location} did not read back as it was written.",
+                next_step="Look at the artifact store, then promote again.",
+            )
+        return location, receipt
+
+    def write_standalone(self, approved: Approved, progress: Progress) -> Standalone:
+        """Write the standalone model of a promotion and read it back."""
+        location = standalone_location(approved)
+        written = self.artifacts.derive(
+            approved.original,
+            location,
+            approved.lock.lock,
+            lambda source, folder, complete: write_standalone(
+                folder,
+                source,
+                self.artifacts.reader(approved.original),
+                approved.original,
+                approved.lock.lock,
+                approved.lock_reference,
+                approved.alpha,
+                approved.promotion,
+                complete=complete,
+                progress=progress,
+            ),
+            progress,
+        )
+        read_standalone(self.artifacts.reader(location))
+        return written
+
+    def found_prepared(self, approved: Approved) -> Receipt:
+        """The receipt of the standalone model for a promotion, which was written before."""
+        receipt = self.prepared(approved)
+        if receipt is None:
+            raise PromotionRefused(
+                "not_prepared",
+                f"The policy has {approved.request.name!r} promoted as a standalone model, and none is there "
+                f"for version {approved.request.version} with lock {approved.lock.model} version "
+                f"{approved.lock.version} at alpha {approved.alpha:g}.",
+                next_step=f"Write it, where the registry's database and artifacts can be reached: safelock "
+                f"prepare {approved.uri}. Then promote again.",
+            )
+        return receipt
+
+    def prepared(self, approved: Approved) -> Receipt | None:
+        """The receipt of the standalone model for a promotion, checked; ``None`` where there is none."""
+        reader = self.artifacts.reader(standalone_location(approved))
+        if not is_complete(reader):
+            return None
+        receipt = read_standalone(reader)
+        stated = receipt.predicate
+        wanted = (approved.original, approved.lock.lock.digest, approved.alpha)
+        if (stated.source.uri, stated.lock.digest, stated.alpha) != wanted:
+            raise VerificationError(
+                f"The locked model at {reader.location} is not of the source, lock and alpha that its place "
+                "stands for.",
+                next_step="Delete it, and write it again: safelock prepare.",
+            )
+        check_fingerprint(stated.source.fingerprint, self.artifacts.reader(approved.original))
+        return receipt
+
+    def still_stands(self, known: LedgerEntry) -> bool:
+        """Whether the locked model of an earlier promotion is there as it was written.
+
+        Raises:
+            PromotionRefused: The fine-tune that it was made of is not what it was.
+        """
+        try:
+            reader = self.artifacts.reader(known.location or "")
+            standalone = is_standalone(known.location)
+            receipt = read_standalone(reader) if standalone else read_overlay(reader).receipt
+        except SafelockError as error:
+            _logger.warning("The locked model at %s is written again: %s", known.location, error)
+            return False
+        if receipt.digest != known.receipt:
+            _logger.warning(
+                "The locked model at %s has another receipt, and is written again", known.location
+            )
+            return False
+        source = receipt.predicate.source
+        try:
+            check_fingerprint(source.fingerprint, self.artifacts.reader(source.uri))
+        except VerificationError as error:
+            raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
+        return True
+
+
+def standalone_location(approved: Approved) -> str:
+    """Where the standalone model is: the same for the same source, lock and strength.
+
+    Raises:
+        PromotionRefused: It is longer than MLflow's table holds.
+    """
+    made_of = rfc8785.dumps([approved.original, approved.lock.lock.digest, approved.alpha])
+    name = f"{STANDALONE}{hashlib.sha256(made_of).hexdigest()[:32]}"
+    return _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
+
+
+def is_standalone(location: str | None) -> bool:
+    """Whether a location is one of a standalone model."""
+    return PurePosixPath(location or "").name.startswith(STANDALONE)
+
+
+def _short_enough(location: str) -> str:
+    if len(location) > MAX_LOCATION:
+        raise PromotionRefused(
+            "location_too_long",
+            f"The locked model's location would have {len(location)} characters, and MLflow holds "
+            f"{MAX_LOCATION}.",
+            next_step="Log the model under a shorter artifact location.",
+        )
+    return location
