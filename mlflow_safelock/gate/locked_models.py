@@ -1,4 +1,4 @@
-"""The locked models beside their fine-tunes: an overlay is written in its promotion, a standalone before it."""
+"""Locked models beside their fine-tunes: overlays written in promotions, standalone models before them."""
 
 from __future__ import annotations
 
