@@ -56,12 +56,11 @@ class Workspace:
     def __init__(self) -> None:
         self._blocks: dict[tuple[torch.dtype, torch.Size], torch.Tensor] = {}
 
-    def widened(self, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The columns, contiguous and in another dtype, until the next call for the same shape."""
+    def gathered(self, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The columns, contiguous and in a dtype, until the next call for the same shape."""
         # Gathered first, in the narrow dtype, then widened: half the time of widening while gathering.
-        return self._block(dtype, columns.shape).copy_(
-            self._block(columns.dtype, columns.shape).copy_(columns)
-        )
+        block = self._block(columns.dtype, columns.shape).copy_(columns)
+        return block if block.dtype == dtype else self._block(dtype, columns.shape).copy_(block)
 
     def _block(self, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
         key = dtype, shape
@@ -150,19 +149,20 @@ def stored_bias(bias: torch.Tensor, dtype: torch.dtype, layer: int, alpha: float
         AlphaError: A number of it is beyond what the dtype can hold, or so little of it is left that it is
             not the lock's bias any more, such as nothing but zeros.
     """
+    stored = bias.to(dtype)
+    length = torch.linalg.vector_norm(bias)
+    lost = torch.linalg.vector_norm(stored.to(bias) - bias)
+    if length > 0 and lost <= _ROUNDINGS * torch.finfo(dtype).eps * length:
+        return stored
     if not bias.abs().max() <= torch.finfo(dtype).max:
         raise AlphaError(
             f"At alpha {alpha} the bias of layer {layer} is beyond what {dtype} can hold.",
             next_step="Use a smaller alpha, or weights of a wider dtype.",
         )
-    stored = bias.to(dtype)
-    lost = torch.linalg.vector_norm(stored.to(bias) - bias)
-    if not stored.any() or not lost <= _ROUNDINGS * torch.finfo(dtype).eps * torch.linalg.vector_norm(bias):
-        raise AlphaError(
-            f"At alpha {alpha} the bias of layer {layer} is lost in the rounding to {dtype}.",
-            next_step="Use a larger alpha; the method's default is 6.0.",
-        )
-    return stored
+    raise AlphaError(
+        f"At alpha {alpha} the bias of layer {layer} is lost in the rounding to {dtype}.",
+        next_step="Use a larger alpha; the method's default is 6.0.",
+    )
 
 
 def input_displacement(displacement: Displacement, geometry: AttentionGeometry) -> torch.Tensor:
@@ -206,8 +206,8 @@ def _refuse_beyond_float32(lock: SafetyLock, pushes: npt.NDArray[np.float64], al
 def _product(columns: torch.Tensor, values: torch.Tensor, workspace: Workspace) -> torch.Tensor:
     columns = columns.detach()
     accumulator = torch.float64 if columns.dtype == torch.float64 else torch.float32
-    if columns.dtype != accumulator:
-        on_cpu_in_rows = columns.device.type == "cpu" and columns.stride(-1) == 1
-        columns = workspace.widened(columns, accumulator) if on_cpu_in_rows else columns.to(accumulator)
-    product = torch.mv(columns, values.to(columns.device, accumulator))
+    if columns.device.type == "cpu" and columns.stride(-1) == 1 and not columns.is_contiguous():
+        # Also where the dtype stays: a product of rows that lie apart takes twice the time of both.
+        columns = workspace.gathered(columns, accumulator)
+    product = torch.mv(columns.to(accumulator), values.to(columns.device, accumulator))
     return product if product.device.type == "mps" else product.double()
