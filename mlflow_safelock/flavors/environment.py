@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,14 @@ from mlflow.utils.environment import (
     _validate_env_arguments,
 )
 
+from mlflow_safelock.provenance import installed_version
+
 PACKAGE = "mlflow-safelock"
 
 
 def pinned(package: str) -> str:
     """The requirement line for the installed version of ``package``."""
-    return f"{package}=={version(package)}"
+    return f"{package}=={installed_version(package)}"
 
 
 def default_pip_requirements() -> list[str]:

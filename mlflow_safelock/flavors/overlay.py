@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from mlflow_safelock.provenance import (
     ReceiptPredicate,
     SourceReference,
     take_fingerprint,
+    tool_versions,
 )
 
 FLAVOR_NAME = "safelock_locked_model"
@@ -44,7 +44,8 @@ COPIED_FROM_SOURCE = ("input_example.json", "serving_input_example.json")
 
 
 _SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The same plain values from libyaml in a tenth of the time, where PyYAML was built with it."""
+_SAFE_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""The same plain values through libyaml in a tenth of the time, where PyYAML was built with it."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def write_overlay(
             promotion=promotion,
             files={path.name: _sha256(path.read_bytes()) for path in sorted(folder.iterdir())},
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            tools={name: version(name) for name in ("mlflow-safelock", "mlflow", "transformers", "torch")},
+            tools=tool_versions(),
         )
     )
     (folder / RECEIPT_FILE).write_bytes(receipt.to_bytes())
@@ -199,11 +200,11 @@ def _write_source_environment(folder: Path, source: ArtifactReader, paths: set[s
     requirements = source.read("requirements.txt").decode().splitlines()
     (folder / "requirements.txt").write_text("\n".join([*requirements, wanted]) + "\n")
     (folder / "python_env.yaml").write_bytes(source.read("python_env.yaml"))
-    conda = yaml.safe_load(source.read("conda.yaml"))
+    conda = yaml.load(source.read("conda.yaml"), _SAFE_LOADER)  # noqa: S506
     for dependency in conda.get("dependencies", []):
         if isinstance(dependency, dict) and isinstance(dependency.get("pip"), list):
             dependency["pip"].append(wanted)
-    (folder / "conda.yaml").write_text(yaml.safe_dump(conda, sort_keys=False))
+    (folder / "conda.yaml").write_text(yaml.dump(conda, Dumper=_SAFE_DUMPER, sort_keys=False))
     if "constraints.txt" in paths:
         (folder / "constraints.txt").write_bytes(source.read("constraints.txt"))
     return {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}

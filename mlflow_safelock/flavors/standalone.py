@@ -11,7 +11,6 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from mlflow_safelock.provenance import (
     SourceReference,
     check_fingerprint,
     take_fingerprint,
+    tool_versions,
 )
 
 WEIGHTS_FOLDER = "model"
@@ -185,7 +185,7 @@ def write_standalone(
             ),
             check=check,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            tools={name: version(name) for name in ("mlflow-safelock", "mlflow", "transformers", "torch")},
+            tools=tool_versions(),
         )
     )
     (folder / RECEIPT_FILE).write_bytes(receipt.to_bytes())

@@ -12,12 +12,12 @@ import rfc8785
 
 from mlflow_safelock.apply.checkpoint.progress import Progress
 from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
-from mlflow_safelock.flavors.overlay import read_overlay, write_overlay
+from mlflow_safelock.flavors.overlay import RECEIPT_FILE, read_overlay, write_overlay
 from mlflow_safelock.flavors.standalone import Standalone, is_complete, read_standalone, write_standalone
 from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.ports import Artifacts
-from mlflow_safelock.provenance import Receipt, check_fingerprint
+from mlflow_safelock.provenance import ArtifactReader, Receipt, check_fingerprint
 
 _logger = logging.getLogger(__name__)
 
@@ -54,12 +54,7 @@ class LockedModels:
             name = receipt.digest.removeprefix("sha256:")[:32]
             location = _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
             self.artifacts.publish(folder, location)
-        if read_overlay(self.artifacts.reader(location)).receipt != receipt:
-            raise PromotionRefused(
-                "not_written",
-                f"The locked model at {location} did not read back as it was written.",
-                next_step="Look at the artifact store, then promote again.",
-            )
+            _check_as_written(receipt, self.artifacts.reader(location))
         return location, receipt
 
     def write_standalone(self, approved: Approved, progress: Progress) -> Standalone:
@@ -141,6 +136,18 @@ class LockedModels:
         except VerificationError as error:
             raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
         return True
+
+
+def _check_as_written(receipt: Receipt, there: ArtifactReader) -> None:
+    """Refuse unless an overlay is, byte for byte, what was written."""
+    stated = {**receipt.predicate.files, RECEIPT_FILE: receipt.digest.removeprefix("sha256:")}
+    for name, sha256 in stated.items():
+        if hashlib.sha256(there.read(name)).hexdigest() != sha256:
+            raise PromotionRefused(
+                "not_written",
+                f"The locked model's file {name!r} at {there.location} did not read back as it was written.",
+                next_step="Look at the artifact store, then promote again.",
+            )
 
 
 def standalone_location(approved: Approved) -> str:

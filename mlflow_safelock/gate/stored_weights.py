@@ -66,8 +66,14 @@ class StoredWeights:
 
     def output_projection(self, architecture: Architecture, layer: int) -> StoredWeight | None:
         """The weight of a layer's attention output projection; ``None`` where it is stored otherwise."""
-        found = self._below(architecture, layer, "weight")
-        return self.tensors[found[0]] if len(found) == 1 else None
+        inside = f"{layer}.{architecture.output_projection}.weight"
+        # Some checkpoints name their tensors from the bare model on, and some put more before it.
+        for path in _suffixes(architecture.layers):
+            if weight := self.tensors.get(f"{path}.{inside}"):
+                return weight
+        path = f".{architecture.layers.rsplit('.', 1)[-1]}.{inside}"
+        found = [weight for name, weight in self.tensors.items() if name.endswith(path)]
+        return found[0] if len(found) == 1 else None
 
     def check_output_projections(self, architecture: Architecture, geometry: AttentionGeometry) -> None:
         """See that every layer has its attention output projection, in a shape that fits.
@@ -88,7 +94,7 @@ class StoredWeights:
                     f"{list(weight.shape)} in layer {layer}, and the configuration makes it {list(shape)}.",
                     next_step=COPY_AGAIN,
                 )
-            if weight is None and not self._below(architecture, layer, ""):
+            if weight is None and not self._has_some(architecture, layer):
                 raise SourceError(
                     f"The weights at {self.reader.location} lack the attention output projection of layer "
                     f"{layer} ({architecture.output_projection}): it would be loaded with random numbers.",
@@ -121,17 +127,12 @@ class StoredWeights:
         values = [_DECODERS[dtype](next(read[file])) for file, dtype in types]
         return cosine(sketch, np.array(values).reshape(sketch.values.shape))
 
-    def _below(self, architecture: Architecture, layer: int, name: str) -> list[str]:
-        """Names of tensors in a layer's output projection; ``name`` of it, or any where that is empty."""
-        inside = f"{layer}.{architecture.output_projection}.{name}"
-        for path in _suffixes(architecture.layers):
-            # Some checkpoints name their tensors from the bare model on, and some put more before it.
-            wanted = f"{path}.{inside}"
-            exact = [found for found in self.tensors if _is(found, wanted, whole=bool(name))]
-            if exact:
-                return exact
-        path = f".{architecture.layers.rsplit('.', 1)[-1]}.{inside}"
-        return [found for found in self.tensors if (found.endswith(path) if name else path in found)]
+    def _has_some(self, architecture: Architecture, layer: int) -> bool:
+        """Whether a layer's output projection is stored in any form."""
+        inside = f"{layer}.{architecture.output_projection}."
+        starts = tuple(f"{path}.{inside}" for path in _suffixes(architecture.layers))
+        within = f".{architecture.layers.rsplit('.', 1)[-1]}.{inside}"
+        return any(name.startswith(starts) or within in name for name in self.tensors)
 
 
 def read_stored_weights(reader: ArtifactReader, folder: str) -> StoredWeights | None:
@@ -206,10 +207,6 @@ def _places(reader: ArtifactReader, path: str, size: int) -> dict[str, str]:
             next_step=COPY_AGAIN,
         )
     return places
-
-
-def _is(name: str, wanted: str, *, whole: bool) -> bool:
-    return name == wanted if whole else name.startswith(wanted)
 
 
 def _suffixes(path: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ from mlflow_safelock.provenance.receipt import (
     ReceiptPredicate,
     SourceReference,
 )
+from mlflow_safelock.provenance.tools import installed_version, tool_versions
 from mlflow_safelock.provenance.weights import WeightsHeader, read_header
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "StoreChecksum",
     "WeightsHeader",
     "check_fingerprint",
+    "installed_version",
     "read_header",
     "take_fingerprint",
+    "tool_versions",
 ]

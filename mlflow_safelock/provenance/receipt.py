@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal
 
 import rfc8785
@@ -142,6 +143,12 @@ class Receipt(_Part):
     predicate_type: Literal["urn:mlflow-safelock:locked-model:v1"] = Field(alias="predicateType")
     predicate: ReceiptPredicate
 
+    def __copy__(self) -> Receipt:
+        # ``model_copy`` copies by this: what was computed of this receipt is not true of a changed copy.
+        copied = super().__copy__()
+        copied.__dict__.pop("_canonical", None)
+        return copied
+
     @classmethod
     def about(cls, predicate: ReceiptPredicate) -> Receipt:
         """The statement that makes ``predicate`` about the source it names."""
@@ -178,6 +185,10 @@ class Receipt(_Part):
 
     def to_bytes(self) -> bytes:
         """The receipt as canonical JSON (RFC 8785)."""
+        return self._canonical
+
+    @cached_property
+    def _canonical(self) -> bytes:
         return rfc8785.dumps(self.model_dump(mode="json", by_alias=True))
 
     @property

@@ -111,18 +111,28 @@ class SqlRegistry:
             )
             if updated.rowcount != 1:
                 return False
-            for key, value in redirection.tags.items():
-                session.merge(
-                    self.store._with_workspace_field(
-                        SqlModelVersionTag(
-                            name=redirection.name, version=redirection.version, key=key, value=value
-                        )
-                    )
-                )
+            self._set_tags(session, redirection)
             ledger.append(session, redirection.entry)
             return True
 
         return self._transaction(work)
+
+    def _set_tags(self, session: Any, redirection: Redirection) -> None:
+        # In two statements; merging them one by one asks for each of them first.
+        session.execute(
+            sa.delete(SqlModelVersionTag).where(
+                SqlModelVersionTag.workspace == self.store._get_active_workspace(),
+                SqlModelVersionTag.name == redirection.name,
+                SqlModelVersionTag.version == redirection.version,
+                SqlModelVersionTag.key.in_(redirection.tags),
+            )
+        )
+        session.add_all(
+            self.store._with_workspace_field(
+                SqlModelVersionTag(name=redirection.name, version=redirection.version, key=key, value=value)
+            )
+            for key, value in redirection.tags.items()
+        )
 
     def record(self, entry: LedgerEntry) -> None:
         """Append a row to the ledger."""
