@@ -36,6 +36,7 @@ def run(settings: Settings) -> Iterator[Row]:
     case = f"{size / 1e6:.0f} MB of weights, {len(lock.layers)} of {geometry.layers} layers locked"
     with _own_temporary_folder(settings.scratch):
         yield _loading(case, locked, unlocked, source, settings)
+        yield _loading_to_the_first_token(case, locked, unlocked, source, settings)
     yield from _generating(case, locked, unlocked, settings)
 
 
@@ -48,6 +49,27 @@ def _loading(case: str, locked: str, unlocked: str, source: Path, settings: Sett
         limit=Contender("transformers alone: from_pretrained", lambda: _load_stock(source)),
         repetitions=settings.repetitions(15),
     )
+
+
+def _loading_to_the_first_token(
+    case: str, locked: str, unlocked: str, source: Path, settings: Settings
+) -> Row:
+    """A load by itself maps the weights and reads none: whoever reads them first pays for the pages."""
+    return compare(
+        "serving",
+        f"load, and one token: {case}",
+        ours=Contender("locked", lambda: _one_token(_load(locked).get_raw_model().model), _forget),
+        theirs=Contender("unlocked", lambda: _one_token(_load(unlocked).get_raw_model().model), _forget),
+        limit=Contender(
+            "transformers alone: from_pretrained, and one token",
+            lambda: _one_token(_load_stock(source)[0]),
+        ),
+        repetitions=settings.repetitions(11),
+    )
+
+
+def _one_token(model: Any) -> None:
+    _generate(model, 1, 1)
 
 
 def _generating(case: str, locked: str, unlocked: str, settings: Settings) -> Iterator[Row]:
