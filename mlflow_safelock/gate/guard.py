@@ -1,4 +1,4 @@
-"""What the gate does beside promotions: reads, renames, unlocking, revoked locks, and a policy that changes.
+"""What the gate does beside promotions: reads, unlocking, revoked locks, and a policy that changes.
 
 A read is where the gate's promise is kept against whoever got past it: a version that is in a gated stage, or
 under a gated alias, is handed out only as the ledger has it.
@@ -14,6 +14,8 @@ from mlflow_safelock.errors import LockError, PromotionRefused, SafelockError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE
 from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.gate.approval import Request
+from mlflow_safelock.gate.failpoints import reach
+from mlflow_safelock.gate.leases import Lease, Work
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Target
@@ -52,7 +54,7 @@ class Guard:
         if not places:
             return
         decision = self.gate.registry.decision_on(workspace, name, version)
-        if decision is not None and _stands(decision, found):
+        if decision is not None and stands(decision, found):
             self._look_at_the_lock(decision, rule, found)
             return
         if decision is None and self._is_no_language_model(found, rule):
@@ -70,45 +72,6 @@ class Guard:
             ),
         )
 
-    def check_rename(self, name: str, new_name: str, workspace: str) -> None:
-        """Refuse a name under which an unlocked version would be in a gated place.
-
-        Raises:
-            PromotionRefused: It would; the registered model keeps its name.
-        """
-        rule = self.gate.policy().rule_for(new_name)
-        if rule is None:
-            return
-        for version in self.gate.registry.model_versions(name):
-            places = rule.gated_places(version)
-            decision = self.gate.registry.decision_on(workspace, name, version.version)
-            if places and (decision is None or not _stands(decision, version)):
-                raise PromotionRefused(
-                    "not_locked",
-                    f"Under the name {new_name!r} version {version.version} would be in {places[0]} without "
-                    "having passed the gate.",
-                    next_step="Take it out of the stage or alias, rename, and promote it again.",
-                )
-
-    def renamed(self, name: str, new_name: str, workspace: str, actor: Actor) -> None:
-        """Let the ledger's decisions go on under a registered model's new name."""
-        for version in self.gate.registry.model_versions(new_name):
-            decision = self.gate.registry.decision_on(workspace, name, version.version)
-            if decision is None:
-                continue
-            event = "renamed" if decision.locks else decision.event
-            self.gate.registry.record(
-                decision.model_copy(
-                    update={
-                        "event": event,
-                        "time": _now(),
-                        "model": new_name,
-                        "actor": actor,
-                        "message": f"The registered model was called {name!r}.",
-                    }
-                )
-            )
-
     def unlock(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> str:
         """Let a version serve its fine-tune again, unlocked.
 
@@ -118,6 +81,12 @@ class Guard:
         Raises:
             PromotionRefused: The policy forbids it, the version is not locked, or it is in a gated place.
         """
+        with self.gate.registry.lease(Work(workspace, name, version)) as lease:
+            return self._unlock(name, version, workspace, actor, reason, lease)
+
+    def _unlock(
+        self, name: str, version: int, workspace: str, actor: Actor, reason: str, lease: Lease
+    ) -> str:
         policy = self.gate.policy()
         found = self.gate.registry.model_version(name, version)
         known = self.gate.registry.promotion_at(found.location)
@@ -140,6 +109,7 @@ class Guard:
                 f"{who} is in {' and '.join(str(place) for place in places)}, where only locked models are.",
                 next_step="Take it out of the stage, or the alias off it, first.",
             )
+        reach("unlock-approved")
         entry = known.model_copy(
             update={
                 "event": "unlocked",
@@ -163,6 +133,7 @@ class Guard:
                 location=known.original_location,
                 tags={"safelock.state": "unlocked"},
                 entry=entry,
+                lease=lease,
             )
         )
         if not done:
@@ -258,7 +229,7 @@ def policy_entry(policy: Policy, actor: Actor, workspace: str) -> LedgerEntry:
     )
 
 
-def _stands(decision: LedgerEntry, found: ModelVersion) -> bool:
+def stands(decision: LedgerEntry, found: ModelVersion) -> bool:
     """Whether a version serves what was decided about it last."""
     if decision.locks:
         return decision.location == found.location

@@ -15,6 +15,7 @@ from mlflow_safelock.errors import PromotionRefused, SafelockError, Verification
 from mlflow_safelock.flavors.overlay import RECEIPT_FILE, read_overlay, write_overlay
 from mlflow_safelock.flavors.standalone import Standalone, is_complete, read_standalone, write_standalone
 from mlflow_safelock.gate.approval import Approved
+from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.ports import Artifacts
 from mlflow_safelock.provenance import ArtifactReader, Receipt, check_fingerprint
@@ -51,10 +52,13 @@ class LockedModels:
                 approved.alpha,
                 approved.promotion,
             )
+            reach("overlay-written")
             name = receipt.digest.removeprefix("sha256:")[:32]
             location = _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
             self.artifacts.publish(folder, location)
-            _check_as_written(receipt, self.artifacts.reader(location))
+        reach("overlay-published")
+        _check_as_written(receipt, self.artifacts.reader(location))
+        reach("overlay-read-back")
         return location, receipt
 
     def write_standalone(self, approved: Approved, progress: Progress) -> Standalone:
@@ -78,7 +82,9 @@ class LockedModels:
             ),
             progress,
         )
+        reach("standalone-published")
         read_standalone(self.artifacts.reader(location))
+        reach("standalone-read-back")
         return written
 
     def found_prepared(self, approved: Approved) -> Receipt:
@@ -93,6 +99,7 @@ class LockedModels:
                 next_step=f"Write it, where the registry's database and artifacts can be reached: safelock "
                 f"prepare {approved.uri}. Then promote again.",
             )
+        reach("standalone-found")
         return receipt
 
     def prepared(self, approved: Approved) -> Receipt | None:

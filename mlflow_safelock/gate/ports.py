@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from mlflow_safelock.apply.checkpoint.progress import Progress
 from mlflow_safelock.flavors.standalone import Standalone
+from mlflow_safelock.gate.leases import Lease, Work
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import ArtifactReader
@@ -59,6 +61,7 @@ class Redirection:
         location: Where it is downloaded from afterwards.
         tags: Tags to set.
         entry: Row for the ledger.
+        lease: The lease that ends with it.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Redirection:
     location: str
     tags: Mapping[str, str]
     entry: LedgerEntry
+    lease: Lease | None = None
 
 
 class Registry(Protocol):
@@ -89,6 +93,13 @@ class Registry(Protocol):
 
     def revocation_of(self, digest: str) -> LedgerEntry | None:
         """The revocation of the lock with a digest; ``None`` where it stands."""
+
+    def lease(self, work: Work) -> AbstractContextManager[Lease]:
+        """Wait until nobody else is at work on a version, and be who is.
+
+        Raises:
+            PromotionRefused: Somebody else still was after a long while.
+        """
 
     def redirect(self, redirection: Redirection) -> bool:
         """Do all of it in one transaction, or, where ``expected_location`` no longer holds, nothing.

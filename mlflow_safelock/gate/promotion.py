@@ -1,16 +1,17 @@
 """The decision: one promotion from the request to a locked version, or to a refusal that changes nothing.
 
-Order of steps: policy; source (never a locked one); base and lock; the locked model, which is an overlay that
-is written beside the source and read back, or a standalone model that was prepared there; one database
-transaction for the redirection, the tags and the ledger row. Stock MLflow performs the transition afterwards.
-A crash between any two steps leaves the version not promoted, or locked and not promoted, and doing it again
-finishes it.
+Order of steps: policy; lease, which only keeps others from doing the same work beside this; source (never
+a locked one); base and lock; the locked model, which is an overlay that is written beside the source and
+read back, or a standalone model that was prepared there; one database transaction for the redirection, the
+tags and the ledger row. Stock MLflow performs the transition afterwards. A crash between any two steps leaves
+the version not promoted, or locked and not promoted, and doing it again finishes it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -19,6 +20,8 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.approval import Approved, Request, approve
+from mlflow_safelock.gate.failpoints import reach
+from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, standalone_location
 from mlflow_safelock.gate.policy import GateRule, Policy
@@ -79,9 +82,25 @@ class Gate:
         rule = policy.rule_for(request.name)
         if rule is None or not rule.covers(request.target):
             return
-        found = self.registry.model_version(request.name, request.version)
+        reach("policy-read")
+        with ExitStack() as until_done:
+            try:
+                work = Work(request.workspace, request.name, request.version)
+                lease = until_done.enter_context(self.registry.lease(work))
+            except PromotionRefused as busy:
+                self.record(request, policy, "rejected", busy)
+                raise
+            reach("lease-taken")
+            # Looked at under the lease: whoever had it before may have done what is asked for here.
+            found = self.registry.model_version(request.name, request.version)
+            self._decide(request, policy, rule, found, lease)
+
+    def _decide(
+        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, lease: Lease
+    ) -> None:
+        """Promote; whatever goes wrong becomes a refusal with a row in the ledger."""
         try:
-            self._promote(request, policy, rule, found)
+            self._promote(request, policy, rule, found, lease)
         except PromotionRefused as refusal:
             self.record(request, policy, "rejected", refusal)
             raise
@@ -116,8 +135,10 @@ class Gate:
                 next_step="Promote it, or add a gate for it to the policy.",
             )
         found = self.registry.model_version(request.name, request.version)
+        work = Work(request.workspace, request.name, request.version, "prepare")
         try:
-            return self._prepare(request, policy, rule, found, progress)
+            with self.registry.lease(work) as lease:
+                return self._prepare(request, policy, rule, found, renewing(lease, progress))
         except PromotionRefused:
             raise
         except SafelockError as error:
@@ -137,12 +158,15 @@ class Gate:
         if rule.carrier == "overlay":
             return Preparation("overlay", None, lock, approved.alpha)
         location = standalone_location(approved)
+        reach("prepare-approved")
         written = None
         if self._locked_models.prepared(approved) is None:
             written = self._locked_models.write_standalone(approved, progress)
         return Preparation("standalone", location, lock, approved.alpha, written)
 
-    def _promote(self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion) -> None:
+    def _promote(
+        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, lease: Lease
+    ) -> None:
         try:
             approved = approve(request, policy, rule, found, self.registry, self.artifacts)
         except PromotionRefused as refusal:
@@ -153,6 +177,7 @@ class Gate:
         if approved is None:
             self._let_through(request, policy, found, NOT_AN_LLM)
             return
+        reach("approved")
         known = self.registry.decision_on(request.workspace, request.name, request.version)
         if (
             known is not None
@@ -171,6 +196,7 @@ class Gate:
             location=location,
             tags=_tags(approved, receipt),
             entry=_promoted(approved, receipt, location),
+            lease=lease,
         )
         if not self.registry.redirect(redirection):
             # What was written stays for the sweep: a twin that was written in the same millisecond from the

@@ -27,6 +27,7 @@ from mlflow.utils.uri import is_local_uri
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.flavors.standalone import Standalone
+from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ports import Writer
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import ArtifactReader, LocalArtifacts
@@ -139,6 +140,7 @@ def _publish_locally(folder: Path, destination: Path) -> None:
     aside = destination.with_name(f".{destination.name}-{uuid4().hex}")
     try:
         shutil.copytree(folder, aside, copy_function=shutil.copyfile)
+        reach("artifacts-aside")
         try:
             aside.rename(destination)
         except OSError:

@@ -23,6 +23,7 @@ from mlflow_safelock.apply.checkpoint.sample import sampled_spans
 from mlflow_safelock.errors import SourceError, VerificationError
 from mlflow_safelock.flavors.overlay import read_mlmodel
 from mlflow_safelock.flavors.standalone import Standalone, weights_by_receipt
+from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ports import Writer
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
@@ -51,6 +52,7 @@ def derive_locally(source: Path, destination: Path, write: Writer) -> Standalone
     try:
         aside.mkdir()
         written = write(source, aside, True)
+        reach("standalone-aside")
         try:
             aside.rename(destination)
         except OSError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,15 +17,22 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.model_registry.dbmodels.models import SqlModelVersion, SqlModelVersionTag
 from mlflow.utils.time import get_current_time_millis
 
-from mlflow_safelock.errors import LedgerError
-from mlflow_safelock.gate import ledger
+from mlflow_safelock.errors import LedgerError, PromotionRefused
+from mlflow_safelock.gate import leases, ledger
+from mlflow_safelock.gate.failpoints import reach
+from mlflow_safelock.gate.leases import Lease, Work
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.ports import ModelVersion, Redirection
+
+_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PATIENCE = 15.0
 """Seconds after which a transaction that lost its races for the ledger's next row is not repeated again."""
+
+LONGEST_WAIT = 90.0
+"""Seconds that a request waits for another one to finish with the same version; MLflow's client waits 120."""
 
 READY = ModelVersionStatus.to_string(ModelVersionStatus.READY)
 
@@ -92,10 +101,32 @@ class SqlRegistry:
 
         self._transaction(work)
 
+    @contextmanager
+    def lease(self, work: Work) -> Iterator[Lease]:
+        """Be the one who is at work on a version, once whoever is now has finished, died or is late."""
+        holder = leases.new_holder()
+        deadline = time.monotonic() + LONGEST_WAIT
+        while other := self._transaction(lambda session: leases.take(session, work, holder)):
+            if time.monotonic() > deadline:
+                raise PromotionRefused(
+                    "conflict",
+                    f"{work.model!r} version {work.version} is still being worked on by "
+                    f"{leases.process_of(other)}.",
+                    next_step="Do it again once that is done.",
+                )
+            time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - spreads requests, guards nothing
+        lease = Lease(holder, lambda: self._transaction(lambda session: leases.renew(session, work, holder)))
+        try:
+            yield lease
+        finally:
+            if not lease.over:
+                self._give_back(holder)
+
     def redirect(self, redirection: Redirection) -> bool:
         """Redirect a version, tag it and append to the ledger, in one transaction or not at all."""
 
         def work(session: Any) -> bool:
+            reach("transaction-begun")
             # The condition in the statement itself takes the row's lock and decides a race in one step.
             updated = session.execute(
                 sa.update(SqlModelVersion)
@@ -111,11 +142,25 @@ class SqlRegistry:
             )
             if updated.rowcount != 1:
                 return False
+            reach("redirected")
             self._set_tags(session, redirection)
             ledger.append(session, redirection.entry)
+            if redirection.lease is not None:
+                leases.release(session, redirection.lease.holder)
+            reach("ledger-appended")
             return True
 
-        return self._transaction(work)
+        done = self._transaction(work)
+        if done and redirection.lease is not None:
+            redirection.lease.over = True
+        reach("committed")
+        return done
+
+    def _give_back(self, holder: str) -> None:
+        try:
+            self._transaction(lambda session: leases.release(session, holder))
+        except (LedgerError, MlflowException) as error:
+            _logger.warning("A lease stays until it expires: %s", error)
 
     def _set_tags(self, session: Any, redirection: Redirection) -> None:
         # In two statements; merging them one by one asks for each of them first.

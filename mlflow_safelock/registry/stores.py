@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
+import time
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.entities.model_registry.model_version_stages import get_canonical_stage
@@ -15,25 +17,32 @@ from mlflow.protos.databricks_pb2 import (
     INVALID_PARAMETER_VALUE,
     PERMISSION_DENIED,
     RESOURCE_CONFLICT,
+    ErrorCode,
 )
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
 from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
+from sqlalchemy.exc import OperationalError
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.approval import Request
+from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import Guard, policy_entry
-from mlflow_safelock.gate.ledger import LockInForce, create_table
+from mlflow_safelock.gate.ledger import LockInForce
 from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.policy_file import PolicySource
 from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.gate.promotion import Gate, Preparation
+from mlflow_safelock.gate.renaming import Renaming
+from mlflow_safelock.gate.schema import bring_up_to_date
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
-from mlflow_safelock.registry.sql import SqlRegistry
+from mlflow_safelock.registry.sql import PATIENCE, SqlRegistry
 
 _logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SCHEME_PREFIX = "safelock+"
 
@@ -64,14 +73,27 @@ class GateMixin:
     ) -> ModelVersion:
         """MLflow's own transition, once the gate has locked the version or found nothing to do."""
         self._pass_gate(name, version, Target("stage", get_canonical_stage(stage)))
-        return super().transition_model_version_stage(  # type: ignore[misc]
-            name, version, stage, archive_existing_versions
-        )
+        stock = super().transition_model_version_stage  # type: ignore[misc]
+        done: ModelVersion = self._patiently(lambda: stock(name, version, stage, archive_existing_versions))
+        reach("transition-done")
+        return done
 
     def set_registered_model_alias(self, name: str, alias: str, version: Any) -> None:
         """MLflow's own alias, once the gate has locked the version or found nothing to do."""
         self._pass_gate(name, version, Target("alias", alias))
-        super().set_registered_model_alias(name, alias, version)  # type: ignore[misc]
+        stock = super().set_registered_model_alias  # type: ignore[misc]
+        self._patiently(lambda: stock(name, alias, version))
+        reach("transition-done")
+
+    def create_model_version(self, *arguments: Any, **options: Any) -> ModelVersion:
+        """MLflow's own registration; a source that may not be read is a refusal, and no 5xx, here too."""
+        try:
+            return super().create_model_version(*arguments, **options)  # type: ignore[misc]
+        except MlflowException as error:
+            refusal = error.__cause__
+            if not isinstance(refusal, MlflowException) or _is_the_servers_fault(refusal):
+                raise
+            raise MlflowException(refusal.message, ErrorCode.Value(refusal.error_code)) from error
 
     def get_model_version_download_uri(self, name: str, version: Any) -> str:
         """Where MLflow has the version, once the guard has seen that it passed the gate."""
@@ -85,16 +107,20 @@ class GateMixin:
 
     def rename_registered_model(self, name: str, new_name: str) -> RegisteredModel:
         """MLflow's own renaming, where no unlocked version comes into a gated place by it."""
-        self._refusing(
-            f"rename {name!r} to {new_name!r}",
-            lambda: self._guard.check_rename(name, new_name, self._workspace),
-        )
-        renamed = super().rename_registered_model(name, new_name)  # type: ignore[misc]
+        renaming, workspace = Renaming(self._gate), self._workspace
+        if not self._patiently(lambda: renaming.is_half_done(name, new_name, workspace)):
+            self._refusing(
+                f"rename {name!r} to {new_name!r}",
+                lambda: renaming.check(name, new_name, workspace),
+            )
+            stock = super().rename_registered_model  # type: ignore[misc]
+            self._patiently(lambda: stock(name, new_name))
+            reach("renamed")
         self._refusing(
             f"put on record that {name!r} is now {new_name!r}",
-            lambda: self._guard.renamed(name, new_name, self._workspace, current_actor()),
+            lambda: renaming.put_on_record(name, new_name, workspace, current_actor()),
         )
-        return renamed
+        return self.get_registered_model(new_name)  # type: ignore[attr-defined]
 
     def prepare(self, name: str, version: int, progress: Progress = silent) -> Preparation:
         """Write ahead what the version's promotion needs; see ``Gate.prepare``.
@@ -141,6 +167,28 @@ class GateMixin:
             f"promote {name!r} version {number} to {target}",
             lambda: self._gate.promote(Request(name, number, target, current_actor(), self._workspace)),
         )
+        reach("gate-passed")
+
+    def _patiently(self, work: Callable[[], T]) -> T:
+        """Do something of MLflow's that changes the database, again where another writer was in the way.
+
+        sqlite gives up when it waits too long for its one writer, and PostgreSQL when two transactions wait
+        for each other. MLflow has a 5xx for both, which its own client repeats for minutes.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return work()
+            except MlflowException as error:
+                if not isinstance(error.__cause__, OperationalError):
+                    raise
+                if time.monotonic() > deadline:
+                    raise MlflowException(
+                        f"The registry's database was busy for more than {PATIENCE:g} seconds [conflict]. "
+                        f"Do it again. {error.__cause__}",
+                        RESOURCE_CONFLICT,
+                    ) from error
+                time.sleep(random.uniform(0.01, 0.1))  # noqa: S311 - spreads writers, guards nothing
 
     def _refusing(self, what: str, work: Callable[[], None]) -> None:
         """Do something of the gate's; whatever it refuses or fails at becomes an MLflow error of 4xx."""
@@ -152,11 +200,15 @@ class GateMixin:
                 ERROR_CODES.get(refusal.reason, PERMISSION_DENIED),
             ) from refusal
         except MlflowException as error:
-            if error.get_http_status_code() < HTTPStatus.INTERNAL_SERVER_ERROR:
+            if not _is_the_servers_fault(error):
                 raise
             raise _failed(what, error) from error
         except Exception as error:
             raise _failed(what, error) from error
+
+
+def _is_the_servers_fault(error: MlflowException) -> bool:
+    return int(error.get_http_status_code()) >= HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 def _number(version: Any) -> int | None:
@@ -192,7 +244,7 @@ def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | Safe
     policy = source()
     store_class = SafelockWorkspaceStore if MLFLOW_ENABLE_WORKSPACES.get() else SafelockStore
     store = store_class(store_uri.removeprefix(SCHEME_PREFIX))
-    create_table(store.engine)
+    bring_up_to_date(store.engine)
     registry = SqlRegistry(store)
     store._gate = Gate(source, registry, RegistryArtifacts(tracking_uri))
     store._guard = Guard(store._gate)

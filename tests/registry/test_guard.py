@@ -91,6 +91,17 @@ class TestReads:
         with pytest.raises(MlflowException, match=r"not_locked.*knows no promotion"):
             download_uri(client, version)
 
+    def test_nothing_is_registered_from_a_version_that_may_not_be_read(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version = log_fine_tune("bot")
+        edit_row(tmp_path, "UPDATE model_versions SET current_stage='Production' WHERE name='bot'")
+        client.create_registered_model("other")
+        with pytest.raises(MlflowException, match=r"not_locked") as info:
+            client.create_model_version("other", f"models:/bot/{version}")
+        assert info.value.error_code == "PERMISSION_DENIED"
+        assert client.search_model_versions("name='other'") == []
+
     def test_an_alias_of_a_stock_client_is_not_served(self, client: MlflowClient, tmp_path: Path) -> None:
         version = log_fine_tune("bot")
         register_lock(base_lock())

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlparse
 
 import mlflow
 import pytest
-from hypothesis import HealthCheck, note, settings
+from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mlflow import MlflowClient
@@ -101,7 +101,9 @@ def _path_of(location: str) -> Path:
 
 def _check_status(error: MlflowException) -> None:
     """A client repeats a 5xx for minutes, and loses what it says."""
-    assert error.get_http_status_code() < 500, error
+    # MLflow's client wraps what it is answered when it copies a version.
+    answered = error.__cause__ if isinstance(error.__cause__, MlflowException) else error
+    assert answered.get_http_status_code() < 500, error
 
 
 class Registry(RuleBasedStateMachine):
@@ -430,6 +432,9 @@ def test_no_sequence_serves_a_gated_version_unlocked(prepared: Path) -> None:
             stateful_step_count=25,
             deadline=None,
             derandomize="SAFELOCK_SEQUENCES" not in os.environ,
+            database=None,
+            # Shrinking takes minutes; the sequence that failed is in the report, step by step.
+            phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         ),
     )

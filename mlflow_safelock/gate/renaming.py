@@ -1,0 +1,85 @@
+"""Renaming a registered model: nothing unlocked comes into a gated place by it, and decisions go along.
+
+MLflow renames in a transaction of its own, and the ledger's rows come after it. In between a version in a
+gated place is handed out to nobody, since its new name has no decision; the same call again writes the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.gate.failpoints import reach
+from mlflow_safelock.gate.guard import stands
+from mlflow_safelock.gate.promotion import Gate
+from mlflow_safelock.provenance import Actor
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """The gate in front of renaming.
+
+    Attributes:
+        gate: The gate.
+    """
+
+    gate: Gate
+
+    def check(self, name: str, new_name: str, workspace: str) -> None:
+        """Refuse a name under which an unlocked version would be in a gated place.
+
+        Raises:
+            PromotionRefused: It would; the registered model keeps its name.
+        """
+        rule = self.gate.policy().rule_for(new_name)
+        if rule is None:
+            return
+        for version in self.gate.registry.model_versions(name):
+            places = rule.gated_places(version)
+            decision = self.gate.registry.decision_on(workspace, name, version.version)
+            if places and (decision is None or not stands(decision, version)):
+                raise PromotionRefused(
+                    "not_locked",
+                    f"Under the name {new_name!r} version {version.version} would be in {places[0]} without "
+                    "having passed the gate.",
+                    next_step="Take it out of the stage or alias, rename, and promote it again.",
+                )
+        reach("rename-checked")
+
+    def is_half_done(self, name: str, new_name: str, workspace: str) -> bool:
+        """Whether a model has a new name that the ledger does not know of, since somebody died between.
+
+        A decision counts only where a version is still at the place that the decision is about.
+        """
+        if self.gate.registry.model_versions(name):
+            return False
+        for version in self.gate.registry.model_versions(new_name):
+            before = self.gate.registry.decision_on(workspace, name, version.version)
+            now = self.gate.registry.decision_on(workspace, new_name, version.version)
+            if before is not None and stands(before, version) and (now is None or not stands(now, version)):
+                return True
+        return False
+
+    def put_on_record(self, name: str, new_name: str, workspace: str, actor: Actor) -> None:
+        """Let the ledger's decisions go on under a registered model's new name."""
+        for version in self.gate.registry.model_versions(new_name):
+            decision = self.gate.registry.decision_on(workspace, name, version.version)
+            if decision is None:
+                continue
+            now = self.gate.registry.decision_on(workspace, new_name, version.version)
+            if now is not None and (stands(now, version) or not stands(decision, version)):
+                continue  # it was put on record before somebody died, or decided anew since
+            event = "renamed" if decision.locks else decision.event
+            self.gate.registry.record(
+                decision.model_copy(
+                    update={
+                        "event": event,
+                        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                        "model": new_name,
+                        "actor": actor,
+                        "message": f"The registered model was called {name!r}.",
+                    }
+                )
+            )
+            reach("rename-recorded")

@@ -1,0 +1,79 @@
+"""The package's own tables in the registry's database, and their version, apart from MLflow's.
+
+MLflow's migrations know nothing of these tables and leave them alone; these steps leave MLflow's alone. Each
+step may be run again, and by several processes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sqlalchemy as sa
+
+from mlflow_safelock.errors import LedgerError
+from mlflow_safelock.gate import leases, ledger
+
+TABLE = sa.Table(
+    "safelock_schema",
+    sa.MetaData(),
+    # One row, which has this key.
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("version", sa.Integer, nullable=False),
+)
+
+
+def create(table: sa.Table, engine: sa.Engine) -> None:
+    """Create a table where it is missing.
+
+    Raises:
+        LedgerError: It cannot be created.
+    """
+    try:
+        table.create(engine, checkfirst=True)
+    except sa.exc.DBAPIError as error:
+        # Another process may have been faster.
+        if not sa.inspect(engine).has_table(table.name):
+            raise LedgerError(f"The table {table.name} cannot be created: {error}.") from error
+
+
+STEPS: tuple[Callable[[sa.Engine], None], ...] = (
+    ledger.create_table,
+    lambda engine: create(leases.TABLE, engine),
+)
+"""What brings the tables from one version to the next; the first makes version 1."""
+
+
+def bring_up_to_date(engine: sa.Engine) -> None:
+    """Create the tables, or bring those of an earlier version up to date.
+
+    Raises:
+        LedgerError: A table cannot be created, or a newer version of this package wrote them.
+    """
+    create(TABLE, engine)
+    version = version_of(engine)
+    if version > len(STEPS):
+        raise LedgerError(
+            f"The tables of safelock in this database are of version {version}, and this package knows "
+            f"those up to version {len(STEPS)}.",
+            next_step="Upgrade mlflow-safelock here to the version that wrote them.",
+        )
+    for number, step in enumerate(STEPS, 1):
+        if number > version:
+            step(engine)
+            _note(engine, number)
+
+
+def version_of(engine: sa.Engine) -> int:
+    """Version of the tables in a database; 0 where they are missing, or older than versions are."""
+    with engine.connect() as connection:
+        return connection.execute(sa.select(TABLE.c.version)).scalar_one_or_none() or 0
+
+
+def _note(engine: sa.Engine, version: int) -> None:
+    try:
+        with engine.begin() as connection:
+            connection.execute(TABLE.insert().values(id=1, version=version))
+    except sa.exc.IntegrityError:
+        with engine.begin() as connection:
+            older = TABLE.c.version < version
+            connection.execute(TABLE.update().where(older).values(version=version))
