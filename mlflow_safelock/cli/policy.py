@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlflow_safelock.cli.command import CONTEXT_SETTINGS, Command, Group
-from mlflow_safelock.cli.options import format_option
+from mlflow_safelock.cli.options import format_option, parse_settings
 from mlflow_safelock.cli.output import show_json, show_lines
 
 
@@ -30,8 +30,16 @@ def policy() -> None:
 )
 @click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--model", metavar="NAME", help="Tell which gate decides over this registered model, and why.")
+@click.option(
+    "--tag",
+    "tags",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=lambda _context, _parameter, pairs: parse_settings(pairs),
+    help="With --model: a tag of the version; may be given several times.",
+)
 @format_option
-def check(file: Path | None, model: str | None, form: str) -> None:
+def check(file: Path | None, model: str | None, tags: dict[str, str], form: str) -> None:
     """Validate the policy FILE, the one that SAFELOCK_POLICY names, or the default.
 
     It is shown as it is understood, with every default filled in, and with the digest that receipts carry.
@@ -42,37 +50,17 @@ def check(file: Path | None, model: str | None, form: str) -> None:
     from mlflow_safelock.gate.policy_file import PolicySource, load_policy
 
     found = PolicySource()() if file is None else load_policy(file)
-    explained = None if model is None else _explained(found.gates, model)
-    decides = None if model is None else found.rule_for(model)
+    choice = None if model is None else found.choose(model, tags)
     if form == "json":
-        gate = {
-            "model": model,
-            "gate": decides.model_dump(mode="json") if decides else None,
-            "why": explained,
-            "base": found.base_of(model) if model else None,
-        }
-        show_json(
-            {
-                "digest": found.digest,
-                "policy": found.model_dump(mode="json"),
-                **(gate if model is not None else {}),
-            }
-        )
+        shown = {"digest": found.digest, "policy": found.model_dump(mode="json")}
+        if model is not None and choice is not None:
+            shown["model"] = model
+            shown["gate"] = choice.rule.model_dump(mode="json") if choice.rule else None
+            shown["why"] = list(choice.steps)
+            shown["base"] = found.base_of(model)
+        show_json(shown)
         return
     text = yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     show_lines(text.rstrip(), "", f"digest  {found.digest}")
-    if explained is not None:
-        show_lines("", *explained)
-
-
-def _explained(gates: tuple[object, ...], model: str) -> list[str]:
-    """Gate by gate, whether it is for a model; the first that is decides."""
-    from fnmatch import fnmatchcase
-
-    lines: list[str] = []
-    for number, gate in enumerate(gates, start=1):
-        glob = str(getattr(gate, "models", ""))
-        if fnmatchcase(model, glob):
-            return [*lines, f"gate {number}: {glob!r} matches {model!r}, and decides."]
-        lines.append(f"gate {number}: {glob!r} does not match {model!r}.")
-    return [*lines, f"No gate is for {model!r}: its promotions are stock MLflow."]
+    if choice is not None:
+        show_lines("", *choice.steps)

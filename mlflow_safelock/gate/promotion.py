@@ -79,8 +79,7 @@ class Gate:
                 is as it was.
         """
         policy = self.policy()
-        rule = policy.rule_for(request.name)
-        if rule is None or not rule.covers(request.target):
+        if not any(rule.covers(request.target) for rule in policy.candidates(request.name)):
             return
         reach("policy-read")
         with ExitStack() as until_done:
@@ -93,7 +92,9 @@ class Gate:
             reach("lease-taken")
             # Looked at under the lease: whoever had it before may have done what is asked for here.
             found = self.registry.model_version(request.name, request.version)
-            self._decide(request, policy, rule, found, lease)
+            rule = policy.rule_for(found.name, found.tags, found.model_tags)
+            if rule is not None and rule.covers(request.target):
+                self._decide(request, policy, rule, found, lease)
 
     def _decide(
         self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, lease: Lease
@@ -127,14 +128,14 @@ class Gate:
             PromotionRefused: The version could not be promoted as it is; nothing was written.
         """
         policy = self.policy()
-        rule = policy.rule_for(request.name)
+        found = self.registry.model_version(request.name, request.version)
+        rule = policy.rule_for(found.name, found.tags, found.model_tags)
         if rule is None:
             raise PromotionRefused(
                 "not_gated",
                 f"No gate of the policy is for {request.name!r}, so its promotions lock nothing.",
                 next_step="Promote it, or add a gate for it to the policy.",
             )
-        found = self.registry.model_version(request.name, request.version)
         work = Work(request.workspace, request.name, request.version, "prepare")
         try:
             with self.registry.lease(work) as lease:
