@@ -68,7 +68,8 @@ class Gate:
     artifacts: Artifacts
 
     @property
-    def _locked_models(self) -> LockedModels:
+    def locked_models(self) -> LockedModels:
+        """The locked models beside the fine-tunes."""
         return LockedModels(self.artifacts)
 
     def promote(self, request: Request) -> None:
@@ -161,8 +162,8 @@ class Gate:
         location = standalone_location(approved)
         reach("prepare-approved")
         written = None
-        if self._locked_models.prepared(approved) is None:
-            written = self._locked_models.write_standalone(approved, progress)
+        if self.locked_models.prepared(approved) is None:
+            written = self.locked_models.write_standalone(approved, progress)
         return Preparation("standalone", location, lock, approved.alpha, written)
 
     def _promote(
@@ -182,20 +183,20 @@ class Gate:
         known = self.registry.decision_on(request.workspace, request.name, request.version)
         if (
             known is not None
-            and _is_in_force(known, approved, found)
-            and self._locked_models.still_stands(known)
+            and is_in_force(known, approved, found)
+            and self.locked_models.still_stands(known)
         ):
             return
         if rule.carrier == "overlay":
-            location, receipt = self._locked_models.write_overlay(approved)
+            location, receipt = self.locked_models.write_overlay(approved)
         else:
-            location, receipt = standalone_location(approved), self._locked_models.found_prepared(approved)
+            location, receipt = standalone_location(approved), self.locked_models.found_prepared(approved)
         redirection = Redirection(
             name=request.name,
             version=request.version,
             expected_location=found.location,
             location=location,
-            tags=_tags(approved, receipt),
+            tags=tags_of(approved, receipt),
             entry=_promoted(approved, receipt, location),
             lease=lease,
         )
@@ -217,7 +218,7 @@ class Gate:
         request = approved.request
         now = self.registry.model_version(request.name, request.version)
         known = self.registry.decision_on(request.workspace, request.name, request.version)
-        if known is None or not _is_in_force(known, approved, now):
+        if known is None or not is_in_force(known, approved, now):
             raise PromotionRefused(
                 "conflict",
                 f"{request.name!r} version {request.version} was changed by another request meanwhile.",
@@ -255,7 +256,7 @@ class Gate:
         _logger.info("%s %s/%s: %s (%s)", event, request.name, request.version, refusal, refusal.reason)
 
 
-def _is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
+def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
     """Whether what was decided last about this version is this very lock at this very strength."""
     return (
         known.locks
@@ -291,7 +292,7 @@ def _promoted(approved: Approved, receipt: Receipt, location: str) -> LedgerEntr
     )
 
 
-def _tags(approved: Approved, receipt: Receipt) -> dict[str, str]:
+def tags_of(approved: Approved, receipt: Receipt) -> dict[str, str]:
     """For people who look at the version in the UI; never evidence."""
     lock = approved.lock
     return {
