@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mlflow.store.model_registry.dbmodels.models import (
     SqlModelVersion,
     SqlModelVersionTag,
     SqlRegisteredModelAlias,
+    SqlRegisteredModelTag,
 )
 from sqlalchemy.orm import Session
 
@@ -37,6 +38,7 @@ SCHEME_PREFIX = "safelock+"
 _VERSIONS: sa.Table = SqlModelVersion.__table__
 _TAGS: sa.Table = SqlModelVersionTag.__table__
 _ALIASES: sa.Table = SqlRegisteredModelAlias.__table__
+_MODEL_TAGS: sa.Table = SqlRegisteredModelTag.__table__
 
 _PACKAGES = {
     "MySQLdb": "mysqlclient",
@@ -79,7 +81,9 @@ def database_rows(
             tables = sa.inspect(engine)
             if not tables.has_table(_VERSIONS.name):
                 raise LedgerError(f"There is no model registry in the database {url!r}.", next_step=_NEXT)
-            versions = [version for version in _versions(session) if is_wanted(version.name)]
+            # The tags that gates of the policy are for, beside those that the gate sets.
+            keys = {key for gate in policy.gates for key in gate.tags} if policy is not None else set()
+            versions = [version for version in _versions(session, keys) if is_wanted(version.name)]
             has_ledger = tables.has_table(ledger.TABLE.name)
             for version in versions:
                 row = _row(session, version) if has_ledger else row_without_evidence(version)
@@ -128,7 +132,8 @@ def _held_to(
     policy: Policy | None, row: AuditRow, version: RegisteredVersion, ledger_session: Session | None
 ) -> AuditRow:
     """The row, with a violation where the version is in a gated place and neither locked nor let through."""
-    rule = policy.rule_for(version.name) if policy is not None else None
+    tags = version.tags, version.model_tags
+    rule = policy.rule_for(version.name, *tags) if policy is not None else None
     if rule is None or row.state == "locked":
         return row
     stage, aliases = Target("stage", version.stage), (Target("alias", alias) for alias in version.aliases)
@@ -150,13 +155,13 @@ def _was_let_through(session: Session, version: RegisteredVersion) -> bool:
     )
 
 
-def _versions(session: Session) -> list[RegisteredVersion]:
+def _versions(session: Session, keys: Collection[str]) -> list[RegisteredVersion]:
     """Every version that is not deleted.
 
     They are read before the ledger, so that whatever was redirected has its row by then.
     """
     aliases = _aliases(session)
-    tags = _tags(session)
+    tags, model_tags = _tags(session, keys), _model_tags(session, keys)
     rows = session.execute(
         sa.select(_VERSIONS)
         .where(
@@ -175,6 +180,7 @@ def _versions(session: Session) -> list[RegisteredVersion]:
             source=row.source or "",
             location=row.storage_location or row.source or "",
             tags=tags.get((row.workspace, row.name, row.version), {}),
+            model_tags=model_tags.get((row.workspace, row.name), {}),
         )
         for row in rows
     ]
@@ -187,9 +193,18 @@ def _aliases(session: Session) -> dict[_Key, list[str]]:
     return found
 
 
-def _tags(session: Session) -> dict[_Key, dict[str, str]]:
-    """The tags that the audit looks at."""
+def _tags(session: Session, keys: Collection[str]) -> dict[_Key, dict[str, str]]:
+    """The tags that the audit looks at: the gate's own, and those with these keys."""
     found: dict[_Key, dict[str, str]] = {}
-    for row in session.execute(sa.select(_TAGS).where(_TAGS.c.key.startswith("safelock."))):
+    wanted = sa.or_(_TAGS.c.key.startswith("safelock."), _TAGS.c.key.in_(keys))
+    for row in session.execute(sa.select(_TAGS).where(wanted)):
         found.setdefault((row.workspace, row.name, row.version), {})[row.key] = row.value
+    return found
+
+
+def _model_tags(session: Session, keys: Collection[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """The tags of registered models with these keys."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in session.execute(sa.select(_MODEL_TAGS).where(_MODEL_TAGS.c.key.in_(keys))):
+        found.setdefault((row.workspace, row.name), {})[row.key] = row.value
     return found

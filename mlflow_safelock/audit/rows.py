@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mlflow_safelock.gate.ledger import LedgerEntry
@@ -42,6 +42,7 @@ class RegisteredVersion:
         source: Where it was registered from.
         location: Where it is downloaded from.
         tags: Tags, which anybody can set.
+        model_tags: Tags of the registered model, as far as gates of the policy are for them.
     """
 
     workspace: str
@@ -52,6 +53,7 @@ class RegisteredVersion:
     source: str
     location: str
     tags: Mapping[str, str]
+    model_tags: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name!r} version {self.version}"

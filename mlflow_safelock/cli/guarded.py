@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -11,7 +13,12 @@ from mlflow_safelock.cli.options import MlflowAddress
 from mlflow_safelock.errors import SourceError
 
 if TYPE_CHECKING:
+    from mlflow_safelock.gate.explanation import Explanation
+    from mlflow_safelock.gate.policy import Policy
+    from mlflow_safelock.gate.ports import Target
     from mlflow_safelock.registry.stores import SafelockStore, SafelockWorkspaceStore
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _VERSION = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>[0-9]+)")
 
@@ -22,6 +29,71 @@ def version_of(_context: click.Context, _parameter: click.Parameter, uri: str) -
     if found is None:
         raise click.BadParameter(f"{uri!r} is not of the form models:/name/3.")
     return found["name"], int(found["version"])
+
+
+destination_option = click.option(
+    "--artifacts-destination",
+    metavar="URI",
+    help="What mlflow server was given by this name, where clients reach artifacts through the server.",
+)
+
+
+def use_destination(uri: str | None) -> None:
+    """Resolve artifact URIs of a server as its own process does."""
+    from mlflow_safelock.registry.artifacts import DESTINATION_VARIABLE
+
+    if uri is not None:
+        os.environ[DESTINATION_VARIABLE] = uri
+
+
+def target_options(function: F) -> F:
+    """The options ``--stage`` and ``--alias``; see ``target_of``."""
+    for option in (
+        click.option("--alias", metavar="NAME", help="Alias that it would get."),
+        click.option(
+            "--stage",
+            type=click.Choice(["Staging", "Production", "Archived", "None"], case_sensitive=False),
+            help="Stage that it would come into.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def target_of(stage: str | None, alias: str | None) -> Target:
+    """Where a version is to go: to a stage, or under an alias.
+
+    Raises:
+        click.UsageError: Neither is given, or both.
+    """
+    from mlflow_safelock.gate.ports import Target
+
+    if (stage is None) == (alias is None):
+        raise click.UsageError("Say where it goes: --stage STAGE, or --alias NAME.")
+    return Target("stage", stage) if stage is not None else Target("alias", alias or "")
+
+
+def explain(
+    mlflow_address: MlflowAddress, policy: Policy, version: tuple[str, int], target: Target
+) -> Explanation:
+    """Find out what a promotion would do, on the registry's own database; see ``gate.explanation``.
+
+    Raises:
+        SourceError: The address is not one of a database.
+    """
+    import mlflow
+
+    from mlflow_safelock.audit.database import is_database
+    from mlflow_safelock.registry.explaining import explain_promotion
+
+    mlflow_address.connect()
+    uri = mlflow.get_registry_uri()
+    if not is_database(uri):
+        raise SourceError(
+            f"The registry at {uri} is not a database, and only its server knows what it would do.",
+            next_step="Give its database with --registry-uri, such as safelock+postgresql://...",
+        )
+    return explain_promotion(uri, mlflow.get_tracking_uri(), policy, *version, target)
 
 
 def open_guarded(mlflow_address: MlflowAddress) -> SafelockStore | SafelockWorkspaceStore:

@@ -14,6 +14,7 @@ from mlflow_safelock.cli.ledger import ledger
 from mlflow_safelock.cli.lock import lock
 from mlflow_safelock.cli.policy import policy
 from mlflow_safelock.cli.prepare import prepare
+from mlflow_safelock.cli.promote import promote
 from mlflow_safelock.cli.recipes import recipes
 from mlflow_safelock.cli.run import run
 from mlflow_safelock.cli.undo import undo
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 for _command in (
-    *(demo, forge, lock, compare, prepare, export, undo),
+    *(demo, forge, lock, compare, prepare, promote, export, undo),
     *(policy, audit, ledger, unlock, recipes, run),
 ):
     main.add_command(_command)

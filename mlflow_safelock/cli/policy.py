@@ -7,8 +7,17 @@ from pathlib import Path
 import click
 
 from mlflow_safelock.cli.command import CONTEXT_SETTINGS, Command, Group
-from mlflow_safelock.cli.options import format_option
-from mlflow_safelock.cli.output import show_json, show_lines
+from mlflow_safelock.cli.explained import show_explained
+from mlflow_safelock.cli.guarded import (
+    destination_option,
+    explain,
+    target_of,
+    target_options,
+    use_destination,
+    version_of,
+)
+from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options, parse_settings
+from mlflow_safelock.cli.output import announce, show_json, show_lines
 
 
 @click.group(
@@ -26,53 +35,71 @@ def policy() -> None:
     examples=(
         "safelock policy check safelock.yaml",
         "safelock policy check safelock.yaml --model support-bot --format json",
+        "safelock policy check safelock.yaml --version models:/support-bot/3 --stage Staging \\",
+        "    --registry-uri safelock+postgresql://mlflow@db/mlflow",
     ),
 )
 @click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--model", metavar="NAME", help="Tell which gate decides over this registered model, and why.")
+@click.option(
+    "--tag",
+    "tags",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=lambda _context, _parameter, pairs: parse_settings(pairs),
+    help="With --model: a tag of the version; may be given several times.",
+)
+@click.option(
+    "--version",
+    metavar="URI",
+    callback=lambda context, parameter, uri: uri and version_of(context, parameter, uri),
+    help="Explain the promotion of this version, such as models:/support-bot/3, with --stage or --alias.",
+)
+@target_options
+@destination_option
 @format_option
-def check(file: Path | None, model: str | None, form: str) -> None:
+@mlflow_options
+def check(
+    file: Path | None,
+    model: str | None,
+    tags: dict[str, str],
+    version: tuple[str, int] | None,
+    stage: str | None,
+    alias: str | None,
+    artifacts_destination: str | None,
+    form: str,
+    mlflow_address: MlflowAddress,
+) -> None:
     """Validate the policy FILE, the one that SAFELOCK_POLICY names, or the default.
 
     It is shown as it is understood, with every default filled in, and with the digest that receipts carry.
     Faults are named with their lines.
+
+    With --version the promotion of a version is explained as FILE would decide it, on the registry's own
+    database (--registry-uri safelock+...), and nothing is promoted or written: which gate, which base and who
+    says so, which lock and alpha, what would be written, or why it would be refused. The exit code is then 1.
     """
     import yaml
 
     from mlflow_safelock.gate.policy_file import PolicySource, load_policy
 
     found = PolicySource()() if file is None else load_policy(file)
-    explained = None if model is None else _explained(found.gates, model)
-    decides = None if model is None else found.rule_for(model)
+    if version is not None:
+        use_destination(artifacts_destination)
+        announce(f"Looking at {version[0]} version {version[1]}")
+        show_explained(explain(mlflow_address, found, version, target_of(stage, alias)), form)
+        return
+    choice = None if model is None else found.choose(model, tags)
     if form == "json":
-        gate = {
-            "model": model,
-            "gate": decides.model_dump(mode="json") if decides else None,
-            "why": explained,
-            "base": found.base_of(model) if model else None,
-        }
-        show_json(
-            {
-                "digest": found.digest,
-                "policy": found.model_dump(mode="json"),
-                **(gate if model is not None else {}),
-            }
-        )
+        shown: dict[str, object] = {"digest": found.digest, "policy": found.model_dump(mode="json")}
+        if model is not None and choice is not None:
+            shown["model"] = model
+            shown["gate"] = choice.rule.model_dump(mode="json") if choice.rule else None
+            shown["why"] = list(choice.steps)
+            shown["base"] = found.base_of(model)
+        show_json(shown)
         return
     text = yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     show_lines(text.rstrip(), "", f"digest  {found.digest}")
-    if explained is not None:
-        show_lines("", *explained)
-
-
-def _explained(gates: tuple[object, ...], model: str) -> list[str]:
-    """Gate by gate, whether it is for a model; the first that is decides."""
-    from fnmatch import fnmatchcase
-
-    lines: list[str] = []
-    for number, gate in enumerate(gates, start=1):
-        glob = str(getattr(gate, "models", ""))
-        if fnmatchcase(model, glob):
-            return [*lines, f"gate {number}: {glob!r} matches {model!r}, and decides."]
-        lines.append(f"gate {number}: {glob!r} does not match {model!r}.")
-    return [*lines, f"No gate is for {model!r}: its promotions are stock MLflow."]
+    if choice is not None:
+        show_lines("", *choice.steps)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from mlflow_safelock.cli.command import Command
-from mlflow_safelock.cli.guarded import open_guarded, version_of
+from mlflow_safelock.cli.guarded import destination_option, open_guarded, use_destination, version_of
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
 from mlflow_safelock.cli.output import (
     announce,
@@ -30,11 +28,7 @@ from mlflow_safelock.cli.output import (
     ),
 )
 @click.argument("version", metavar="URI", callback=version_of)
-@click.option(
-    "--artifacts-destination",
-    metavar="URI",
-    help="What mlflow server was given by this name, where clients reach artifacts through the server.",
-)
+@destination_option
 @format_option
 @mlflow_options
 def prepare(
@@ -52,10 +46,7 @@ def prepare(
     """
     name, number = version
     announce(f"Preparing {name} version {number}")
-    from mlflow_safelock.registry.artifacts import DESTINATION_VARIABLE
-
-    if artifacts_destination is not None:
-        os.environ[DESTINATION_VARIABLE] = artifacts_destination
+    use_destination(artifacts_destination)
     store = open_guarded(mlflow_address)
     with moving() as progress:
         made = store.prepare(name, number, progress)

@@ -8,7 +8,7 @@ from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.locks import RegisteredLock, find_lock
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry, Target
-from mlflow_safelock.gate.source import examine
+from mlflow_safelock.gate.source import BaseHint, examine
 from mlflow_safelock.gate.strength import alpha_for
 from mlflow_safelock.provenance import Actor, LockReference, Promotion
 
@@ -36,6 +36,7 @@ class Approved:
     lock: RegisteredLock
     kinship: float | None
     alpha: float
+    hint: BaseHint
 
     @property
     def uri(self) -> str:
@@ -90,8 +91,7 @@ def approve(
         PromotionRefused: The version may not be promoted.
         SourceError: Its artifacts cannot be read.
     """
-    known = registry.promotion_at(found.location)
-    original = artifacts.resolve((known and known.original_location) or found.location)
+    original = original_of(found, registry, artifacts)
     source = examine(artifacts.reader(original))
     if source is None:
         if rule.not_an_llm == "reject":
@@ -104,4 +104,12 @@ def approve(
         return None
     chosen = find_lock(found, source, policy, rule, registry, artifacts)
     lock, kinship = chosen.registered, chosen.kinship
-    return Approved(request, policy, rule, found, original, lock, kinship, alpha_for(found, rule))
+    return Approved(
+        request, policy, rule, found, original, lock, kinship, alpha_for(found, rule), chosen.hint
+    )
+
+
+def original_of(found: ModelVersion, registry: Registry, artifacts: Artifacts) -> str:
+    """Where the fine-tune of a version is; of one that serves a locked model, what that was made of."""
+    known = registry.promotion_at(found.location)
+    return artifacts.resolve((known and known.original_location) or found.location)

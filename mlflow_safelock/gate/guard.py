@@ -46,16 +46,18 @@ class Guard:
             PromotionRefused: It serves something else than its promotion wrote, or was never promoted.
         """
         policy = self.gate.policy()
-        rule = policy.rule_for(name)
-        if rule is None:
+        if not policy.candidates(name):
             return
         found = self.gate.registry.model_version(name, version)
-        places = rule.gated_places(found)
-        if not places:
+        rule = policy.rule_for(name, found.tags, found.model_tags)
+        places = rule.gated_places(found) if rule is not None else ()
+        if rule is None or not places:
             return
         decision = self.gate.registry.decision_on(workspace, name, version)
         if decision is not None and stands(decision, found):
             self._look_at_the_lock(decision, rule, found)
+            if rule.tags:
+                _look_at_the_tags(decision, rule, found)
             return
         if decision is None and self._is_no_language_model(found, rule):
             request = Request(name, version, READ, actor, workspace)
@@ -101,8 +103,7 @@ class Guard:
             raise PromotionRefused(
                 "not_locked", f"{who} is not locked.", next_step="There is nothing to unlock."
             )
-        rule = policy.rule_for(name)
-        places = rule.gated_places(found) if rule is not None else ()
+        places = policy.gated_places(found)
         if places:
             raise PromotionRefused(
                 "still_gated",
@@ -234,6 +235,36 @@ def stands(decision: LedgerEntry, found: ModelVersion) -> bool:
     if decision.locks:
         return decision.location == found.location
     return decision.event == "passed" and decision.original_location == found.location
+
+
+def _look_at_the_tags(decision: LedgerEntry, rule: GateRule, found: ModelVersion) -> None:
+    """A version that got its tags after its promotion was held to a looser gate than it is in now.
+
+    Raises:
+        PromotionRefused: It would not have passed the one it is in now, as far as the ledger tells.
+    """
+    if decision.lock is None or decision.alpha is None:
+        met = (
+            rule.missing_lock == "allow" if decision.reason == "missing_lock" else rule.not_an_llm == "allow"
+        )
+    else:
+        unknown = decision.kinship is None and rule.kinship.unknown == "allow"
+        met = (
+            decision.lock.version >= rule.lock.min_version
+            and decision.alpha >= rule.alpha.min
+            and (unknown or (decision.kinship or 0.0) >= rule.kinship.min_cosine)
+        )
+    if not met:
+        tags = ", ".join(f"{key}: {glob}" for key, glob in rule.tags.items())
+        _warn_or_refuse(
+            rule.reads,
+            PromotionRefused(
+                "not_locked",
+                f"{found.name!r} version {found.version} was promoted before it had its tags, and the gate "
+                f"for those ({tags}) asks for more than it was promoted with.",
+                next_step="Promote it again.",
+            ),
+        )
 
 
 def _difference(decision: LedgerEntry | None, found: ModelVersion) -> str:

@@ -43,23 +43,38 @@ class LockedModels:
         """Write the overlay of a promotion and read it back; its location and its receipt."""
         with TemporaryDirectory(prefix="safelock-") as temporary:
             folder = Path(temporary)
-            receipt = write_overlay(
-                folder,
-                self.artifacts.reader(approved.original),
-                approved.original,
-                approved.lock.lock,
-                approved.lock_reference,
-                approved.alpha,
-                approved.promotion,
-            )
+            receipt = self._overlay_in(folder, approved)
             reach("overlay-written")
-            name = receipt.digest.removeprefix("sha256:")[:32]
-            location = _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
+            location = _overlay_location(approved, receipt)
             self.artifacts.publish(folder, location)
         reach("overlay-published")
         _check_as_written(receipt, self.artifacts.reader(location))
         reach("overlay-read-back")
         return location, receipt
+
+    def rehearse_overlay(self, approved: Approved) -> tuple[str, Receipt, int]:
+        """Write the overlay of a promotion where nobody sees it; where it would go, its receipt and bytes.
+
+        Raises:
+            PromotionRefused: Its location would be too long.
+            SourceError: The fine-tune cannot be read.
+        """
+        with TemporaryDirectory(prefix="safelock-") as temporary:
+            receipt = self._overlay_in(Path(temporary), approved)
+            location = _overlay_location(approved, receipt)
+            size = sum(path.stat().st_size for path in Path(temporary).iterdir())
+        return location, receipt, size
+
+    def _overlay_in(self, folder: Path, approved: Approved) -> Receipt:
+        return write_overlay(
+            folder,
+            self.artifacts.reader(approved.original),
+            approved.original,
+            approved.lock.lock,
+            approved.lock_reference,
+            approved.alpha,
+            approved.promotion,
+        )
 
     def write_standalone(self, approved: Approved, progress: Progress) -> Standalone:
         """Write the standalone model of a promotion and read it back."""
@@ -155,6 +170,11 @@ def _check_as_written(receipt: Receipt, there: ArtifactReader) -> None:
                 f"The locked model's file {name!r} at {there.location} did not read back as it was written.",
                 next_step="Look at the artifact store, then promote again.",
             )
+
+
+def _overlay_location(approved: Approved, receipt: Receipt) -> str:
+    name = receipt.digest.removeprefix("sha256:")[:32]
+    return _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
 
 
 def standalone_location(approved: Approved) -> str:

@@ -11,7 +11,7 @@ from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry
-from mlflow_safelock.gate.source import LanguageModel
+from mlflow_safelock.gate.source import BaseHint, LanguageModel
 from mlflow_safelock.lock import SafetyLock
 
 BASE_TAG = "safelock.base_model"
@@ -40,10 +40,12 @@ class ChosenLock:
         registered: The lock.
         kinship: Cosine between the fine-tune's weights and those of the lock's base, -1 to 1; ``None`` where
             they cannot be compared.
+        hint: Who says that the fine-tune was made from the lock's base.
     """
 
     registered: RegisteredLock
     kinship: float | None
+    hint: BaseHint
 
 
 def find_lock(
@@ -65,14 +67,14 @@ def find_lock(
         SourceError: The fine-tune's weights cannot be read.
     """
     named = policy.base_of(version.name)
-    bases = (named,) if named else tuple(dict.fromkeys(_hints(version, source)))
-    for base in bases:
-        found = _newest(base, registry, artifacts)
+    hints = (BaseHint(named, "bases in the policy"),) if named else tuple(_hints(version, source))
+    for hint in hints:
+        found = _newest(hint.base, registry, artifacts)
         if found is not None:
-            _check(found, base, source, rule, version)
+            _check(found, hint.base, source, rule, version)
             _check_freshness(found, rule, registry)
-            return ChosenLock(found, _checked_kinship(found, source, rule, version))
-    if not bases:
+            return ChosenLock(found, _checked_kinship(found, source, rule, version), hint)
+    if not hints:
         raise PromotionRefused(
             "unknown_base",
             f"{version.name!r} version {version.version} does not say which base model it was made from.",
@@ -81,16 +83,17 @@ def find_lock(
     raise PromotionRefused(
         "missing_lock",
         f"No lock is registered for the base of {version.name!r} version {version.version}: looked for "
-        f"{', '.join(repr(base) for base in bases)}.",
+        f"{', '.join(repr(hint.base) for hint in hints)}.",
         next_step="Register one: safelock forge, or safelock lock import, then safelock lock register. If "
         f"the base goes by another name, set the tag {BASE_TAG!r} on the version.",
     )
 
 
-def _hints(version: ModelVersion, source: LanguageModel) -> Iterator[str]:
-    yield from source.said_bases
-    if tag := version.tags.get(BASE_TAG):
-        yield tag
+def _hints(version: ModelVersion, source: LanguageModel) -> Iterator[BaseHint]:
+    yield from source.hints
+    tag = version.tags.get(BASE_TAG)
+    if tag and tag not in source.said_bases:
+        yield BaseHint(tag, f"the tag {BASE_TAG}")
 
 
 def _newest(base: str, registry: Registry, artifacts: Artifacts) -> RegisteredLock | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 import rfc8785
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mlflow_safelock.gate.globs import Glob, matches
 from mlflow_safelock.gate.ports import ModelVersion, Target
 from mlflow_safelock.kinship import MIN_KINSHIP
 
@@ -78,6 +80,8 @@ class GateRule(_Section):
 
     Attributes:
         models: Glob over registered model names, case-sensitive.
+        tags: Globs over the values of tags, by key; all must match, each a tag of the version or of its
+            registered model. A gate with tags is no looser than those without that come after it.
         stages: Stages that are gated.
         aliases: Aliases that are gated.
         lock: Which locks are good enough.
@@ -92,7 +96,8 @@ class GateRule(_Section):
             had no gate is brought behind one.
     """
 
-    models: NonEmpty = "*"
+    models: Glob = "*"
+    tags: dict[NonEmpty, Glob] = Field(default_factory=dict)
     stages: tuple[Stage, ...] = ("Staging", "Production")
     aliases: tuple[NonEmpty, ...] = ("staging", "champion")
     lock: LockRule = LockRule()
@@ -125,14 +130,15 @@ class Policy(_Section):
 
     Attributes:
         version: Version of the file's form.
-        gates: Gates; the first whose ``models`` matches a registered model's name decides.
+        gates: Gates; the first decides whose ``models`` matches a registered model's name, and whose
+            ``tags`` match, where it has any.
         bases: Base model of the registered models that match a glob, for fine-tunes that do not say.
         unlock: Whether a lock may be taken off a version that is in no gated place.
     """
 
     version: Literal[1]
     gates: tuple[GateRule, ...]
-    bases: dict[NonEmpty, NonEmpty] = Field(default_factory=dict)
+    bases: dict[Glob, NonEmpty] = Field(default_factory=dict)
     unlock: Literal["allow", "deny"] = "allow"
 
     @field_validator("gates")
@@ -147,13 +153,72 @@ class Policy(_Section):
         """``sha256:…`` over the policy's canonical JSON, defaults filled in."""
         return f"sha256:{hashlib.sha256(rfc8785.dumps(self.model_dump(mode='json'))).hexdigest()}"
 
-    def rule_for(self, model: str) -> GateRule | None:
-        """The gate that decides over a registered model; ``None`` where none matches its name."""
-        return next((rule for rule in self.gates if fnmatchcase(model, rule.models)), None)
+    def choose(self, model: str, *tags: Mapping[str, str]) -> Choice:
+        """Which gate decides over a version of a registered model, and why.
+
+        Args:
+            model: The registered model's name.
+            tags: The version's tags and the registered model's: one match in either will do.
+        """
+        steps: list[str] = []
+        for number, rule in enumerate(self.gates, start=1):
+            if not matches(model, rule.models):
+                steps.append(f"gate {number}: {rule.models!r} does not match {model!r}.")
+                continue
+            misses = tuple(_misses(rule, tags))
+            if misses:
+                steps.append(f"gate {number}: {rule.models!r} matches {model!r}, and {'; '.join(misses)}.")
+                continue
+            also = " with its tags" if rule.tags else ""
+            steps.append(f"gate {number}: {rule.models!r} matches {model!r}{also}, and decides.")
+            return Choice(rule, number, tuple(steps))
+        return Choice(None, None, (*steps, f"No gate is for {model!r}: its promotions are stock MLflow."))
+
+    def rule_for(self, model: str, *tags: Mapping[str, str]) -> GateRule | None:
+        """The gate that decides over a version with these tags; ``None`` where none does."""
+        return self.choose(model, *tags).rule
+
+    def candidates(self, model: str) -> tuple[GateRule, ...]:
+        """The gates of which one decides over a registered model's versions, whatever their tags are."""
+        found: list[GateRule] = []
+        for rule in self.gates:
+            if matches(model, rule.models):
+                found.append(rule)
+                if not rule.tags:
+                    break
+        return tuple(found)
+
+    def gated_places(self, version: ModelVersion) -> tuple[Target, ...]:
+        """Where a version is that would be gated with some tags, if not with those it has."""
+        places = (place for rule in self.candidates(version.name) for place in rule.gated_places(version))
+        return tuple(dict.fromkeys(places))
 
     def base_of(self, model: str) -> str | None:
         """The base model that the policy names for a registered model."""
-        return next((base for glob, base in self.bases.items() if fnmatchcase(model, glob)), None)
+        return next((base for glob, base in self.bases.items() if matches(model, glob)), None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which gate decides.
+
+    Attributes:
+        rule: The gate; ``None`` where none does.
+        number: Its place in the policy, from 1.
+        steps: Gate by gate, why it was not that one, and why it is this one, as sentences.
+    """
+
+    rule: GateRule | None
+    number: int | None
+    steps: tuple[str, ...]
+
+
+def _misses(rule: GateRule, tags: tuple[Mapping[str, str], ...]) -> Iterator[str]:
+    for key, glob in rule.tags.items():
+        values = [some[key] for some in tags if key in some]
+        if not any(matches(value, glob) for value in values):
+            found = f"is {' and '.join(repr(value[:40]) for value in values)}" if values else "is not set"
+            yield f"its tag {key!r} {found}, not {glob!r}"
 
 
 DEFAULT_POLICY = Policy(version=1, gates=(GateRule(),))

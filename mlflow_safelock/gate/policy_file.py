@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from mlflow_safelock.documents import read_document
 from mlflow_safelock.errors import PolicyError
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
+from mlflow_safelock.gate.strictness import faults_of_tags
 
 _logger = logging.getLogger(__name__)
 
@@ -100,4 +101,12 @@ def load_policy(path: str | Path) -> Policy:
             f"The policy file {path} cannot be read: {error}.",
             next_step="Set SAFELOCK_POLICY to a readable file, or unset it for the default policy.",
         ) from error
-    return read_document(data, f"The policy file {path}", PolicyError).parsed(Policy)
+    document = read_document(data, f"The policy file {path}", PolicyError)
+    policy = document.parsed(Policy)
+    faults = [
+        f"{document.where(('gates', position, 'tags'))}: gates.{position}.tags: {what}."
+        for position, what in faults_of_tags(policy)
+    ]
+    if faults:
+        raise PolicyError("\n".join(faults))
+    return policy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -39,6 +39,7 @@ class ModelVersion:
         tags: Tags, which anybody can set.
         stage: The stage that it is in; ``None`` as a word where it is in none.
         aliases: The aliases that point to it.
+        model_tags: Tags of the registered model, which anybody can set as well.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelVersion:
     tags: Mapping[str, str]
     stage: str
     aliases: tuple[str, ...]
+    model_tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class Gate:
     artifacts: Artifacts
 
     @property
-    def _locked_models(self) -> LockedModels:
+    def locked_models(self) -> LockedModels:
+        """The locked models beside the fine-tunes."""
         return LockedModels(self.artifacts)
 
     def promote(self, request: Request) -> None:
@@ -79,8 +80,7 @@ class Gate:
                 is as it was.
         """
         policy = self.policy()
-        rule = policy.rule_for(request.name)
-        if rule is None or not rule.covers(request.target):
+        if not any(rule.covers(request.target) for rule in policy.candidates(request.name)):
             return
         reach("policy-read")
         with ExitStack() as until_done:
@@ -93,7 +93,9 @@ class Gate:
             reach("lease-taken")
             # Looked at under the lease: whoever had it before may have done what is asked for here.
             found = self.registry.model_version(request.name, request.version)
-            self._decide(request, policy, rule, found, lease)
+            rule = policy.rule_for(found.name, found.tags, found.model_tags)
+            if rule is not None and rule.covers(request.target):
+                self._decide(request, policy, rule, found, lease)
 
     def _decide(
         self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, lease: Lease
@@ -127,14 +129,14 @@ class Gate:
             PromotionRefused: The version could not be promoted as it is; nothing was written.
         """
         policy = self.policy()
-        rule = policy.rule_for(request.name)
+        found = self.registry.model_version(request.name, request.version)
+        rule = policy.rule_for(found.name, found.tags, found.model_tags)
         if rule is None:
             raise PromotionRefused(
                 "not_gated",
                 f"No gate of the policy is for {request.name!r}, so its promotions lock nothing.",
                 next_step="Promote it, or add a gate for it to the policy.",
             )
-        found = self.registry.model_version(request.name, request.version)
         work = Work(request.workspace, request.name, request.version, "prepare")
         try:
             with self.registry.lease(work) as lease:
@@ -160,8 +162,8 @@ class Gate:
         location = standalone_location(approved)
         reach("prepare-approved")
         written = None
-        if self._locked_models.prepared(approved) is None:
-            written = self._locked_models.write_standalone(approved, progress)
+        if self.locked_models.prepared(approved) is None:
+            written = self.locked_models.write_standalone(approved, progress)
         return Preparation("standalone", location, lock, approved.alpha, written)
 
     def _promote(
@@ -181,20 +183,20 @@ class Gate:
         known = self.registry.decision_on(request.workspace, request.name, request.version)
         if (
             known is not None
-            and _is_in_force(known, approved, found)
-            and self._locked_models.still_stands(known)
+            and is_in_force(known, approved, found)
+            and self.locked_models.still_stands(known)
         ):
             return
         if rule.carrier == "overlay":
-            location, receipt = self._locked_models.write_overlay(approved)
+            location, receipt = self.locked_models.write_overlay(approved)
         else:
-            location, receipt = standalone_location(approved), self._locked_models.found_prepared(approved)
+            location, receipt = standalone_location(approved), self.locked_models.found_prepared(approved)
         redirection = Redirection(
             name=request.name,
             version=request.version,
             expected_location=found.location,
             location=location,
-            tags=_tags(approved, receipt),
+            tags=tags_of(approved, receipt),
             entry=_promoted(approved, receipt, location),
             lease=lease,
         )
@@ -216,7 +218,7 @@ class Gate:
         request = approved.request
         now = self.registry.model_version(request.name, request.version)
         known = self.registry.decision_on(request.workspace, request.name, request.version)
-        if known is None or not _is_in_force(known, approved, now):
+        if known is None or not is_in_force(known, approved, now):
             raise PromotionRefused(
                 "conflict",
                 f"{request.name!r} version {request.version} was changed by another request meanwhile.",
@@ -254,7 +256,7 @@ class Gate:
         _logger.info("%s %s/%s: %s (%s)", event, request.name, request.version, refusal, refusal.reason)
 
 
-def _is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
+def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
     """Whether what was decided last about this version is this very lock at this very strength."""
     return (
         known.locks
@@ -290,7 +292,7 @@ def _promoted(approved: Approved, receipt: Receipt, location: str) -> LedgerEntr
     )
 
 
-def _tags(approved: Approved, receipt: Receipt) -> dict[str, str]:
+def tags_of(approved: Approved, receipt: Receipt) -> dict[str, str]:
     """For people who look at the version in the UI; never evidence."""
     lock = approved.lock
     return {

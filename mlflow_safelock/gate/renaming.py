@@ -32,11 +32,12 @@ class Renaming:
         Raises:
             PromotionRefused: It would; the registered model keeps its name.
         """
-        rule = self.gate.policy().rule_for(new_name)
-        if rule is None:
+        policy = self.gate.policy()
+        if not policy.candidates(new_name):
             return
         for version in self.gate.registry.model_versions(name):
-            places = rule.gated_places(version)
+            rule = policy.rule_for(new_name, version.tags, version.model_tags)
+            places = rule.gated_places(version) if rule is not None else ()
             decision = self.gate.registry.decision_on(workspace, name, version.version)
             if places and (decision is None or not stands(decision, version)):
                 raise PromotionRefused(

@@ -42,21 +42,39 @@ MERGE_FIRST = (
 
 
 @dataclass(frozen=True)
+class BaseHint:
+    """What somebody says that a fine-tune was made from; checked, and never believed.
+
+    Attributes:
+        base: The base model.
+        said_by: Where it says so, in words.
+    """
+
+    base: str
+    said_by: str
+
+
+@dataclass(frozen=True)
 class LanguageModel:
     """A fine-tune that a lock goes onto.
 
     Attributes:
         geometry: Its attention shape; ``None`` for an adapter alone, whose shape is that of its base. The
             loader checks it before anything is served.
-        said_bases: What the model itself says that it was made from, most telling first.
+        hints: What the model itself says that it was made from, most telling first.
         architecture: Where its heads are; ``None`` for an adapter alone.
         weights: Its weights; ``None`` for an adapter alone.
     """
 
     geometry: AttentionGeometry | None
-    said_bases: tuple[str, ...]
+    hints: tuple[BaseHint, ...]
     architecture: Architecture | None = None
     weights: StoredWeights | None = None
+
+    @property
+    def said_bases(self) -> tuple[str, ...]:
+        """The bases that it names, most telling first."""
+        return tuple(hint.base for hint in self.hints)
 
 
 def examine(reader: ArtifactReader) -> LanguageModel | None:
@@ -125,9 +143,13 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
     except UnsupportedArchitectureError as error:
         raise PromotionRefused("unsupported_architecture", error.cause, next_step=error.next_step) from error
     weights.check_output_projections(architecture, geometry)
-    said = (flavor.get("source_model_name"), config.get("_name_or_path"))
-    bases = tuple(dict.fromkeys(name for name in said if isinstance(name, str) and name))
-    return LanguageModel(geometry, bases, architecture, weights)
+    hints = _hints(
+        {
+            "source_model_name in MLmodel": flavor.get("source_model_name"),
+            "_name_or_path in config.json": config.get("_name_or_path"),
+        }
+    )
+    return LanguageModel(geometry, hints, architecture, weights)
 
 
 def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:
@@ -150,8 +172,20 @@ def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any])
             next_step="Log it again: mlflow.transformers.log_model saves both.",
         )
     named = _read_config(reader, config_path).get("base_model_name_or_path")
-    bases = tuple(dict.fromkeys(name for name in (named, base) if isinstance(name, str) and name))
-    return LanguageModel(None, bases)
+    said = {
+        "base_model_name_or_path in adapter_config.json": named,
+        "source_model_name in MLmodel": base,
+    }
+    return LanguageModel(None, _hints(said))
+
+
+def _hints(said: Mapping[str, Any]) -> tuple[BaseHint, ...]:
+    """Each base once, by who says it first."""
+    found: dict[str, BaseHint] = {}
+    for said_by, base in said.items():
+        if isinstance(base, str) and base:
+            found.setdefault(base, BaseHint(base, said_by))
+    return tuple(found.values())
 
 
 def _writes_text(flavor: Mapping[str, Any]) -> bool:

@@ -218,4 +218,5 @@ def _view(row: Any) -> ModelVersion:
             for alias in row.registered_model.registered_model_aliases
             if alias.version == row.version
         ),
+        model_tags={tag.key: tag.value for tag in row.registered_model.registered_model_tags},
     )

@@ -234,6 +234,12 @@ class SafelockWorkspaceStore(GateMixin, WorkspaceAwareSqlAlchemyStore):  # type:
     """MLflow's SQL registry store for servers with workspaces, gated."""
 
 
+def connect(store_uri: str) -> SafelockStore | SafelockWorkspaceStore:
+    """The store for a database, without a gate yet, and without anything being written for one."""
+    store_class = SafelockWorkspaceStore if MLFLOW_ENABLE_WORKSPACES.get() else SafelockStore
+    return store_class(store_uri.removeprefix(SCHEME_PREFIX))
+
+
 def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | SafelockWorkspaceStore:
     """Open the gated store for a ``safelock+…`` URI.
 
@@ -242,8 +248,7 @@ def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | Safe
     """
     source = PolicySource()
     policy = source()
-    store_class = SafelockWorkspaceStore if MLFLOW_ENABLE_WORKSPACES.get() else SafelockStore
-    store = store_class(store_uri.removeprefix(SCHEME_PREFIX))
+    store = connect(store_uri)
     bring_up_to_date(store.engine)
     registry = SqlRegistry(store)
     store._gate = Gate(source, registry, RegistryArtifacts(tracking_uri))
@@ -255,5 +260,5 @@ def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | Safe
 
     source.when_changed(put_on_record)
     put_on_record(policy)
-    _logger.info("safelock guards this registry: %s, policy %s", store_class.__name__, policy.digest)
+    _logger.info("safelock guards this registry: %s, policy %s", type(store).__name__, policy.digest)
     return store

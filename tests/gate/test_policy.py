@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_safelock.errors import PolicyError
+from mlflow_safelock.gate.globs import check_glob, covers
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
 from mlflow_safelock.gate.policy_file import PolicySource, load_policy
 from mlflow_safelock.gate.ports import Target
@@ -101,6 +102,16 @@ def test_the_digest_is_of_what_the_policy_means_not_of_how_it_is_written(write) 
         ("version: 1\ngates: [{alpha: {default: yes}}]\n", "valid number"),
         ("version: 1\ngates: [{lock: {min_version: 0}}]\n", "greater than 0"),
         ("version: 1\ngates: [{missing_lock: ignore}]\n", "missing_lock"),
+        ("version: 1\ngates: [{max_age_days: 3}]\n", "line 2: the key gates.0.max_age_days is not known"),
+        (
+            "version: 1\ngates:\n  - {}\n  - models: 'a['\n",
+            "line 4: gates.1.models: the bracket.*never closed",
+        ),
+        ("version: 1\ngates:\n  - {}\n  - models: '[z-a]*'\n", "line 4: gates.1.models: the range z-a"),
+        ("version: 1\ngates: [{}]\nbases:\n  'x[': org/base\n", r"line 4: bases.*never closed"),
+        ("version: 1\ngates:\n  - tags: {risk: 'h['}\n  - {}\n", "line 3: gates.0.tags.risk.*never closed"),
+        ("version: 1\ngates:\n  - tags: {risk: 3}\n  - {}\n", "line 3: gates.0.tags.risk.*string"),
+        ("version: 1\ngates:\n  - tags: [risk]\n  - {}\n", "line 3: gates.0.tags.*dict"),
         ("version: 1\ngates: &g [{}]\nbases: *g\n", "aliases"),
         ("version: 1\ngates: [\n", "line"),
         ("", "not a YAML mapping"),
@@ -121,3 +132,112 @@ def test_the_environment_names_the_policy_file(write, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SAFELOCK_POLICY", "/nowhere/safelock.yaml")
     with pytest.raises(PolicyError, match="cannot be read"):
         PolicySource()()
+
+
+class TestGatesByTag:
+    POLICY = """
+version: 1
+gates:
+  - models: "support-*"
+    tags: {team: support, risk: "high*"}
+    lock: {min_version: 2}
+    alpha: {default: 8, min: 4}
+  - models: "*"
+"""
+
+    @pytest.mark.parametrize(
+        ("model", "tags", "model_tags", "number"),
+        [
+            ("support-bot", {"team": "support", "risk": "high-2"}, {}, 1),
+            ("support-bot", {"risk": "high"}, {"team": "support"}, 1),
+            ("support-bot", {"team": "sales", "risk": "high"}, {"team": "support"}, 1),
+            ("support-bot", {"team": "support", "risk": "low"}, {}, 2),
+            ("support-bot", {"team": "support", "risk": "High"}, {}, 2),
+            ("support-bot", {"team": "support"}, {}, 2),
+            ("support-bot", {}, {}, 2),
+            ("other", {"team": "support", "risk": "high"}, {}, 2),
+        ],
+    )
+    def test_all_tags_must_match_and_the_registered_models_count_as_well(
+        self, write, model: str, tags: dict, model_tags: dict, number: int
+    ) -> None:
+        policy = load_policy(write(self.POLICY))
+        choice = policy.choose(model, tags, model_tags)
+        assert choice.number == number
+        assert choice.rule is policy.gates[number - 1]
+        assert policy.rule_for(model, tags, model_tags) is choice.rule
+
+    def test_the_choice_says_which_tag_did_not_match(self, write) -> None:
+        policy = load_policy(write(self.POLICY))
+        assert policy.choose("support-bot", {"team": "support", "risk": "low"}).steps == (
+            "gate 1: 'support-*' matches 'support-bot', and its tag 'risk' is 'low', not 'high*'.",
+            "gate 2: '*' matches 'support-bot', and decides.",
+        )
+        assert "its tag 'team' is not set" in policy.choose("support-bot", {}).steps[0]
+
+    @pytest.mark.parametrize("models", ["'*'", "'support-*'", "'support-bot*'", "support-bot-2"])
+    def test_a_gate_by_tag_needs_one_without_tags_that_a_version_falls_to(self, write, models: str) -> None:
+        text = f"version: 1\ngates:\n  - models: {models}\n    tags: {{risk: high}}\n"
+        with pytest.raises(PolicyError, match=r"line 4: gates\.0\.tags.*needs a gate without tags after it"):
+            load_policy(write(text))
+        with pytest.raises(PolicyError, match="needs a gate without tags after it"):
+            load_policy(write(text + "  - models: 'sup'\n"))
+        load_policy(write(text + f"  - models: {models}\n"))
+        load_policy(write(text + "  - {}\n"))
+
+    @pytest.mark.parametrize(
+        ("gate", "key"),
+        [
+            ("stages: [Production]", "stages"),
+            ("aliases: []", "aliases"),
+            ("alpha: {min: 0.5}", "alpha.min"),
+            ("lock: {min_version: 1}", "lock.min_version"),
+            ("lock: {min_version: 2}", "lock.max_age_days"),
+            ("kinship: {min_cosine: 0.4}", "kinship.min_cosine"),
+            ("kinship: {unknown: allow}", "kinship.unknown"),
+            ("missing_lock: allow", "missing_lock"),
+            ("not_an_llm: allow", "not_an_llm"),
+            ("reads: warn", "reads"),
+        ],
+    )
+    def test_a_tag_never_leads_to_a_looser_gate(self, write, gate: str, key: str) -> None:
+        strict = (
+            "lock: {min_version: 2, max_age_days: 90, revoked: refuse}, kinship: {unknown: reject}, "
+            "not_an_llm: reject"
+        )
+        text = f"version: 1\ngates:\n  - {{tags: {{a: b}}, {gate}}}\n  - {{{strict}}}\n"
+        with pytest.raises(PolicyError, match=rf"line 3.*no looser than the gate for '\*'.*{key}"):
+            load_policy(write(text))
+
+    def test_the_one_that_a_version_really_falls_to_counts(self, write) -> None:
+        text = "version: 1\ngates:\n  - {tags: {a: b}}\n  - {models: 'x*', alpha: {min: 2}}\n  - {}\n"
+        with pytest.raises(PolicyError, match=r"'x\*'.*alpha.min"):
+            load_policy(write(text))
+
+
+@pytest.mark.parametrize("glob", ["*", "a?c", "[abc]*", "[!abc]", "[]]", "[]a]x", "[[]", "a]"])
+def test_a_sound_glob_stays_as_it_is(glob: str) -> None:
+    assert check_glob(glob) == glob
+
+
+@pytest.mark.parametrize("glob", ["[", "a[b", "[]", "[!]", "[a]["])
+def test_an_unclosed_bracket_is_no_glob(glob: str) -> None:
+    with pytest.raises(ValueError, match="never closed"):
+        check_glob(glob)
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow", "certainly"),
+    [
+        ("*", "[ab]?", True),
+        ("a*", "ab*", True),
+        ("a*", "a?", True),
+        ("a*", "a*", True),
+        ("ab*", "a*", False),
+        ("*b*", "[ab]", False),
+        ("a?", "ab", False),
+        ("[ab]", "a", False),
+    ],
+)
+def test_one_glob_covers_another_where_that_is_certain(wide: str, narrow: str, certainly: bool) -> None:
+    assert covers(wide, narrow) is certainly

@@ -1,0 +1,58 @@
+"""A gate by tag is never looser than the gate that decides where the tag is missing.
+
+Anybody may set a tag or take one away. So what a tag leads to must hold nobody back less than no tag does,
+and there must be a gate that needs none: a version whose tag is gone falls to that one, and never out of
+every gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mlflow_safelock.gate.globs import covers
+from mlflow_safelock.gate.policy import GateRule, Policy
+
+
+def faults_of_tags(policy: Policy) -> Iterator[tuple[int, str]]:
+    """Position of each gate by tag that is not allowed, and what is wrong with it."""
+    for position, gate in enumerate(policy.gates):
+        if not gate.tags:
+            continue
+        later = [other for other in policy.gates[position + 1 :] if not other.tags]
+        floor = next((other for other in later if covers(other.models, gate.models)), None)
+        if floor is None:
+            yield (
+                position,
+                f"it is for versions with certain tags, which anybody may take away: it needs a gate without "
+                f"tags after it whose models cover {gate.models!r}, such as one for '*'",
+            )
+            continue
+        # A model may fall to any gate in between whose glob it matches as well.
+        for other in later[: later.index(floor) + 1]:
+            looser = tuple(looser_points(gate, other))
+            if looser:
+                yield (
+                    position,
+                    f"its tags may be set by anybody, so it must be no looser than the gate for "
+                    f"{other.models!r}, which decides without them; looser here: {', '.join(looser)}",
+                )
+                break
+
+
+def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
+    """The keys in which ``gate`` holds a promotion back less than ``floor`` does."""
+    oldest, floor_oldest = gate.lock.max_age_days, floor.lock.max_age_days
+    points = {
+        "stages": not set(floor.stages) <= set(gate.stages),
+        "aliases": not set(floor.aliases) <= set(gate.aliases),
+        "lock.min_version": gate.lock.min_version < floor.lock.min_version,
+        "lock.max_age_days": floor_oldest is not None and (oldest is None or oldest > floor_oldest),
+        "lock.revoked": (gate.lock.revoked, floor.lock.revoked) == ("warn", "refuse"),
+        "alpha.min": gate.alpha.min < floor.alpha.min,
+        "kinship.min_cosine": gate.kinship.min_cosine < floor.kinship.min_cosine,
+        "kinship.unknown": (gate.kinship.unknown, floor.kinship.unknown) == ("allow", "reject"),
+        "missing_lock": (gate.missing_lock, floor.missing_lock) == ("allow", "reject"),
+        "not_an_llm": (gate.not_an_llm, floor.not_an_llm) == ("allow", "reject"),
+        "reads": (gate.reads, floor.reads) == ("warn", "refuse"),
+    }
+    yield from (key for key, looser in points.items() if looser)
