@@ -20,6 +20,7 @@
     ├── PolicyError                    a policy file that cannot be used
     ├── PromotionRefused               the gate said no
     ├── LedgerError                    the ledger cannot be read or written
+    ├── SettingsError                  a setting of the environment that cannot be used
     ├── RecipeError                    a recipe that cannot be used
     └── EvaluationError                something that cannot be measured
 """
@@ -120,6 +121,10 @@ class PromotionRefused(SafelockError):  # noqa: N818 - a decision, named as one
 
 class LedgerError(SafelockError):
     """The ledger cannot be read, or cannot be appended to."""
+
+
+class SettingsError(SafelockError):
+    """A setting of the environment that cannot be used."""
 
 
 class RecipeError(SafelockError):

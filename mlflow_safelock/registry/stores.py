@@ -38,6 +38,7 @@ from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
+from mlflow_safelock.registry.schemes import warn_of_rivals
 from mlflow_safelock.registry.sql import PATIENCE, SqlRegistry
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +65,9 @@ for minutes and loses its message."""
 
 class GateMixin:
     """Puts the gate in front of whatever promotes a version or hands it out; the store class comes after."""
+
+    policy_source: PolicySource
+    """Where the policy in force comes from."""
 
     _gate: Gate
     _guard: Guard
@@ -246,11 +250,13 @@ def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | Safe
     Raises:
         PolicyError: The policy file cannot be used.
     """
+    warn_of_rivals(store_uri)
     source = PolicySource()
     policy = source()
     store = connect(store_uri)
     bring_up_to_date(store.engine)
     registry = SqlRegistry(store)
+    store.policy_source = source
     store._gate = Gate(source, registry, RegistryArtifacts(tracking_uri))
     store._guard = Guard(store._gate)
 
