@@ -101,9 +101,10 @@ def _path_of(location: str) -> Path:
 
 def _check_status(error: MlflowException) -> None:
     """A client repeats a 5xx for minutes, and loses what it says."""
-    # MLflow's client wraps what it is answered when it copies a version.
-    answered = error.__cause__ if isinstance(error.__cause__, MlflowException) else error
-    assert answered.get_http_status_code() < 500, error
+    if isinstance(error.__cause__, MlflowException) and error.get_http_status_code() >= 500:
+        # MLflow's client wraps what it is answered when it copies a version.
+        error = error.__cause__
+    assert error.get_http_status_code() < 500, error
 
 
 class Registry(RuleBasedStateMachine):
