@@ -17,6 +17,7 @@
     │   └── CheckpointError            a checkpoint folder that cannot be read, written or confirmed
     ├── SourceError                    the fine-tune behind a locked model cannot be reached
     ├── VerificationError              something is not what its receipt says
+    ├── KeyFileError                   a key file that cannot be used
     ├── PolicyError                    a policy file that cannot be used
     ├── PromotionRefused               the gate said no
     ├── LedgerError                    the ledger cannot be read or written
@@ -98,6 +99,10 @@ class SourceError(SafelockError):
 
 class VerificationError(SafelockError):
     """A file, lock or model is not what the receipt says."""
+
+
+class KeyFileError(SafelockError):
+    """A key for signatures that cannot be read, or is of a kind that is not used here."""
 
 
 class PolicyError(SafelockError):
