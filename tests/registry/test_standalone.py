@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlflow_safelock.apply.checkpoint import unlock_checkpoint
 from mlflow_safelock.cli.main import main
-from mlflow_safelock.gate import promotion
+from mlflow_safelock.gate import locked_models
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from tests.registries import (
     base_lock,
@@ -217,7 +217,7 @@ def test_a_preparation_that_fails_leaves_nothing_behind(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(promotion, "write_standalone", full)
+    monkeypatch.setattr(locked_models, "write_standalone", full)
     done = run_prepare(tmp_path, version)
     assert done.exit_code == 1
     assert "No space left" in done.output
