@@ -21,8 +21,8 @@ EvidenceKind = Literal["ledger", "receipt", "signed receipt", "none"]
 """What a state rests on.
 
 ``ledger``: a row that the registry's own process wrote. ``receipt``: the file in the locked model, which says
-what the ledger says but lies where clients may write. ``signed receipt``: that, signed by one of the keys that
-``SAFELOCK_PUBLIC_KEYS`` names. ``none``: there is neither.
+what the ledger says but lies where clients may write. ``signed receipt``: that, signed by one of the keys
+that ``SAFELOCK_PUBLIC_KEYS`` names. ``none``: there is neither.
 """
 
 

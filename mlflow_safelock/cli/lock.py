@@ -147,9 +147,7 @@ def register(path: Path, name: str | None, key: Path | None, mlflow_address: Mlf
     found = load_lock_reference(str(path))
     signature = signature_for(found, path, key)
     uri = register_lock(found, mlflow_address, name, signature)
-    show_lines(
-        f"Registered {uri}", f"digest     {found.digest}", f"signed     {'yes' if signature else 'no'}"
-    )
+    show_lines(f"Registered {uri}", f"digest     {found.digest}", *(["signed     yes"] if signature else []))
 
 
 @lock.command(

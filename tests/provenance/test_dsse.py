@@ -1,4 +1,4 @@
-"""Envelopes are those of the DSSE standard, and nothing in one is believed before its signature was checked."""
+"""Envelopes are those of the DSSE standard, and nothing in one is believed before its signature holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signed locks and signed receipts: what is not signed by a key that counts is not promoted, or not loaded."""
+"""Signed locks and receipts: what is not signed by a key that counts is not promoted, or not loaded."""
 
 from __future__ import annotations
 
