@@ -21,6 +21,7 @@
     ├── PolicyError                    a policy file that cannot be used
     ├── PromotionRefused               the gate said no
     ├── LedgerError                    the ledger cannot be read or written
+    │   └── BrokenLedgerError          a row of it is not what was written
     ├── RecipeError                    a recipe that cannot be used
     └── EvaluationError                something that cannot be measured
 """
@@ -125,6 +126,20 @@ class PromotionRefused(SafelockError):  # noqa: N818 - a decision, named as one
 
 class LedgerError(SafelockError):
     """The ledger cannot be read, or cannot be appended to."""
+
+
+class BrokenLedgerError(LedgerError):
+    """A row of the ledger is not what was written, or is not there.
+
+    Args:
+        row: The first row that is known not to hold, from 1.
+        cause: What is wrong, as a sentence.
+        next_step: What to do about it, as a sentence.
+    """
+
+    def __init__(self, row: int, cause: str, *, next_step: str = "") -> None:
+        super().__init__(cause, next_step=next_step)
+        self.row = row
 
 
 class RecipeError(SafelockError):

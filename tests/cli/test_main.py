@@ -44,7 +44,16 @@ def test_the_commands_are_these() -> None:
             "lock sign",
             "lock verify",
         ),
-        *("policy", "policy check", "ledger", "ledger show", "ledger verify", "unlock", "undo"),
+        *(
+            "policy",
+            "policy check",
+            "ledger",
+            "ledger anchor",
+            "ledger show",
+            "ledger verify",
+            "unlock",
+            "undo",
+        ),
     }
 
 
