@@ -22,6 +22,7 @@
     ├── PromotionRefused               the gate said no
     ├── LedgerError                    the ledger cannot be read or written
     │   └── BrokenLedgerError          a row of it is not what was written
+    ├── SettingsError                  a setting of the environment that cannot be used
     ├── RecipeError                    a recipe that cannot be used
     └── EvaluationError                something that cannot be measured
 """
@@ -140,6 +141,10 @@ class BrokenLedgerError(LedgerError):
     def __init__(self, row: int, cause: str, *, next_step: str = "") -> None:
         super().__init__(cause, next_step=next_step)
         self.row = row
+
+
+class SettingsError(SafelockError):
+    """A setting of the environment that cannot be used."""
 
 
 class RecipeError(SafelockError):

@@ -11,10 +11,8 @@ that ``SAFELOCK_ARCHITECTURES`` names holds them::
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +21,7 @@ from mlflow_safelock.apply.description import Architecture
 from mlflow_safelock.apply.table import ARCHITECTURES
 from mlflow_safelock.documents import Document, read_document
 from mlflow_safelock.errors import UnsupportedArchitectureError
+from mlflow_safelock.settings import read_settings
 
 VARIABLE = "SAFELOCK_ARCHITECTURES"
 """Environment variable that names a file of descriptions."""
@@ -85,17 +84,17 @@ def described_architectures() -> Mapping[str, Architecture]:
         UnsupportedArchitectureError: The file cannot be read, or a description in it cannot be used; with the
             line.
     """
-    path = os.environ.get(VARIABLE)
-    if not path:
+    path = read_settings().architectures
+    if path is None:
         return _registered
     try:
-        data = Path(path).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UnsupportedArchitectureError(
             f"The file of architectures {path} cannot be read: {error}.",
             next_step=f"Set {VARIABLE} to a readable file, or unset it.",
         ) from error
-    return {**_parsed(data, path), **_registered}
+    return {**_parsed(data, str(path)), **_registered}
 
 
 @lru_cache(maxsize=4)

@@ -13,7 +13,8 @@ from mlflow_safelock.audit.rows import AuditRow
 from mlflow_safelock.audit.server import server_rows
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.gate.policy import Policy
-from mlflow_safelock.gate.policy_file import GateSettings, PolicySource
+from mlflow_safelock.gate.policy_file import PolicySource
+from mlflow_safelock.settings import read_settings
 
 LOCK_MODELS = lock_model_name("*")
 """Glob over the registered models that hold locks."""
@@ -72,5 +73,5 @@ def audit_rows(
 
 def _policy_of(registry: str) -> Policy | None:
     """The policy that a database's versions are held to; none where nothing says that they are gated."""
-    is_gated = registry.startswith(SCHEME_PREFIX) or GateSettings().policy is not None
+    is_gated = registry.startswith(SCHEME_PREFIX) or read_settings().policy is not None
     return PolicySource()() if is_gated else None

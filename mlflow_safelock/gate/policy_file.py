@@ -7,27 +7,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic_settings import BaseSettings, SettingsConfigDict
-
 from mlflow_safelock.documents import Document, read_document
 from mlflow_safelock.errors import KeyFileError, PolicyError
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
 from mlflow_safelock.gate.strictness import faults_of_tags
 from mlflow_safelock.provenance import load_public_key
+from mlflow_safelock.settings import read_settings
 
 _logger = logging.getLogger(__name__)
-
-
-class GateSettings(BaseSettings):
-    """Settings of the registry's process, from environment variables.
-
-    Attributes:
-        policy: ``SAFELOCK_POLICY``, path of the policy file.
-    """
-
-    model_config = SettingsConfigDict(env_prefix="SAFELOCK_", frozen=True)
-
-    policy: Path | None = None
 
 
 class PolicySource:
@@ -41,15 +28,21 @@ class PolicySource:
     """
 
     def __init__(self) -> None:
-        self._path = GateSettings().policy
+        self._path = read_settings().policy
         self._state = self._state_of_file()
         self._policy = DEFAULT_POLICY if self._path is None else load_policy(self._path)
+        self._fault: PolicyError | None = None
         self._listeners: list[Callable[[Policy], None]] = []
         self._reading = threading.Lock()
 
     def when_changed(self, listener: Callable[[Policy], None]) -> None:
         """Call ``listener`` with every policy that comes into force from now on."""
         self._listeners.append(listener)
+
+    @property
+    def fault(self) -> PolicyError | None:
+        """Why the file, as it was read last, is not what is in force; ``None`` where it is."""
+        return self._fault
 
     def __call__(self) -> Policy:
         """The policy in force now."""
@@ -66,12 +59,14 @@ class PolicySource:
         try:
             policy = load_policy(path)
         except PolicyError as error:
+            self._fault = error
             _logger.error(
                 "The policy was changed and cannot be used; the one before it, %s, stays in force. %s",
                 self._policy.digest,
                 error,
             )
             return
+        self._fault = None
         if policy.digest == self._policy.digest:
             return
         _logger.warning("The policy was changed: %s, and was %s", policy.digest, self._policy.digest)

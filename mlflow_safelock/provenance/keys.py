@@ -14,33 +14,15 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from pydantic import SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mlflow_safelock.errors import KeyFileError
+from mlflow_safelock.settings import read_settings
 
 MAX_KEY_BYTES = 1 << 16
 """Largest key file that is read."""
 
 _ECDSA = ec.ECDSA(hashes.SHA256())
 _KINDS = "Keys are Ed25519 or ECDSA on P-256, in PEM: openssl genpkey -algorithm ed25519 -out key.pem"
-
-
-class KeySettings(BaseSettings):
-    """Keys of a process, from environment variables.
-
-    Attributes:
-        signing_key: ``SAFELOCK_SIGNING_KEY``, path of the private key that receipts are signed with.
-        signing_key_password: ``SAFELOCK_SIGNING_KEY_PASSWORD``, where its file is encrypted.
-        public_keys: ``SAFELOCK_PUBLIC_KEYS``, paths of public keys with the system's separator (``:``)
-            between them; where it is set, a receipt must be signed by one of them.
-    """
-
-    model_config = SettingsConfigDict(env_prefix="SAFELOCK_", frozen=True)
-
-    signing_key: Path | None = None
-    signing_key_password: SecretStr | None = None
-    public_keys: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +138,7 @@ def load_signing_key(path: str | Path) -> SigningKey:
     Raises:
         KeyFileError: It cannot be read, or holds no private key of a known kind.
     """
-    secret = KeySettings().signing_key_password
+    secret = read_settings().signing_key_password
     password = secret.get_secret_value().encode() if secret is not None else None
     return SigningKey.parse(_read(path), origin=f"The key file {path}", password=password)
 
@@ -167,7 +149,7 @@ def configured_signing_key() -> SigningKey | None:
     Raises:
         KeyFileError: It names a file that cannot be used.
     """
-    path = KeySettings().signing_key
+    path = read_settings().signing_key
     return None if path is None else load_signing_key(path)
 
 
@@ -177,7 +159,7 @@ def configured_public_keys() -> tuple[PublicKey, ...] | None:
     Raises:
         KeyFileError: It names none, or a file that cannot be used.
     """
-    paths = KeySettings().public_keys
+    paths = read_settings().public_keys
     if paths is None:
         return None
     keys = tuple(load_public_key(path) for path in paths.split(os.pathsep) if path)

@@ -39,6 +39,7 @@ from mlflow_safelock.gate.schema import bring_up_to_date
 from mlflow_safelock.provenance import configured_signing_key
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
+from mlflow_safelock.registry.schemes import warn_of_rivals
 from mlflow_safelock.registry.sql import PATIENCE, SqlRegistry
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +66,9 @@ for minutes and loses its message."""
 
 class GateMixin:
     """Puts the gate in front of whatever promotes a version or hands it out; the store class comes after."""
+
+    policy_source: PolicySource
+    """Where the policy in force comes from."""
 
     _gate: Gate
     _guard: Guard
@@ -248,12 +252,14 @@ def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | Safe
         PolicyError: The policy file cannot be used.
         KeyFileError: The key for receipts cannot be used.
     """
+    warn_of_rivals(store_uri)
     source = PolicySource()
     policy = source()
     configured_signing_key()  # one that cannot be used is an error now, and not in every promotion
     store = connect(store_uri)
     bring_up_to_date(store.engine)
     registry = SqlRegistry(store)
+    store.policy_source = source
     store._gate = Gate(source, registry, RegistryArtifacts(tracking_uri))
     store._guard = Guard(store._gate)
 

@@ -1,0 +1,65 @@
+"""Every setting of this package that comes from the environment, in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from mlflow_safelock.errors import SettingsError
+
+PREFIX = "SAFELOCK_"
+
+
+class Settings(BaseSettings):
+    """What the environment says.
+
+    Attributes:
+        policy: ``SAFELOCK_POLICY``, path of the policy file; the built-in policy where not set.
+        architectures: ``SAFELOCK_ARCHITECTURES``, path of a file that describes architectures.
+        signing_key: ``SAFELOCK_SIGNING_KEY``, path of the private key that receipts are signed with.
+        signing_key_password: ``SAFELOCK_SIGNING_KEY_PASSWORD``, where that file is encrypted.
+        public_keys: ``SAFELOCK_PUBLIC_KEYS``, paths of public keys with the system's separator (``:``)
+            between them; where it is set, a receipt must be signed by one of them.
+        auth: ``SAFELOCK_AUTH``, ``basic-auth`` to have MLflow's own authentication in front of the server.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+
+    policy: Path | None = None
+    architectures: Path | None = None
+    signing_key: Path | None = None
+    signing_key_password: SecretStr | None = None
+    public_keys: str | None = None
+    auth: Literal["none", "basic-auth"] = "none"
+
+    @field_validator("architectures", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return value or None
+
+
+def read_settings() -> Settings:
+    """The settings as the environment has them now.
+
+    Raises:
+        SettingsError: One is not valid; the message names it, and not its value.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{variable_of(str(fault['loc'][0]))}: {fault['msg']}"
+            for fault in error.errors(include_url=False, include_input=False)
+        )
+        raise SettingsError(
+            f"The environment has settings that cannot be used: {faults}.",
+            next_step="Correct or unset them.",
+        ) from error
+
+
+def variable_of(field: str) -> str:
+    """The environment variable of a setting."""
+    return f"{PREFIX}{field.upper()}"
