@@ -17,9 +17,11 @@
     │   └── CheckpointError            a checkpoint folder that cannot be read, written or confirmed
     ├── SourceError                    the fine-tune behind a locked model cannot be reached
     ├── VerificationError              something is not what its receipt says
+    ├── KeyFileError                   a key file that cannot be used
     ├── PolicyError                    a policy file that cannot be used
     ├── PromotionRefused               the gate said no
     ├── LedgerError                    the ledger cannot be read or written
+    │   └── BrokenLedgerError          a row of it is not what was written
     ├── SettingsError                  a setting of the environment that cannot be used
     ├── RecipeError                    a recipe that cannot be used
     └── EvaluationError                something that cannot be measured
@@ -101,6 +103,10 @@ class VerificationError(SafelockError):
     """A file, lock or model is not what the receipt says."""
 
 
+class KeyFileError(SafelockError):
+    """A key for signatures that cannot be read, or is of a kind that is not used here."""
+
+
 class PolicyError(SafelockError):
     """A policy file that cannot be read or is not valid."""
 
@@ -121,6 +127,20 @@ class PromotionRefused(SafelockError):  # noqa: N818 - a decision, named as one
 
 class LedgerError(SafelockError):
     """The ledger cannot be read, or cannot be appended to."""
+
+
+class BrokenLedgerError(LedgerError):
+    """A row of the ledger is not what was written, or is not there.
+
+    Args:
+        row: The first row that is known not to hold, from 1.
+        cause: What is wrong, as a sentence.
+        next_step: What to do about it, as a sentence.
+    """
+
+    def __init__(self, row: int, cause: str, *, next_step: str = "") -> None:
+        super().__init__(cause, next_step=next_step)
+        self.row = row
 
 
 class SettingsError(SafelockError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError, field_validator
+from pydantic import SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mlflow_safelock.errors import SettingsError
@@ -19,6 +19,10 @@ class Settings(BaseSettings):
     Attributes:
         policy: ``SAFELOCK_POLICY``, path of the policy file; the built-in policy where not set.
         architectures: ``SAFELOCK_ARCHITECTURES``, path of a file that describes architectures.
+        signing_key: ``SAFELOCK_SIGNING_KEY``, path of the private key that receipts are signed with.
+        signing_key_password: ``SAFELOCK_SIGNING_KEY_PASSWORD``, where that file is encrypted.
+        public_keys: ``SAFELOCK_PUBLIC_KEYS``, paths of public keys with the system's separator (``:``)
+            between them; where it is set, a receipt must be signed by one of them.
         auth: ``SAFELOCK_AUTH``, ``basic-auth`` to have MLflow's own authentication in front of the server.
     """
 
@@ -26,6 +30,9 @@ class Settings(BaseSettings):
 
     policy: Path | None = None
     architectures: Path | None = None
+    signing_key: Path | None = None
+    signing_key_password: SecretStr | None = None
+    public_keys: str | None = None
     auth: Literal["none", "basic-auth"] = "none"
 
     @field_validator("architectures", mode="before")

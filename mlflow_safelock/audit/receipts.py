@@ -30,10 +30,12 @@ from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.formats.lock_file import MAX_FILE_BYTES
 from mlflow_safelock.provenance import (
     ADDED_BY_CLIENTS,
+    RECEIPT_SIGNATURE_FILE,
     ArtifactReader,
     LocalArtifacts,
     LockReference,
     Receipt,
+    check_receipt_signature,
 )
 
 MAX_OVERLAY_BYTES = MAX_FILE_BYTES + (16 << 20)
@@ -64,7 +66,8 @@ class ReceiptReader:
 
         A receipt is a file where clients may write, so what can be checked is: the locked model against it,
         its lock against the registered one of that name and version, and that it loads as a locked model. Of
-        a standalone model's weights that are the fine-tune's own files, only the sizes are compared.
+        a standalone model's weights that are the fine-tune's own files, only the sizes are compared. Where
+        ``SAFELOCK_PUBLIC_KEYS`` names keys, one of them must have signed it.
 
         Returns:
             The evidence, or ``None`` where there is no receipt.
@@ -87,9 +90,12 @@ class ReceiptReader:
                 receipt = self._check_overlay(location, entries, folder)
             else:
                 self._check_standalone(location, receipt, folder)
+                if RECEIPT_SIGNATURE_FILE in sizes:
+                    self._fetch(location, RECEIPT_SIGNATURE_FILE, folder)
+            signed_by = check_receipt_signature(receipt, LocalArtifacts(folder))
         _check_promotion(receipt, location)
         self._check_lock(receipt.predicate.lock, location)
-        return Evidence.from_receipt(receipt)
+        return Evidence.from_receipt(receipt, signed_by)
 
     def _check_overlay(self, location: str, entries: Sequence[FileInfo], folder: Path) -> Receipt:
         _check_size(entries, location)
@@ -103,7 +109,7 @@ class ReceiptReader:
         stated, found = receipt.predicate, self._files(location)
         shared = stated.source.fingerprint.of_copies(stated.shared)
         expected = {*stated.files, *stated.shared, RECEIPT_FILE}
-        for path in sorted(expected ^ (found.keys() - ADDED_BY_CLIENTS)):
+        for path in sorted(expected ^ (found.keys() - ADDED_BY_CLIENTS - {RECEIPT_SIGNATURE_FILE})):
             what = "is missing" if path in expected else "is not in its receipt"
             raise VerificationError(f"The locked model's file {path!r} at {location} {what}.")
         for path in sorted(set(_NEEDED) - stated.files.keys()):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mlflow_safelock.gate.ledger import LedgerEntry
-from mlflow_safelock.provenance import Receipt
+from mlflow_safelock.provenance import PublicKey, Receipt
 
 State = Literal["locked", "locked (copy)", "unlocked", "unknown"]
 """Whether a version serves a locked model.
@@ -17,11 +17,12 @@ locked model of another version, and was never promoted itself. ``unlocked``: no
 what it serves. ``unknown``: the evidence cannot be read.
 """
 
-EvidenceKind = Literal["ledger", "receipt", "none"]
+EvidenceKind = Literal["ledger", "receipt", "signed receipt", "none"]
 """What a state rests on.
 
 ``ledger``: a row that the registry's own process wrote. ``receipt``: the file in the locked model, which says
-what the ledger says but lies where clients may write. ``none``: there is neither.
+what the ledger says but lies where clients may write. ``signed receipt``: that, signed by one of the keys
+that ``SAFELOCK_PUBLIC_KEYS`` names. ``none``: there is neither.
 """
 
 
@@ -79,7 +80,7 @@ class Evidence:
         receipt: Digest of the locked model's receipt.
     """
 
-    kind: Literal["ledger", "receipt"]
+    kind: Literal["ledger", "receipt", "signed receipt"]
     workspace: str | None
     model: str
     version: int
@@ -116,14 +117,14 @@ class Evidence:
         )
 
     @classmethod
-    def from_receipt(cls, receipt: Receipt) -> Evidence:
-        """What a promotion's receipt states; nobody vouches for the receipt, so its actor is only claimed."""
+    def from_receipt(cls, receipt: Receipt, signed_by: PublicKey | None = None) -> Evidence:
+        """What a promotion's receipt states; where nobody signed it, its actor is only claimed."""
         predicate = receipt.predicate
         promotion, lock = predicate.promotion, predicate.lock
         if promotion is None or lock.model is None or lock.version is None:
             raise ValueError("only a promotion is evidence")
         return cls(
-            kind="receipt",
+            kind="receipt" if signed_by is None else "signed receipt",
             workspace=None,
             model=promotion.model,
             version=promotion.version,
@@ -134,7 +135,7 @@ class Evidence:
             alpha=predicate.alpha,
             when=predicate.created,
             by=promotion.actor.name,
-            verified=False,
+            verified=signed_by is not None and promotion.actor.verified,
             receipt=receipt.digest,
         )
 

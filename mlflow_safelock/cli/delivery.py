@@ -50,13 +50,19 @@ def deliver_several(locks: Sequence[SafetyLock], output: Path, form: str = "tabl
         show_json(facts)
 
 
-def register_lock(lock: SafetyLock, mlflow_address: MlflowAddress, name: str | None = None) -> str:
+def register_lock(
+    lock: SafetyLock,
+    mlflow_address: MlflowAddress,
+    name: str | None = None,
+    signature_file: bytes | None = None,
+) -> str:
     """Log a lock to MLflow and register it.
 
     Args:
         lock: The lock.
         mlflow_address: Where MLflow is.
         name: Registered model; where the gate looks, if it is not given.
+        signature_file: The lock's signature.
 
     Returns:
         ``models:/`` URI of the new version.
@@ -69,5 +75,5 @@ def register_lock(lock: SafetyLock, mlflow_address: MlflowAddress, name: str | N
 
         mlflow_address.reach()
         model = name or meta_safetylock.lock_model_name(lock.base_model)
-        info = meta_safetylock.log_model(lock, registered_model_name=model)
+        info = meta_safetylock.log_model(lock, registered_model_name=model, signature_file=signature_file)
     return f"models:/{model}/{info.registered_model_version}"

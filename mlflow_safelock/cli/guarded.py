@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mlflow_safelock.cli.options import MlflowAddress
-from mlflow_safelock.errors import SourceError
+from mlflow_safelock.errors import LedgerError, SourceError
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
+
     from mlflow_safelock.gate.explanation import Explanation
     from mlflow_safelock.gate.policy import Policy
     from mlflow_safelock.gate.ports import Target
@@ -94,6 +96,36 @@ def explain(
             next_step="Give its database with --registry-uri, such as safelock+postgresql://...",
         )
     return explain_promotion(uri, mlflow.get_tracking_uri(), policy, *version, target)
+
+
+def open_ledger(mlflow_address: MlflowAddress) -> sa.Engine:
+    """The registry's own database, with a ledger in it, to be read; nothing is written by opening it.
+
+    Raises:
+        SourceError: The address is not one of a database.
+        LedgerError: There is no ledger in it.
+    """
+    import mlflow
+    import sqlalchemy as sa
+
+    from mlflow_safelock.audit.database import is_database
+    from mlflow_safelock.gate.ledger import TABLE
+    from mlflow_safelock.registry.stores import connect
+
+    mlflow_address.connect()
+    uri = mlflow.get_registry_uri()
+    if not is_database(uri):
+        raise SourceError(
+            f"The registry at {uri} is not a database, and its ledger cannot be reached through a server.",
+            next_step="Give the database with --registry-uri safelock+sqlite:///... or safelock+postgresql://...",
+        )
+    engine: sa.Engine = connect(uri).engine
+    if not sa.inspect(engine).has_table(TABLE.name):
+        raise LedgerError(
+            f"There is no ledger in the database {engine.url.render_as_string(hide_password=True)}.",
+            next_step="A registry has one once it was opened with the gate in front: safelock+sqlite:///…",
+        )
+    return engine
 
 
 def open_guarded(mlflow_address: MlflowAddress) -> SafelockStore | SafelockWorkspaceStore:

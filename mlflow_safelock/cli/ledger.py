@@ -1,13 +1,16 @@
-"""``safelock ledger``: show and verify."""
+"""``safelock ledger``: anchor, show and verify."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import click
 
 from mlflow_safelock.cli.command import CONTEXT_SETTINGS, Command, Group
-from mlflow_safelock.cli.guarded import open_guarded
-from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
+from mlflow_safelock.cli.guarded import open_ledger
+from mlflow_safelock.cli.options import MlflowAddress, format_option, in_existing_folder, mlflow_options
 from mlflow_safelock.cli.output import announce, facts_table, show_json, show_table
+from mlflow_safelock.cli.sign import key_option, public_key_option
 
 
 @click.group(
@@ -28,26 +31,95 @@ def ledger() -> None:
 @ledger.command(
     cls=Command,
     short_help="Check that no row was edited, removed or reordered.",
-    examples=("safelock ledger verify --registry-uri safelock+postgresql://mlflow@db/mlflow",),
+    examples=(
+        "safelock ledger verify --registry-uri safelock+postgresql://mlflow@db/mlflow",
+        "safelock ledger verify --anchor checkpoint.json --public-key key.pub.pem \\",
+        "    --registry-uri safelock+postgresql://mlflow@db/mlflow",
+    ),
+)
+@click.option(
+    "--anchor",
+    "anchors",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Checkpoint that it must still agree with; may be given several times.",
+)
+@public_key_option
+@format_option
+@mlflow_options
+def verify(
+    anchors: tuple[Path, ...], public_keys: tuple[Path, ...], form: str, mlflow_address: MlflowAddress
+) -> None:
+    """Walk the chain from the first row to the last, and name the first that does not fit.
+
+    What the chain itself cannot show is an end that was cut off, or written anew with every digest from there
+    on. Checkpoints can, which "ledger anchor" wrote and you kept elsewhere: --anchor, with --public-key.
+    """
+    from mlflow_safelock.errors import BrokenLedgerError
+    from mlflow_safelock.gate.anchors import read_checkpoint, verify_against
+    from mlflow_safelock.provenance import load_public_key
+
+    if bool(anchors) != bool(public_keys):
+        raise click.UsageError("--anchor and --public-key go together.")
+    keys = [load_public_key(path) for path in public_keys]
+    checkpoints = [read_checkpoint(path.read_bytes(), keys, origin=str(path)) for path in anchors]
+    engine = open_ledger(mlflow_address)
+    announce("Walking the ledger")
+    try:
+        with engine.connect() as connection:
+            chain = verify_against(connection, checkpoints)
+    except BrokenLedgerError as error:
+        if form == "json":
+            show_json({"ok": False, "row": error.row, "cause": error.cause})
+        raise
+    anchored = max((checkpoint.rows for checkpoint in checkpoints), default=None)
+    if form == "json":
+        show_json({"ok": True, "rows": chain.rows, "head": chain.head, "anchored_rows": anchored})
+        return
+    facts = [("rows", chain.rows), ("head", chain.head), ("anchored rows", anchored)]
+    show_table(facts_table("The ledger holds", facts if checkpoints else facts[:2]))
+
+
+@ledger.command(
+    cls=Command,
+    short_help="Write a signed checkpoint, to be kept elsewhere.",
+    examples=(
+        "safelock ledger anchor --key key.pem --out checkpoint.json \\",
+        "    --registry-uri safelock+postgresql://mlflow@db/mlflow",
+    ),
+)
+@key_option(required=True)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    callback=lambda _context, _parameter, path: in_existing_folder(path),
+    metavar="FILE",
+    help="File to write.",
 )
 @format_option
 @mlflow_options
-def verify(form: str, mlflow_address: MlflowAddress) -> None:
-    """Walk the chain from the first row to the last, and name the first that does not fit.
+def anchor(key: Path, out: Path, form: str, mlflow_address: MlflowAddress) -> None:
+    """Walk the chain, and write how many rows there are and what stands for all of them, signed.
 
-    What it cannot notice is an end that was cut off, or written anew with every digest from there on: keep
-    the number of rows and the head that it prints somewhere else, and compare.
+    Keep the file where whoever can write to the database cannot. "ledger verify --anchor" then notices an end
+    that was cut off, and rows up to there that were written anew.
     """
-    from mlflow_safelock.gate.ledger import verify_chain
+    from mlflow_safelock.gate.anchors import sign_checkpoint, take_checkpoint
+    from mlflow_safelock.provenance import load_signing_key
 
-    store = open_guarded(mlflow_address)
+    private = load_signing_key(key)
+    engine = open_ledger(mlflow_address)
     announce("Walking the ledger")
-    with store.engine.connect() as connection:
-        chain = verify_chain(connection)
+    with engine.connect() as connection:
+        checkpoint = take_checkpoint(connection)
+    out.write_bytes(sign_checkpoint(checkpoint, private))
+    facts = {"file": str(out), **checkpoint.model_dump(mode="json"), "key": private.public.keyid}
     if form == "json":
-        show_json({"ok": True, "rows": chain.rows, "head": chain.head})
+        show_json(facts)
     else:
-        show_table(facts_table("The ledger holds", [("rows", chain.rows), ("head", chain.head)]))
+        show_table(facts_table("Anchored", facts.items()))
 
 
 @ledger.command(
@@ -66,7 +138,7 @@ def show(model: str | None, limit: int, form: str, mlflow_address: MlflowAddress
 
     from mlflow_safelock.gate.ledger import last_entries
 
-    with Session(open_guarded(mlflow_address).engine) as session:
+    with Session(open_ledger(mlflow_address)) as session:
         rows = last_entries(session, limit, model)
     if form == "json":
         show_json([{"sequence": number, **entry.model_dump(mode="json")} for number, entry in rows])

@@ -1,4 +1,4 @@
-"""``safelock lock``: import, inspect, register, verify."""
+"""``safelock lock``: import, inspect, enroll, register, revoke, verify."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mlflow_safelock.cli.lock_report import lock_facts, show_lock
 from mlflow_safelock.cli.models import geometry_of, is_mlflow_model, load_lock_reference
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options, output_file_option
 from mlflow_safelock.cli.output import announce, facts_table, show_json, show_lines, show_table
+from mlflow_safelock.cli.sign import check_signature, key_option, public_key_option, sign, signature_for
 from mlflow_safelock.cli.unlock import reason_option
 from mlflow_safelock.errors import LockMismatchError, RecipeError
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     ),
 )
 def lock() -> None:
-    """Import, inspect, register and verify locks.
+    """Import, inspect, sign, register and verify locks.
 
     A lock is a small safetensors file made for one base model: attention heads, a direction and a scale for
     each. "safelock forge" makes a new one.
@@ -134,16 +135,19 @@ def inspect(reference: str, form: str, mlflow_address: MlflowAddress) -> None:
 )
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", help="Registered model to put it in; the gate looks only where the default puts it.")
+@key_option(required=False)
 @mlflow_options
-def register(path: Path, name: str | None, mlflow_address: MlflowAddress) -> None:
+def register(path: Path, name: str | None, key: Path | None, mlflow_address: MlflowAddress) -> None:
     """Register the lock file PATH in MLflow, as the newest lock of its base model.
 
     From then on every promotion of a fine-tune of that base uses it. It becomes a version of the registered
-    model "safelock." and the base's name, with "/" written "--".
+    model "safelock." and the base's name, with "/" written "--". With --key it is signed; a signature that
+    lies beside the file already, as "lock sign" wrote it, is registered with it.
     """
     found = load_lock_reference(str(path))
-    uri = register_lock(found, mlflow_address, name)
-    show_lines(f"Registered {uri}", f"digest     {found.digest}")
+    signature = signature_for(found, path, key)
+    uri = register_lock(found, mlflow_address, name, signature)
+    show_lines(f"Registered {uri}", f"digest     {found.digest}", *(["signed     yes"] if signature else []))
 
 
 @lock.command(
@@ -211,17 +215,26 @@ def revoke(version: tuple[str, int], reason: str, form: str, mlflow_address: Mlf
 @lock.command(
     cls=Command,
     short_help="Check a lock, and that it fits a model.",
-    examples=("safelock lock verify llama-3-8b.safetensors --against ./my-fine-tune --digest sha256:9f2c…",),
+    examples=(
+        "safelock lock verify llama-3-8b.safetensors --against ./my-fine-tune --digest sha256:9f2c…",
+        "safelock lock verify models:/safelock.org--base/2 --public-key key.pub.pem",
+    ),
 )
 @click.argument("reference", metavar="PATH_OR_URI")
 @click.option("--against", metavar="MODEL", help="Folder, hub id or MLflow URI of a model that it must fit.")
 @click.option("--digest", metavar="sha256:…", help="Digest that it must have.")
+@public_key_option
 @format_option
 @mlflow_options
 def verify(
-    reference: str, against: str | None, digest: str | None, form: str, mlflow_address: MlflowAddress
+    reference: str,
+    against: str | None,
+    digest: str | None,
+    public_keys: tuple[Path, ...],
+    form: str,
+    mlflow_address: MlflowAddress,
 ) -> None:
-    """Check that a lock is sound, has the digest it should have, and fits a model.
+    """Check that a lock is sound, has the digest and the signature it should have, and fits a model.
 
     PATH_OR_URI is a lock file, or an MLflow URI such as models:/safelock.org--base/1. The command exits with
     0 only if everything that was asked for holds. Of the model only its configuration is read; a model in
@@ -232,6 +245,8 @@ def verify(
     if digest is not None:
         _check_digest(found, digest, reference)
         checks["digest"] = found.digest
+    if public_keys:
+        checks["signed by"] = check_signature(found, reference, public_keys)
     if against is not None:
         announce(f"Reading the configuration of {against}")
         if is_mlflow_model(against):
@@ -247,6 +262,9 @@ def verify(
         show_json({"ok": True, "digest": found.digest, "checks": checks})
     else:
         show_table(facts_table("The lock holds", checks.items()))
+
+
+lock.add_command(sign)
 
 
 def _check_digest(found: SafetyLock, digest: str, reference: str) -> None:

@@ -34,6 +34,7 @@ from mlflow_safelock.flavors.environment import (
 from mlflow_safelock.flavors.plots import head_map
 from mlflow_safelock.formats import load_lock, save_lock
 from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import LOCK_SIGNATURE_FILE
 
 FLAVOR_NAME = "safelock"
 LOCK_FILE = "lock.safetensors"
@@ -69,6 +70,7 @@ def save_model(
     pip_requirements: Sequence[str] | str | None = None,
     extra_pip_requirements: Sequence[str] | str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    signature_file: bytes | None = None,
 ) -> None:
     """Save a lock as an MLflow model folder.
 
@@ -81,6 +83,7 @@ def save_model(
         pip_requirements: As in every MLflow flavor.
         extra_pip_requirements: As in every MLflow flavor.
         metadata: As in every MLflow flavor.
+        signature_file: The lock's signature (``safelock lock sign``), written beside it.
 
     Raises:
         mlflow.exceptions.MlflowException: The folder is not empty, or the environment is not valid.
@@ -92,6 +95,8 @@ def save_model(
     if metadata is not None:
         model.metadata = dict(metadata)
     save_lock(lock, folder / LOCK_FILE)
+    if signature_file is not None:
+        (folder / LOCK_SIGNATURE_FILE).write_bytes(signature_file)
     head_map(lock).savefig(folder / PLOT_FILE)
     environment = write_environment(
         folder,
@@ -146,9 +151,10 @@ def log_model(
     )
 
 
-def register(lock: SafetyLock) -> ModelInfo:
+def register(lock: SafetyLock, signature_file: bytes | None = None) -> ModelInfo:
     """Log a lock and register it where the gate looks, as the newest lock of its base model."""
-    return log_model(lock, registered_model_name=lock_model_name(lock.base_model))
+    name = lock_model_name(lock.base_model)
+    return log_model(lock, registered_model_name=name, signature_file=signature_file)
 
 
 def load_model(model_uri: str, dst_path: str | None = None) -> SafetyLock:

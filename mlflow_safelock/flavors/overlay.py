@@ -30,6 +30,8 @@ from mlflow_safelock.provenance import (
     Receipt,
     ReceiptPredicate,
     SourceReference,
+    check_receipt_signature,
+    sign_receipt,
     take_fingerprint,
     tool_versions,
 )
@@ -117,6 +119,7 @@ def write_overlay(
         )
     )
     (folder / RECEIPT_FILE).write_bytes(receipt.to_bytes())
+    sign_receipt(receipt, folder)
     return receipt
 
 
@@ -124,7 +127,8 @@ def read_overlay(overlay: ArtifactReader) -> Overlay:
     """Read an overlay and check its own files, its lock and its receipt against each other.
 
     Raises:
-        VerificationError: A file is missing or changed, or the lock is not the one of the receipt.
+        VerificationError: A file is missing or changed, the lock is not the one of the receipt, or the
+            receipt is not signed where that is asked for.
     """
     try:
         receipt = Receipt.parse(overlay.read(RECEIPT_FILE), origin=f"{overlay.location}/{RECEIPT_FILE}")
@@ -132,6 +136,7 @@ def read_overlay(overlay: ArtifactReader) -> Overlay:
         raise VerificationError(
             f"There is no receipt at {overlay.location}.", next_step="Promote the version again."
         ) from error
+    check_receipt_signature(receipt, overlay)
     stated = receipt.predicate.files
     for name in (MLMODEL_FILE_NAME, LOCK_FILE):
         if name not in stated:

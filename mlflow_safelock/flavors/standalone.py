@@ -29,6 +29,7 @@ from mlflow_safelock.flavors.overlay import FLAVOR_NAME, RECEIPT_FILE, read_mlmo
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
     ADDED_BY_CLIENTS,
+    RECEIPT_SIGNATURE_FILE,
     ArtifactReader,
     FileFingerprint,
     LocalArtifacts,
@@ -39,6 +40,8 @@ from mlflow_safelock.provenance import (
     SourceFingerprint,
     SourceReference,
     check_fingerprint,
+    check_receipt_signature,
+    sign_receipt,
     take_fingerprint,
     tool_versions,
 )
@@ -189,6 +192,7 @@ def write_standalone(
         )
     )
     (folder / RECEIPT_FILE).write_bytes(receipt.to_bytes())
+    sign_receipt(receipt, folder)
     return Standalone(receipt, files_of_weights, check, report.bias_error)
 
 
@@ -212,16 +216,18 @@ def read_standalone(reader: ArtifactReader) -> Receipt:
     Files that the lock's writing made are compared whole, files of weights by blocks.
 
     Raises:
-        VerificationError: There is none, or a file is missing, new or another one.
+        VerificationError: There is none, a file is missing, new or another one, or the receipt is not signed
+            where that is asked for.
     """
     try:
         receipt = Receipt.parse(reader.read(RECEIPT_FILE), origin=f"{reader.location}/{RECEIPT_FILE}")
     except SourceError as error:
         raise VerificationError(f"There is no receipt at {reader.location}.", next_step=_AGAIN) from error
+    check_receipt_signature(receipt, reader)
     stated = receipt.predicate
     weights = weights_by_receipt(receipt)
     expected = {*stated.files, *(file.path for file in weights.files), RECEIPT_FILE}
-    found = {file.path for file in reader.files()} - ADDED_BY_CLIENTS
+    found = {file.path for file in reader.files()} - ADDED_BY_CLIENTS - {RECEIPT_SIGNATURE_FILE}
     for path in sorted(expected ^ found):
         what = "is missing" if path in expected else "is not in its receipt"
         raise VerificationError(
@@ -233,7 +239,7 @@ def read_standalone(reader: ArtifactReader) -> Receipt:
                 f"The locked model's file {path!r} at {reader.location} is not the one of its receipt.",
                 next_step=_AGAIN,
             )
-    check_fingerprint(weights, reader, others=expected)
+    check_fingerprint(weights, reader, others={*expected, RECEIPT_SIGNATURE_FILE})
     return receipt
 
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy.orm import Session
 
-from mlflow_safelock.errors import LedgerError
+from mlflow_safelock.errors import BrokenLedgerError, LedgerError
 from mlflow_safelock.lock import Digest, NonEmpty
 from mlflow_safelock.provenance import Actor
 
@@ -247,7 +247,7 @@ def verify_chain(connection: sa.Connection) -> Chain:
     """Walk the whole ledger in order.
 
     Raises:
-        LedgerError: A row was edited, removed or reordered; the message names the first that does not fit.
+        BrokenLedgerError: A row was edited, removed or reordered; it names the first that does not fit.
     """
     rows, head = 0, GENESIS
     streamed = connection.execution_options(yield_per=1000)
@@ -274,8 +274,9 @@ def verify_chain(connection: sa.Connection) -> Chain:
     return Chain(rows, head)
 
 
-def _broken(sequence: int, what: str) -> LedgerError:
-    return LedgerError(
+def _broken(sequence: int, what: str) -> BrokenLedgerError:
+    return BrokenLedgerError(
+        sequence,
         f"The ledger does not hold from row {sequence} on: {what}.",
         next_step="Restore the table from a backup, and find out who can write to the database.",
     )

@@ -18,7 +18,14 @@ from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.ports import Artifacts
-from mlflow_safelock.provenance import ArtifactReader, Receipt, check_fingerprint
+from mlflow_safelock.provenance import (
+    RECEIPT_SIGNATURE_FILE,
+    ArtifactReader,
+    Receipt,
+    check_fingerprint,
+    configured_signing_key,
+)
+from mlflow_safelock.provenance.dsse import verify
 
 _logger = logging.getLogger(__name__)
 
@@ -152,12 +159,30 @@ class LockedModels:
                 "The locked model at %s has another receipt, and is written again", known.location
             )
             return False
+        if not standalone and not _is_signed_as_configured(receipt, reader):
+            _logger.warning(
+                "The locked model at %s is not signed with the key of now, and is written again",
+                known.location,
+            )
+            return False
         source = receipt.predicate.source
         try:
             check_fingerprint(source.fingerprint, self.artifacts.reader(source.uri))
         except VerificationError as error:
             raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
         return True
+
+
+def _is_signed_as_configured(receipt: Receipt, there: ArtifactReader) -> bool:
+    """Whether a receipt is signed with the key that receipts are signed with now, where there is one."""
+    key = configured_signing_key()
+    if key is None:
+        return True
+    try:
+        signature = there.read(RECEIPT_SIGNATURE_FILE)
+        return verify(signature, (key.public,), origin="The signature")[0] == receipt.to_bytes()
+    except SafelockError:
+        return False
 
 
 def _check_as_written(receipt: Receipt, there: ArtifactReader) -> None:

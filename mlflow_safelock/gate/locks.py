@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from mlflow_safelock.errors import LockError, PromotionRefused
+from mlflow_safelock.errors import LockError, PromotionRefused, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry
 from mlflow_safelock.gate.source import BaseHint, LanguageModel
 from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import LOCK_SIGNATURE_FILE, check_lock_signature
 
 BASE_TAG = "safelock.base_model"
 """Tag of a model version that says what it was made from; a hint like any other, checked by geometry."""
@@ -20,11 +21,12 @@ BASE_TAG = "safelock.base_model"
 
 @dataclass(frozen=True)
 class RegisteredLock:
-    """A lock and where it is registered."""
+    """A lock, where it is registered, and where it is."""
 
     lock: SafetyLock
     model: str
     version: int
+    location: str = ""
 
     @property
     def title(self) -> str:
@@ -73,6 +75,8 @@ def find_lock(
         if found is not None:
             _check(found, hint.base, source, rule, version)
             _check_freshness(found, rule, registry)
+            if rule.signature.required:
+                _check_signature(found, rule, artifacts)
             return ChosenLock(found, _checked_kinship(found, source, rule, version), hint)
     if not hints:
         raise PromotionRefused(
@@ -108,7 +112,7 @@ def _newest(base: str, registry: Registry, artifacts: Artifacts) -> RegisteredLo
         raise PromotionRefused(
             "damaged_lock", error.cause, next_step=f"Register a sound lock for {base!r}."
         ) from error
-    return RegisteredLock(lock, newest.name, newest.version)
+    return RegisteredLock(lock, newest.name, newest.version, newest.location)
 
 
 def _check(
@@ -161,6 +165,29 @@ def _check_freshness(found: RegisteredLock, rule: GateRule, registry: Registry) 
             f"takes none older than {allowed} days.",
             next_step="Forge a new one and register it: safelock forge, then safelock lock register.",
         )
+
+
+def _check_signature(found: RegisteredLock, rule: GateRule, artifacts: Artifacts) -> None:
+    """Refuse a lock that none of the policy's keys signed."""
+    reader = artifacts.reader(found.location)
+    sign = (
+        f"Sign it, which registers it anew: safelock lock sign models:/{found.model}/{found.version} --key …"
+    )
+    if LOCK_SIGNATURE_FILE not in {file.path for file in reader.files()}:
+        raise PromotionRefused(
+            "unsigned_lock",
+            f"The lock {found.title} is not signed, and the policy wants it to be.",
+            next_step=sign,
+        )
+    try:
+        check_lock_signature(
+            reader.read(LOCK_SIGNATURE_FILE),
+            found.lock,
+            rule.signature.keys,
+            origin=f"The signature of {found.title}",
+        )
+    except VerificationError as error:
+        raise PromotionRefused("bad_signature", error.cause, next_step=sign) from error
 
 
 def _checked_kinship(

@@ -11,9 +11,11 @@ from typing import Annotated, Literal, Self
 import rfc8785
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mlflow_safelock.errors import KeyFileError
 from mlflow_safelock.gate.globs import Glob, matches
 from mlflow_safelock.gate.ports import ModelVersion, Target
 from mlflow_safelock.kinship import MIN_KINSHIP
+from mlflow_safelock.provenance import PublicKey
 
 Stage = Literal["Staging", "Production", "Archived"]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -75,6 +77,37 @@ class KinshipRule(_Section):
     unknown: Literal["reject", "allow"] = "allow"
 
 
+class SignatureRule(_Section):
+    """Who must stand behind a lock.
+
+    Attributes:
+        required: Whether a lock must be signed by one of the keys.
+        public_keys: The keys, in PEM; in a policy file a path will do, seen from the file's folder.
+    """
+
+    required: bool = False
+    public_keys: tuple[NonEmpty, ...] = ()
+
+    @field_validator("public_keys")
+    @classmethod
+    def _in_one_form(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(PublicKey.parse(key.encode(), origin="It").pem for key in keys)
+        except KeyFileError as error:
+            raise ValueError(error.cause.rstrip(".")) from error
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Self:
+        if self.required and not self.public_keys:
+            raise ValueError("signatures are required, and public_keys names no key to check them with")
+        return self
+
+    @property
+    def keys(self) -> tuple[PublicKey, ...]:
+        """The keys."""
+        return tuple(PublicKey(pem) for pem in self.public_keys)
+
+
 class GateRule(_Section):
     """One gate.
 
@@ -87,6 +120,7 @@ class GateRule(_Section):
         lock: Which locks are good enough.
         alpha: Strength.
         kinship: How alike the fine-tune must be to its base.
+        signature: Who must stand behind the lock.
         carrier: How the lock is carried: in an ``overlay``, or in a ``standalone`` model that is prepared
             before the promotion.
         missing_lock: What happens to a fine-tune whose base has no lock: ``reject``, or ``allow``, unlocked.
@@ -103,6 +137,7 @@ class GateRule(_Section):
     lock: LockRule = LockRule()
     alpha: AlphaRange = AlphaRange()
     kinship: KinshipRule = KinshipRule()
+    signature: SignatureRule = SignatureRule()
     carrier: Literal["overlay", "standalone"] = "overlay"
     missing_lock: Literal["reject", "allow"] = "reject"
     not_an_llm: Literal["reject", "allow"] = "allow"

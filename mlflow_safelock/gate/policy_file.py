@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from mlflow_safelock.documents import read_document
-from mlflow_safelock.errors import PolicyError
+from mlflow_safelock.documents import Document, read_document
+from mlflow_safelock.errors import KeyFileError, PolicyError
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
 from mlflow_safelock.gate.strictness import faults_of_tags
+from mlflow_safelock.provenance import load_public_key
 from mlflow_safelock.settings import read_settings
 
 _logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def load_policy(path: str | Path) -> Policy:
             next_step="Set SAFELOCK_POLICY to a readable file, or unset it for the default policy.",
         ) from error
     document = read_document(data, f"The policy file {path}", PolicyError)
+    _read_key_files(document, Path(path).parent)
     policy = document.parsed(Policy)
     faults = [
         f"{document.where(('gates', position, 'tags'))}: gates.{position}.tags: {what}."
@@ -105,3 +107,23 @@ def load_policy(path: str | Path) -> Policy:
     if faults:
         raise PolicyError("\n".join(faults))
     return policy
+
+
+def _read_key_files(document: Document, folder: Path) -> None:
+    """Put the public keys in place of the paths that lead to them: the policy is what the keys are."""
+    gates = document.values.get("gates")
+    for number, gate in enumerate(gates if isinstance(gates, tuple) else ()):
+        signature = gate.get("signature") if isinstance(gate, dict) else None
+        keys = signature.get("public_keys") if isinstance(signature, dict) else None
+        if not isinstance(signature, dict) or not isinstance(keys, tuple):
+            continue  # the form says what is wrong with it
+        try:
+            signature["public_keys"] = tuple(
+                load_public_key(folder / key).pem if isinstance(key, str) and "BEGIN" not in key else key
+                for key in keys
+            )
+        except KeyFileError as error:
+            where = document.where(("gates", number, "signature", "public_keys"))
+            raise PolicyError(
+                f"{where}: gates.{number}.signature.public_keys: {error.cause}", next_step=error.next_step
+            ) from error

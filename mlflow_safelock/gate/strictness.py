@@ -51,6 +51,9 @@ def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
         "alpha.min": gate.alpha.min < floor.alpha.min,
         "kinship.min_cosine": gate.kinship.min_cosine < floor.kinship.min_cosine,
         "kinship.unknown": (gate.kinship.unknown, floor.kinship.unknown) == ("allow", "reject"),
+        "signature.required": floor.signature.required and not gate.signature.required,
+        "signature.public_keys": floor.signature.required
+        and not set(gate.signature.public_keys) <= set(floor.signature.public_keys),
         "missing_lock": (gate.missing_lock, floor.missing_lock) == ("allow", "reject"),
         "not_an_llm": (gate.not_an_llm, floor.not_an_llm) == ("allow", "reject"),
         "reads": (gate.reads, floor.reads) == ("warn", "refuse"),

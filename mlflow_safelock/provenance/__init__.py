@@ -14,6 +14,14 @@ from mlflow_safelock.provenance.fingerprint import (
     check_fingerprint,
     take_fingerprint,
 )
+from mlflow_safelock.provenance.keys import (
+    PublicKey,
+    SigningKey,
+    configured_public_keys,
+    configured_signing_key,
+    load_public_key,
+    load_signing_key,
+)
 from mlflow_safelock.provenance.receipt import (
     Actor,
     LockReference,
@@ -22,11 +30,21 @@ from mlflow_safelock.provenance.receipt import (
     ReceiptPredicate,
     SourceReference,
 )
+from mlflow_safelock.provenance.signatures import (
+    LOCK_SIGNATURE_FILE,
+    RECEIPT_SIGNATURE_FILE,
+    check_lock_signature,
+    check_receipt_signature,
+    sign_lock,
+    sign_receipt,
+)
 from mlflow_safelock.provenance.tools import installed_version, tool_versions
 from mlflow_safelock.provenance.weights import WeightsHeader, read_header
 
 __all__ = [
     "ADDED_BY_CLIENTS",
+    "LOCK_SIGNATURE_FILE",
+    "RECEIPT_SIGNATURE_FILE",
     "Actor",
     "ArtifactFile",
     "ArtifactReader",
@@ -34,16 +52,26 @@ __all__ = [
     "LocalArtifacts",
     "LockReference",
     "Promotion",
+    "PublicKey",
     "Receipt",
     "ReceiptPredicate",
+    "SigningKey",
     "SourceFingerprint",
     "SourceReference",
     "Span",
     "StoreChecksum",
     "WeightsHeader",
     "check_fingerprint",
+    "check_lock_signature",
+    "check_receipt_signature",
+    "configured_public_keys",
+    "configured_signing_key",
     "installed_version",
+    "load_public_key",
+    "load_signing_key",
     "read_header",
+    "sign_lock",
+    "sign_receipt",
     "take_fingerprint",
     "tool_versions",
 ]

@@ -36,6 +36,7 @@ from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.gate.promotion import Gate, Preparation
 from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
+from mlflow_safelock.provenance import configured_signing_key
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.schemes import warn_of_rivals
@@ -249,10 +250,12 @@ def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | Safe
 
     Raises:
         PolicyError: The policy file cannot be used.
+        KeyFileError: The key for receipts cannot be used.
     """
     warn_of_rivals(store_uri)
     source = PolicySource()
     policy = source()
+    configured_signing_key()  # one that cannot be used is an error now, and not in every promotion
     store = connect(store_uri)
     bring_up_to_date(store.engine)
     registry = SqlRegistry(store)

@@ -83,7 +83,21 @@ class TestLedger:
         done = run("ledger", "verify", *addresses(tmp_path), "--format", "json").json
         with sqlite3.connect(tmp_path / "registry.db") as connection:
             (head,) = connection.execute("SELECT digest FROM safelock_ledger WHERE sequence=2").fetchone()
-        assert done == {"ok": True, "rows": 2, "head": head}
+        assert done == {"ok": True, "rows": 2, "head": head, "anchored_rows": None}
+
+    def test_looking_at_it_writes_nothing(
+        self, run: Run, tmp_path: Path, locked: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "other.yaml").write_text("version: 1\ngates: [{stages: [Production]}]\n")
+        monkeypatch.setenv("SAFELOCK_POLICY", str(tmp_path / "other.yaml"))
+        for command in ("verify", "show"):
+            assert run("ledger", command, *addresses(tmp_path)).exit_code == 0
+        assert run("ledger", "verify", *addresses(tmp_path), "--format", "json").json["rows"] == 2
+
+    def test_a_database_without_one_is_an_error(self, run: Run, tmp_path: Path) -> None:
+        done = run("ledger", "verify", "--registry-uri", f"sqlite:///{tmp_path}/new.db")
+        assert done.exit_code == 1
+        assert "There is no ledger" in done.stderr
 
     @pytest.mark.parametrize(
         ("statement", "message"),
@@ -124,6 +138,9 @@ class TestLedger:
         done = run("ledger", "verify", *addresses(tmp_path))
         assert done.exit_code == 1
         assert "backup" in done.stderr
+        told = run("ledger", "verify", *addresses(tmp_path), "--format", "json")
+        assert (told.exit_code, told.json["ok"]) == (1, False)
+        assert f"row {told.json['row']}" in told.json["cause"]
 
 
 def test_a_long_ledger_is_walked_row_by_row() -> None:

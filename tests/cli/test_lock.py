@@ -16,6 +16,8 @@ from mlflow_safelock.formats import load_lock, save_lock
 from mlflow_safelock.recipes import LockRecipe, load_recipe
 from tests.cli.conftest import BASE, Run, Workshop
 from tests.formats.published_files import content_for, entry, layer_key, write_published
+from tests.keys import write_keys
+from tests.registries import base_lock
 
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -274,3 +276,57 @@ def test_enroll_refuses_a_base_of_another_shape(run: Run, tmp_path: Path) -> Non
     assert done.exit_code == 1
     assert "2 layers" in done.stderr
     assert not output.exists()
+
+
+class TestSignatures:
+    def test_a_lock_file_is_signed_beside_it_and_verified(self, run: Run, tmp_path: Path) -> None:
+        lock = tmp_path / "base.safetensors"
+        save_lock(base_lock(), lock)
+        key, other = write_keys(tmp_path), write_keys(tmp_path, "p256", "other")
+        done = run("lock", "sign", lock, "--key", key.private, "--format", "json").json
+        assert done["signature"] == str(tmp_path / "base.dsse.json")
+        verified = run("lock", "verify", lock, "--public-key", key.public, "--format", "json")
+        assert verified.json["checks"]["signed by"] == done["key"]
+        both = ("--public-key", other.public, "--public-key", key.public)
+        assert run("lock", "verify", lock, *both).exit_code == 0
+        refused = run("lock", "verify", lock, "--public-key", other.public)
+        assert refused.exit_code == 1
+        assert "signed by none" in refused.stderr
+        save_lock(base_lock(seed=1), lock)
+        assert "of another lock" in run("lock", "verify", lock, "--public-key", key.public).stderr
+        (tmp_path / "base.dsse.json").unlink()
+        assert "safelock lock sign" in run("lock", "verify", lock, "--public-key", key.public).stderr
+
+    @pytest.mark.parametrize("how", ["sign and register", "register with a key", "sign what is registered"])
+    def test_a_registered_lock_carries_its_signature(
+        self, run: Run, client: Any, tmp_path: Path, gated: tuple[str, ...], how: str
+    ) -> None:
+        lock, key = tmp_path / "base.safetensors", write_keys(tmp_path)
+        save_lock(base_lock(), lock)
+        name, version = lock_model_name(base_lock().base_model), 1
+        if how == "sign and register":
+            run("lock", "sign", lock, "--key", key.private)
+            assert "signed     yes" in run("lock", "register", lock, *gated).stdout
+        elif how == "register with a key":
+            run("lock", "register", lock, "--key", key.private, *gated)
+        else:
+            assert "signed" not in run("lock", "register", lock, *gated).stdout
+            unsigned = run("lock", "verify", f"models:/{name}/1", "--public-key", key.public, *gated)
+            assert "is not signed" in unsigned.stderr
+            done = run("lock", "sign", f"models:/{name}/1", "--key", key.private, *gated, "--format", "json")
+            assert done.json["signature"] == f"models:/{name}/2"
+            version = 2
+        verified = run("lock", "verify", f"models:/{name}/{version}", "--public-key", key.public, *gated)
+        assert verified.exit_code == 0, verified.stderr
+
+    def test_a_signature_of_another_lock_is_not_registered(
+        self, run: Run, client: Any, tmp_path: Path, gated: tuple[str, ...]
+    ) -> None:
+        lock, key = tmp_path / "base.safetensors", write_keys(tmp_path)
+        save_lock(base_lock(), lock)
+        run("lock", "sign", lock, "--key", key.private)
+        save_lock(base_lock(seed=1), lock)
+        done = run("lock", "register", lock, *gated)
+        assert done.exit_code == 1
+        assert "of another lock" in done.stderr
+        assert client.search_registered_models() == []

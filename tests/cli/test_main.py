@@ -41,9 +41,19 @@ def test_the_commands_are_these() -> None:
             "lock inspect",
             "lock register",
             "lock revoke",
+            "lock sign",
             "lock verify",
         ),
-        *("policy", "policy check", "ledger", "ledger show", "ledger verify", "unlock", "undo"),
+        *(
+            "policy",
+            "policy check",
+            "ledger",
+            "ledger anchor",
+            "ledger show",
+            "ledger verify",
+            "unlock",
+            "undo",
+        ),
     }
 
 

@@ -11,6 +11,7 @@ from mlflow_safelock.gate.globs import check_glob, covers
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
 from mlflow_safelock.gate.policy_file import PolicySource, load_policy
 from mlflow_safelock.gate.ports import Target
+from tests.keys import write_keys
 
 COMPLETE = """
 version: 1
@@ -241,3 +242,56 @@ def test_an_unclosed_bracket_is_no_glob(glob: str) -> None:
 )
 def test_one_glob_covers_another_where_that_is_certain(wide: str, narrow: str, certainly: bool) -> None:
     assert covers(wide, narrow) is certainly
+
+
+class TestSignatures:
+    def test_keys_are_read_from_files_beside_the_policy_or_are_in_it(self, write, tmp_path: Path) -> None:
+        pem = write_keys(tmp_path).public.read_text()
+        by_path = load_policy(write("version: 1\ngates: [{signature: {public_keys: [key.pub.pem]}}]\n"))
+        indented = "\n".join(f"          {line}" for line in pem.splitlines())
+        inline = load_policy(
+            write(f"version: 1\ngates:\n  - signature:\n      public_keys:\n        - |\n{indented}\n")
+        )
+        assert by_path == inline
+        assert by_path.gates[0].signature.keys[0].pem == pem
+        assert by_path.digest == inline.digest != DEFAULT_POLICY.digest
+
+    def test_another_key_in_the_file_is_another_policy(self, write, tmp_path: Path) -> None:
+        text = "version: 1\ngates: [{signature: {public_keys: [key.pub.pem]}}]\n"
+        digests = []
+        for _ in range(2):
+            write_keys(tmp_path)
+            digests.append(load_policy(write(text)).digest)
+        assert digests[0] != digests[1]
+
+    @pytest.mark.parametrize(
+        ("signature", "message"),
+        [
+            ("{required: true}", "line 3: gates.0.signature: .*names no key"),
+            ("{required: yes}", "line 3: gates.0.signature.required"),
+            ("{public_keys: key.pub.pem}", "line 3: .*public_keys must be a list"),
+            ("{public_keys: [3]}", "line 3: gates.0.signature.public_keys"),
+            (
+                "{public_keys: [nowhere.pem]}",
+                r"line 3: gates.0.signature.public_keys.*nowhere\.pem cannot be",
+            ),
+            ("{public_keys: [key.pem]}", "line 3: .*private key, and must be a public one"),
+            ("{public_keys: ['-----BEGIN']}", "line 3: .*no public key in PEM"),
+            ("{keys: []}", "line 3: the key gates.0.signature.keys is not known"),
+        ],
+    )
+    def test_one_that_cannot_be_meant_is_an_error(
+        self, write, tmp_path: Path, signature: str, message: str
+    ) -> None:
+        write_keys(tmp_path)
+        with pytest.raises(PolicyError, match=message):
+            load_policy(write(f"version: 1\ngates:\n  - signature: {signature}\n"))
+
+    def test_a_tag_never_leads_to_a_gate_that_wants_no_signature(self, write, tmp_path: Path) -> None:
+        write_keys(tmp_path)
+        write_keys(tmp_path, name="other")
+        floor = "{signature: {required: true, public_keys: [key.pub.pem]}}"
+        for signature in ("{}", "{required: true, public_keys: [other.pub.pem]}"):
+            text = f"version: 1\ngates: [{{tags: {{a: b}}, signature: {signature}}}, {floor}]\n"
+            with pytest.raises(PolicyError, match=r"looser.*signature\."):
+                load_policy(write(text))
