@@ -85,17 +85,26 @@ def explain(
     """
     import mlflow
 
-    from mlflow_safelock.audit.database import is_database
     from mlflow_safelock.registry.explaining import explain_promotion
 
+    uri = _database_of(mlflow_address, "only its server knows what it would do")
+    return explain_promotion(uri, mlflow.get_tracking_uri(), policy, *version, target)
+
+
+def _database_of(mlflow_address: MlflowAddress, why: str) -> str:
+    """The registry's address, where it is one of a database; ``why`` says what needs that."""
+    import mlflow
+
+    from mlflow_safelock.audit.database import is_database
+
     mlflow_address.connect()
-    uri = mlflow.get_registry_uri()
+    uri = str(mlflow.get_registry_uri())
     if not is_database(uri):
         raise SourceError(
-            f"The registry at {uri} is not a database, and only its server knows what it would do.",
-            next_step="Give its database with --registry-uri, such as safelock+postgresql://...",
+            f"The registry at {uri} is not a database, and {why}.",
+            next_step="Give the database with --registry-uri safelock+sqlite:///... or safelock+postgresql://...",
         )
-    return explain_promotion(uri, mlflow.get_tracking_uri(), policy, *version, target)
+    return uri
 
 
 def open_ledger(mlflow_address: MlflowAddress) -> sa.Engine:
@@ -105,20 +114,12 @@ def open_ledger(mlflow_address: MlflowAddress) -> sa.Engine:
         SourceError: The address is not one of a database.
         LedgerError: There is no ledger in it.
     """
-    import mlflow
     import sqlalchemy as sa
 
-    from mlflow_safelock.audit.database import is_database
     from mlflow_safelock.gate.ledger import TABLE
     from mlflow_safelock.registry.stores import connect
 
-    mlflow_address.connect()
-    uri = mlflow.get_registry_uri()
-    if not is_database(uri):
-        raise SourceError(
-            f"The registry at {uri} is not a database, and its ledger cannot be reached through a server.",
-            next_step="Give the database with --registry-uri safelock+sqlite:///... or safelock+postgresql://...",
-        )
+    uri = _database_of(mlflow_address, "its ledger cannot be reached through a server")
     engine: sa.Engine = connect(uri).engine
     if not sa.inspect(engine).has_table(TABLE.name):
         raise LedgerError(

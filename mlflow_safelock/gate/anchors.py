@@ -11,24 +11,20 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-import rfc8785
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mlflow_safelock.errors import BrokenLedgerError, VerificationError
 from mlflow_safelock.gate.ledger import GENESIS, TABLE, Chain, verify_chain
 from mlflow_safelock.lock import NonEmpty
 from mlflow_safelock.provenance import PublicKey, SigningKey
 from mlflow_safelock.provenance.dsse import sign, verify
+from mlflow_safelock.provenance.statement import Form, Statement
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Form(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", populate_by_name=True)
-
-
-class Checkpoint(_Form):
+class Checkpoint(Form):
     """What a ledger was at some time.
 
     Attributes:
@@ -46,15 +42,12 @@ class Checkpoint(_Form):
     created: NonEmpty
 
 
-class _Subject(_Form):
+class _Subject(Form):
     name: Literal["safelock_ledger"] = "safelock_ledger"
     digest: dict[Literal["sha256"], Sha256]
 
 
-class _Statement(_Form):
-    type_: Literal["https://in-toto.io/Statement/v1"] = Field(
-        default="https://in-toto.io/Statement/v1", alias="_type"
-    )
+class _Statement(Statement):
     subject: tuple[_Subject]
     predicate_type: Literal["urn:mlflow-safelock:ledger-checkpoint:v1"] = Field(
         default="urn:mlflow-safelock:ledger-checkpoint:v1", alias="predicateType"
@@ -81,7 +74,7 @@ def take_checkpoint(connection: sa.Connection) -> Checkpoint:
 def sign_checkpoint(checkpoint: Checkpoint, key: SigningKey) -> bytes:
     """A checkpoint as a file: a DSSE envelope around an in-toto statement."""
     statement = _Statement(subject=(_Subject(digest={"sha256": checkpoint.head}),), predicate=checkpoint)
-    return sign(rfc8785.dumps(statement.model_dump(mode="json", by_alias=True)), key)
+    return sign(statement.to_bytes(), key)
 
 
 def read_checkpoint(data: bytes, keys: Iterable[PublicKey], *, origin: str) -> Checkpoint:

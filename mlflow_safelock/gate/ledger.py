@@ -109,27 +109,6 @@ class LedgerEntry(BaseModel):
         return self.event in LOCKING
 
 
-def create_table(engine: sa.Engine) -> None:
-    """Create the ledger's table, or bring an older one up to date; several processes may do so at once.
-
-    Raises:
-        LedgerError: It cannot be created.
-    """
-    try:
-        TABLE.create(engine, checkfirst=True)
-    except sa.exc.DBAPIError as error:
-        if not sa.inspect(engine).has_table(TABLE.name):
-            raise LedgerError(f"The table {TABLE.name} cannot be created: {error}.") from error
-    for index in TABLE.indexes:
-        # What a table of an earlier version lacks.
-        if index.name not in {found["name"] for found in sa.inspect(engine).get_indexes(TABLE.name)}:
-            try:
-                index.create(engine)
-            except sa.exc.DBAPIError as error:
-                if index.name not in {found["name"] for found in sa.inspect(engine).get_indexes(TABLE.name)}:
-                    raise LedgerError(f"The index {index.name} cannot be created: {error}.") from error
-
-
 def append(session: Session, entry: LedgerEntry) -> None:
     """Append a row in the session's own transaction.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -12,7 +13,7 @@ import rfc8785
 
 from mlflow_safelock.apply.checkpoint.progress import Progress
 from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
-from mlflow_safelock.flavors.overlay import RECEIPT_FILE, read_overlay, write_overlay
+from mlflow_safelock.flavors.overlay import read_overlay, write_overlay
 from mlflow_safelock.flavors.standalone import Standalone, is_complete, read_standalone, write_standalone
 from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.failpoints import reach
@@ -53,9 +54,10 @@ class LockedModels:
             receipt = self._overlay_in(folder, approved)
             reach("overlay-written")
             location = _overlay_location(approved, receipt)
+            written = {path.name: path.read_bytes() for path in folder.iterdir()}
             self.artifacts.publish(folder, location)
         reach("overlay-published")
-        _check_as_written(receipt, self.artifacts.reader(location))
+        _check_as_written(written, self.artifacts.reader(location))
         reach("overlay-read-back")
         return location, receipt
 
@@ -185,11 +187,10 @@ def _is_signed_as_configured(receipt: Receipt, there: ArtifactReader) -> bool:
         return False
 
 
-def _check_as_written(receipt: Receipt, there: ArtifactReader) -> None:
-    """Refuse unless an overlay is, byte for byte, what was written."""
-    stated = {**receipt.predicate.files, RECEIPT_FILE: receipt.digest.removeprefix("sha256:")}
-    for name, sha256 in stated.items():
-        if hashlib.sha256(there.read(name)).hexdigest() != sha256:
+def _check_as_written(written: Mapping[str, bytes], there: ArtifactReader) -> None:
+    """Refuse unless every file of an overlay, its signature too, is byte for byte what was written."""
+    for name, data in written.items():
+        if there.read(name) != data:
             raise PromotionRefused(
                 "not_written",
                 f"The locked model's file {name!r} at {there.location} did not read back as it was written.",

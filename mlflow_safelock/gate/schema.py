@@ -7,6 +7,7 @@ step may be run again, and by several processes at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -23,21 +24,37 @@ TABLE = sa.Table(
 
 
 def create(table: sa.Table, engine: sa.Engine) -> None:
-    """Create a table where it is missing.
+    """Create a table where it is missing, or the indexes that one of an earlier version lacks.
 
     Raises:
         LedgerError: It cannot be created.
     """
+    _create(table, engine, lambda: sa.inspect(engine).has_table(table.name))
+    for index in table.indexes:
+        _create(index, engine, partial(_has_index, engine, index))
+
+
+def _has_index(engine: sa.Engine, index: sa.Index) -> bool:
+    assert index.table is not None
+    return index.name in {found["name"] for found in sa.inspect(engine).get_indexes(index.table.name)}
+
+
+def _create(part: sa.Table | sa.Index, engine: sa.Engine, is_there: Callable[[], bool]) -> None:
+    if is_there():
+        return
     try:
-        table.create(engine, checkfirst=True)
+        part.create(engine)
     except sa.exc.DBAPIError as error:
         # Another process may have been faster.
-        if not sa.inspect(engine).has_table(table.name):
-            raise LedgerError(f"The table {table.name} cannot be created: {error}.") from error
+        if not is_there():
+            raise LedgerError(
+                f"{part.name} cannot be created in the registry's database: {error}.",
+                next_step="Let the registry's process create tables there.",
+            ) from error
 
 
 STEPS: tuple[Callable[[sa.Engine], None], ...] = (
-    ledger.create_table,
+    lambda engine: create(ledger.TABLE, engine),
     lambda engine: create(leases.TABLE, engine),
 )
 """What brings the tables from one version to the next; the first makes version 1."""

@@ -1,22 +1,18 @@
-"""The artifact destination: whether it can be reached, and whether what is written there can be read."""
+"""The artifact destination: whether it can be reached."""
 
 from __future__ import annotations
 
 import os
-import posixpath
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from urllib.parse import urlparse
-from uuid import uuid4
 
-from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.operations.findings import Finding
-from mlflow_safelock.registry.artifacts import DESTINATION_VARIABLE, RegistryArtifacts
+from mlflow_safelock.registry.artifacts import DESTINATION_VARIABLE
 from mlflow_safelock.registry.s3 import SCHEME, bucket_owner, s3_client
 from mlflow_safelock.registry.s3_errors import s3_errors
 from mlflow_safelock.registry.schemes import shown_uri
@@ -31,9 +27,6 @@ SERVES_VARIABLE = "_MLFLOW_SERVER_SERVE_ARTIFACTS"
 
 ANSWERS_WITHIN = 5.0
 """Seconds that a store has for each answer."""
-
-PROBE = ".safelock-doctor-"
-PROBE_FILE = "probe.txt"
 
 
 def server_destination() -> str | None:
@@ -67,43 +60,6 @@ def reach(destination: str) -> Finding:
                 next_step="Look whether it is there, and whether this process may read and write it.",
             ) from error
     return Finding(CHECK, "ok", f"The artifact destination {shown} answers.")
-
-
-def write_and_read_back(destination: str) -> Finding:
-    """Write a small file to the destination, read it back and delete it.
-
-    Raises:
-        SourceError: One of these does not work.
-    """
-    shown, content = _shown(destination), uuid4().hex
-    if is_local_uri(destination, is_tracking_or_registry_uri=False):
-        folder = Path(local_file_uri_to_path(destination))
-        if not folder.exists():
-            _refuse_unwritable(folder)
-            return Finding(CHECK, "ok", f"The artifact destination {shown} is made at the first write.")
-    artifacts, uri = RegistryArtifacts(), posixpath.join(destination, f"{PROBE}{content}")
-    with TemporaryDirectory(prefix="safelock-") as temporary:
-        (Path(temporary) / PROBE_FILE).write_text(content, encoding="ascii")
-        artifacts.publish(Path(temporary), uri)
-    try:
-        if artifacts.reader(uri).read(PROBE_FILE) != content.encode():
-            raise SourceError(
-                f"What was written to the artifact destination {shown} reads back as something else.",
-                next_step="Look at the store, and at what is between it and this machine.",
-            )
-    finally:
-        _delete(uri, shown)
-    return Finding(CHECK, "ok", f"A file was written to {shown}, read back and deleted.")
-
-
-def _delete(uri: str, shown: str) -> None:
-    try:
-        get_artifact_repository(uri).delete_artifacts()
-    except (MlflowException, OSError, NotImplementedError) as error:
-        raise SourceError(
-            f"The probe in the artifact destination {shown} cannot be deleted ({type(error).__name__}).",
-            next_step=f"Let this process delete there, and remove what begins with {PROBE}.",
-        ) from error
 
 
 def _refuse_unwritable(folder: Path) -> None:

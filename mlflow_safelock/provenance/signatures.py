@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-import rfc8785
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mlflow_safelock.errors import VerificationError
 from mlflow_safelock.lock import NonEmpty, SafetyLock
@@ -21,6 +20,7 @@ from mlflow_safelock.provenance.keys import (
     configured_signing_key,
 )
 from mlflow_safelock.provenance.receipt import Receipt
+from mlflow_safelock.provenance.statement import Form, Statement
 
 RECEIPT_SIGNATURE_FILE = "receipt.dsse.json"
 """Beside ``receipt.json``; its payload is that file, byte for byte."""
@@ -29,26 +29,19 @@ LOCK_SIGNATURE_FILE = "lock.dsse.json"
 """Beside ``lock.safetensors`` in a registered lock."""
 
 
-class _Form(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", populate_by_name=True)
-
-
-class _LockSubject(_Form):
+class _LockSubject(Form):
     name: NonEmpty
     digest: dict[Literal["sha256"], str]
 
 
-class _LockPredicate(_Form):
+class _LockPredicate(Form):
     base_model: NonEmpty
     created: NonEmpty
 
 
-class _LockStatement(_Form):
+class _LockStatement(Statement):
     """An in-toto statement: somebody stands behind the lock with this digest, for this base model."""
 
-    type_: Literal["https://in-toto.io/Statement/v1"] = Field(
-        default="https://in-toto.io/Statement/v1", alias="_type"
-    )
     subject: tuple[_LockSubject]
     predicate_type: Literal["urn:mlflow-safelock:lock:v1"] = Field(
         default="urn:mlflow-safelock:lock:v1", alias="predicateType"
@@ -64,7 +57,7 @@ def sign_lock(lock: SafetyLock, key: SigningKey) -> bytes:
             base_model=lock.base_model, created=datetime.now(UTC).isoformat(timespec="seconds")
         ),
     )
-    return sign(rfc8785.dumps(statement.model_dump(mode="json", by_alias=True)), key)
+    return sign(statement.to_bytes(), key)
 
 
 def check_lock_signature(
@@ -89,7 +82,9 @@ def check_is_of_lock(payload: bytes, lock: SafetyLock, *, origin: str) -> None:
     try:
         statement = _LockStatement.model_validate_json(payload)
     except ValidationError as error:
-        raise VerificationError(f"{origin} is a sound signature, and not one of a lock.") from error
+        raise VerificationError(
+            f"{origin} is one of something else than a lock.", next_step="Sign the lock: safelock lock sign."
+        ) from error
     signed = (statement.subject[0].digest.get("sha256"), statement.predicate.base_model)
     if signed != (lock.digest.removeprefix("sha256:"), lock.base_model):
         raise VerificationError(

@@ -185,24 +185,43 @@ class SqlRegistry:
 
     def _transaction(self, work: Callable[[Any], T]) -> T:
         """Run ``work`` in a transaction, again where another writer took the ledger's next row first."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                with self.store.ManagedSessionMaker(read_only=False) as session:
-                    result = work(session)
-                    session.flush()
-                    return result
-            except MlflowException as error:
-                lost_a_race = isinstance(error.__cause__, sa.exc.IntegrityError | sa.exc.OperationalError)
-                if not lost_a_race:
-                    raise
-                if time.monotonic() > deadline:
-                    raise LedgerError(
-                        f"The registry's database was busy for more than {PATIENCE:g} seconds: "
-                        f"{error.__cause__}.",
-                        next_step="Promote again.",
-                    ) from error
-                time.sleep(random.uniform(0.005, 0.05))  # noqa: S311 - spreads writers, guards nothing
+
+        def transaction() -> T:
+            with self.store.ManagedSessionMaker(read_only=False) as session:
+                result = work(session)
+                session.flush()
+                return result
+
+        return patiently(transaction, sa.exc.IntegrityError, sa.exc.OperationalError)
+
+
+def patiently(work: Callable[[], T], *lost_races: type[sa.exc.DBAPIError]) -> T:
+    """Do something of a store's, again where another writer was in the way.
+
+    sqlite gives up when it waits too long for its one writer, and PostgreSQL when two transactions wait for
+    each other. MLflow has a 5xx for both, which its own client repeats for minutes.
+
+    Args:
+        work: What to do, in a transaction of its own.
+        lost_races: The errors of the database by which it is told that another writer was in the way.
+
+    Raises:
+        LedgerError: Others were in the way for longer than ``PATIENCE``.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return work()
+        except MlflowException as error:
+            if not isinstance(error.__cause__, lost_races):
+                raise
+            if time.monotonic() > deadline:
+                raise LedgerError(
+                    f"The registry's database was busy for more than {PATIENCE:g} seconds: "
+                    f"{error.__cause__}.",
+                    next_step="Do it again.",
+                ) from error
+            time.sleep(random.uniform(0.005, 0.05))  # noqa: S311 - spreads writers, guards nothing
 
 
 def _view(row: Any) -> ModelVersion:

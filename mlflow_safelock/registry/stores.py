@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
-import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -25,7 +23,7 @@ from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
 from sqlalchemy.exc import OperationalError
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
-from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.errors import LedgerError, PromotionRefused
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import Guard, policy_entry
@@ -40,7 +38,7 @@ from mlflow_safelock.provenance import configured_signing_key
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.schemes import warn_of_rivals
-from mlflow_safelock.registry.sql import PATIENCE, SqlRegistry
+from mlflow_safelock.registry.sql import SqlRegistry, patiently
 
 _logger = logging.getLogger(__name__)
 
@@ -175,25 +173,11 @@ class GateMixin:
         reach("gate-passed")
 
     def _patiently(self, work: Callable[[], T]) -> T:
-        """Do something of MLflow's that changes the database, again where another writer was in the way.
-
-        sqlite gives up when it waits too long for its one writer, and PostgreSQL when two transactions wait
-        for each other. MLflow has a 5xx for both, which its own client repeats for minutes.
-        """
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return work()
-            except MlflowException as error:
-                if not isinstance(error.__cause__, OperationalError):
-                    raise
-                if time.monotonic() > deadline:
-                    raise MlflowException(
-                        f"The registry's database was busy for more than {PATIENCE:g} seconds [conflict]. "
-                        f"Do it again. {error.__cause__}",
-                        RESOURCE_CONFLICT,
-                    ) from error
-                time.sleep(random.uniform(0.01, 0.1))  # noqa: S311 - spreads writers, guards nothing
+        """Do something of MLflow's that changes the database, as patiently as the gate does its own."""
+        try:
+            return patiently(work, OperationalError)
+        except LedgerError as busy:
+            raise MlflowException(f"{busy} [conflict]", RESOURCE_CONFLICT) from busy
 
     def _refusing(self, what: str, work: Callable[[], None]) -> None:
         """Do something of the gate's; whatever it refuses or fails at becomes an MLflow error of 4xx."""

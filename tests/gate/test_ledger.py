@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from mlflow_safelock.errors import LedgerError
-from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate import ledger, schema
 from mlflow_safelock.gate.ledger import GENESIS, TABLE, LedgerEntry, LockInForce
 from mlflow_safelock.provenance import Actor
 
@@ -41,7 +41,7 @@ def entry(version: int, location: str | None = None) -> LedgerEntry:
 @pytest.fixture
 def engine(tmp_path: Path) -> sa.Engine:
     engine = sa.create_engine(f"sqlite:///{tmp_path}/ledger.db")
-    ledger.create_table(engine)
+    schema.bring_up_to_date(engine)
     return engine
 
 
@@ -101,5 +101,5 @@ def test_two_writers_cannot_fork_the_chain(engine: sa.Engine) -> None:
 def test_the_table_is_created_once_by_several_at_a_time(tmp_path: Path) -> None:
     engines = [sa.create_engine(f"sqlite:///{tmp_path}/shared.db") for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(ledger.create_table, engines))
+        list(pool.map(schema.bring_up_to_date, engines))
     assert sa.inspect(engines[0]).has_table(TABLE.name)

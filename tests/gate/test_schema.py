@@ -1,0 +1,55 @@
+"""The package's own tables: made once, brought up to date, and left alone where they are newer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from mlflow_safelock.errors import LedgerError
+from mlflow_safelock.gate import leases, ledger, schema
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> sa.Engine:
+    return sa.create_engine(f"sqlite:///{tmp_path}/registry.db")
+
+
+def test_new_tables_have_the_newest_version_and_stay_as_they_are(engine: sa.Engine) -> None:
+    for _ in range(2):
+        schema.bring_up_to_date(engine)
+        assert schema.version_of(engine) == len(schema.STEPS)
+    assert {ledger.TABLE.name, leases.TABLE.name} <= set(sa.inspect(engine).get_table_names())
+
+
+def test_a_ledger_from_before_there_were_versions_keeps_its_rows_and_gets_what_it_lacks(
+    engine: sa.Engine,
+) -> None:
+    ledger.TABLE.create(engine)
+    with engine.begin() as connection:
+        connection.execute(
+            ledger.TABLE.insert().values(
+                sequence=1, workspace="default", event="passed", model="bot", version=1, previous="0",
+                digest="1", body="{}",
+            )
+        )  # fmt: skip
+        for index in sa.inspect(engine).get_indexes(ledger.TABLE.name):
+            connection.execute(sa.text(f"DROP INDEX {index['name']}"))
+    schema.bring_up_to_date(engine)
+    assert schema.version_of(engine) == len(schema.STEPS)
+    found = {index["name"] for index in sa.inspect(engine).get_indexes(ledger.TABLE.name)}
+    assert found >= {index.name for index in ledger.TABLE.indexes}
+    assert found
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(ledger.TABLE.c.digest)).scalar_one() == "1"
+
+
+def test_tables_that_a_newer_version_wrote_are_refused_and_left_alone(engine: sa.Engine) -> None:
+    schema.bring_up_to_date(engine)
+    newer = len(schema.STEPS) + 1
+    with engine.begin() as connection:
+        connection.execute(schema.TABLE.update().values(version=newer))
+    with pytest.raises(LedgerError, match="Upgrade mlflow-safelock"):
+        schema.bring_up_to_date(engine)
+    assert schema.version_of(engine) == newer
