@@ -131,8 +131,8 @@ def _fault(described: Architecture, known: Mapping[str, Architecture]) -> str:
     """What is wrong with a description, beyond the types of its fields; empty where nothing is."""
     if described.model_type in known:
         return f"model type {described.model_type!r} is known already"
-    if described.standalone == "as_llama":
-        return "standalone cannot be as_llama: that the two compute the same has to be shown by tests"
+    if described.standalone == "rewritten":
+        return "standalone cannot be rewritten: that the two compute the same has to be shown by tests"
     flag = described.output_bias not in ("always", "never")
     if described.standalone == "flag" and not flag:
         return f"standalone is flag, and output_bias names none, but is {described.output_bias}"

@@ -35,8 +35,8 @@ class Architecture(BaseModel):
             the module, so that neither bias nor hook would have an effect; ``None`` where there is none.
         standalone: How a checkpoint that stock ``transformers`` loads carries the lock's biases:
             ``own_bias`` adds them to the biases that are there; ``flag`` does so, too, and where there are
-            none sets the ``output_bias`` flag; ``as_llama`` writes the same model down as a Llama, which has
-            that flag; ``None`` where no exact way is known.
+            none sets the ``output_bias`` flag; ``rewritten`` writes the same model down as an architecture
+            that has it; ``None`` where no exact way is known.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -56,4 +56,4 @@ class Architecture(BaseModel):
     )
     default_head_dim: Annotated[int, Field(gt=0)] | None = None
     bypassed_by: Name | None = None
-    standalone: Literal["flag", "as_llama", "own_bias"] | None = None
+    standalone: Literal["flag", "rewritten", "own_bias"] | None = None

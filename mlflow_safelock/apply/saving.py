@@ -157,7 +157,7 @@ def _refuse_without_place(config: Any, architecture: Architecture) -> None:
     raise UnsupportedArchitectureError(
         f"save_pretrained writes no {kind!r} checkpoint that transformers would reload locked: it drops the "
         "biases of the lock on loading. Nothing was saved.",
-        next_step=f"{_UNLOCKED}{_FOLDER if architecture.standalone == 'as_llama' else ''}{_OVERLAY}",
+        next_step=f"{_UNLOCKED}{_FOLDER if architecture.standalone == 'rewritten' else ''}{_OVERLAY}",
     )
 
 

@@ -61,9 +61,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             config_names=("num_hidden_layers", "num_attention_heads", "hidden_size", "v_head_dim"),
             default_head_dim=128,
         ),
-        # No flag, but the same computation as a Llama with the flag. Qwen2 always has q, k and v biases.
-        _plain("mistral", biased_with_output=_QKV, standalone="as_llama"),
-        _plain("qwen2", standalone="as_llama"),
+        # No flag, but the same computation as a Llama or SmolLM3 with the flag. Qwen2 always has biases of q, k
+        # and v.
+        _plain("mistral", biased_with_output=_QKV, standalone="rewritten"),
+        _plain("ministral", biased_with_output=_QKV, standalone="rewritten"),
+        _plain("qwen2", standalone="rewritten"),
         # The output projection has a bias of its own, which the lock adds to.
         _biased(
             "gpt2",
@@ -99,7 +101,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _plain("glm", default_head_dim=128),
         _plain("glm4", default_head_dim=128),
         _plain("mixtral"),
-        _plain("ministral"),
         _plain("exaone4"),
         _plain("phi3"),
         _plain("stablelm"),

@@ -29,7 +29,7 @@ def _how(row: Architecture) -> str:
     conditional = "own bias" if row.output_bias == "always" else f"own bias, if `{row.output_bias}`"
     return {
         None: "no bias, and no flag for one",
-        "as_llama": "written as `llama`, without a sliding window",
+        "rewritten": "written as `llama`; as `smollm3` with a sliding window",
         "own_bias": conditional,
         "flag": f"`{row.output_bias}`",
     }[row.standalone]

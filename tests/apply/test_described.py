@@ -87,7 +87,7 @@ architectures:
         ("architectures:\n  - model_type: a\n    biased_with_output: b\n", r"line 3: .*must be a list"),
         ("architectures:\n  - model_type: llama\n", "line 2: model type 'llama' is known already"),
         ("architectures:\n  - model_type: a\n  - model_type: a\n", "line 3: .*'a' is known already"),
-        ("architectures:\n  - model_type: a\n    standalone: as_llama\n", "line 2: .*shown by tests"),
+        ("architectures:\n  - model_type: a\n    standalone: rewritten\n", "line 2: .*shown by tests"),
         ("architectures:\n  - model_type: a\n    standalone: flag\n", "line 2: .*output_bias names none"),
         ("architectures:\n  - model_type: a\n    standalone: own_bias\n", "line 2: .*output_bias is never"),
     ],

@@ -29,12 +29,12 @@ FAMILIES = {
         *("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "olmo3", "cohere"),
         *("cohere2", "smollm3", "nemotron", "hunyuan_v1_dense", "llama4_text", "qwen3_moe"),
     ),
-    "as llama": ("mistral", "qwen2"),
+    "as llama or smollm3": ("mistral", "ministral", "qwen2"),
     "own bias": (
         *("phi", "gpt2", "gpt_neox", "opt", "gpt_oss", "gpt_bigcode", "starcoder2", "bloom", "persimmon"),
     ),
     "a flag that drops the bias": ("glm", "glm4"),
-    "no flag": ("mixtral", "phi3", "stablelm", "exaone4", "gptj", "codegen", "mpt", "ministral"),
+    "no flag": ("mixtral", "phi3", "stablelm", "exaone4", "gptj", "codegen", "mpt"),
     "a flag after all": ("deepseek_v3", "olmo"),
 }
 """Every family that a lock is promised to go onto."""

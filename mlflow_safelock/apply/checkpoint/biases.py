@@ -128,7 +128,7 @@ def _own_bias(weights: StoredWeights, name: str) -> torch.Tensor:
 
 
 def _refuse_without_place(source: CheckpointSource) -> None:
-    if source.architecture.standalone in ("flag", "as_llama"):
+    if source.architecture.standalone in ("flag", "rewritten"):
         return
     can = ", ".join(sorted(row.model_type for row in ARCHITECTURES.values() if row.standalone))
     raise UnsupportedArchitectureError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlflow_safelock.apply.checkpoint.biases import has_output_bias
-from mlflow_safelock.apply.checkpoint.llama_form import llama_values
+from mlflow_safelock.apply.checkpoint.rewritten import rewritten_type, rewritten_values
 from mlflow_safelock.apply.checkpoint.source import CheckpointSource
 from mlflow_safelock.apply.config_entry import CONFIG_KEY, config_entry
 from mlflow_safelock.lock import SafetyLock
@@ -20,8 +20,8 @@ def locked_values(source: CheckpointSource, lock: SafetyLock, alpha: float) -> d
     entry = {CONFIG_KEY: config_entry(lock, alpha)}
     if has_output_bias(source):
         return {**source.values, **entry}
-    if source.architecture.standalone == "as_llama":
-        return {**llama_values(source.values, source.config, source.geometry), **entry}
+    if source.architecture.standalone == "rewritten":
+        return {**rewritten_values(source.values, source.config, source.geometry), **entry}
     return {**source.values, source.architecture.output_bias: True, **entry}
 
 
@@ -30,6 +30,6 @@ def carrier_in_words(source: CheckpointSource) -> str:
     model_type = source.architecture.model_type
     if has_output_bias(source):
         return f"{model_type}, added to the output projections' own biases"
-    if source.architecture.standalone == "as_llama":
-        return f"{model_type} written as llama, with attention_bias"
+    if source.architecture.standalone == "rewritten":
+        return f"{model_type} written as {rewritten_type(source.config)}, with attention_bias"
     return f"{model_type} with {source.architecture.output_bias}"

@@ -237,20 +237,6 @@ def test_a_deepseek_without_latent_queries_has_one_bias_less(save_fine_tune, tmp
     }
 
 
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [
-        ("mistral", {"sliding_window": 32}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}),
-    ],
-)
-def test_a_sliding_window_cannot_be_written_as_a_llama(family, config, save_fine_tune, tmp_path):
-    source, lock = save_fine_tune(family, **config)
-    with pytest.raises(UnsupportedArchitectureError, match="sliding window of 32"):
-        save_locked_checkpoint(source, tmp_path / "locked", lock)
-    assert beside(source) == {"fine-tune"}
-
-
 def test_what_cannot_be_used_is_refused_before_anything_is_written(save_fine_tune, tmp_path):
     source, lock = save_fine_tune("llama")
     shape = geometry_from_config(load(source).config)
