@@ -29,6 +29,9 @@
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 
 class SafelockError(Exception):
     """Base of all errors of this package.
@@ -45,6 +48,10 @@ class SafelockError(Exception):
 
     def __str__(self) -> str:
         return f"{self.cause} {self.next_step}".strip()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled as a call with their args, which these do not take by position.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class LockError(SafelockError):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import re
 
 import pytest
 
 from mlflow_safelock import errors
-from mlflow_safelock.errors import PromotionRefused, SafelockError
+from mlflow_safelock.errors import BrokenLedgerError, PromotionRefused, SafelockError
 
 ALL = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, Exception)]
 
@@ -34,6 +36,15 @@ def test_the_drawn_tree_is_the_real_one():
 def test_every_error_is_caught_as_the_base():
     assert len(ALL) > 15
     assert all(issubclass(kind, SafelockError) for kind in ALL)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_error_goes_to_another_process_as_it_is(kind):
+    first = {PromotionRefused: ("no_lock",), BrokenLedgerError: (7,)}.get(kind, ())
+    error = kind(*first, "It is wrong.", next_step="Do it right.")
+    for twin in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert type(twin) is kind
+        assert (str(twin), vars(twin)) == (str(error), vars(error))
 
 
 def test_every_error_says_what_it_is_for():

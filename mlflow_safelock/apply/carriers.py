@@ -22,18 +22,22 @@ from mlflow_safelock.apply.architectures import Architecture
 from mlflow_safelock.apply.displacement import (
     Displacement,
     Workspace,
+    check_kept,
     head_weight_of,
     input_displacement,
     output_bias,
     stored_bias,
 )
-from mlflow_safelock.errors import VerificationError
+from mlflow_safelock.errors import AlphaError, VerificationError
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 
 _ATTRIBUTE = "safelock_carrier"
 
 _ROUNDINGS = 8.0
 """Accepted relative distance of a bias from its expected value, in unit roundoffs of its dtype."""
+
+_MOST_LOST = 0.75
+"""Part of a push that may be lost beside a bias of the model's own, where it was cast after locking."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +139,9 @@ class BiasCarrier(Carrier):
         self._architecture = architecture
         self._geometry = geometry
         self._original: nn.Parameter | None = _bias_of(projection)
-        self._placed = stored_bias(
-            self._expected(workspace), _weight_of(projection).dtype, displacement.layer, applied.alpha
-        )
+        own = None if self._original is None else self._original.detach()
+        dtype = _weight_of(projection).dtype
+        self._placed = stored_bias(self._pushed(workspace), own, dtype, displacement.layer, applied.alpha)
 
     @property
     def bias(self) -> torch.Tensor:
@@ -159,9 +163,13 @@ class BiasCarrier(Carrier):
         bias = _bias_of(self.projection)
         if bias is None:
             raise self._fault("the bias that carries the lock is gone", "Apply the lock again")
-        expected = self._expected()
+        push = self._pushed()
+        expected = push if self._original is None else push + self._original.detach().to(push)
         distance = torch.linalg.vector_norm(bias.detach().to(expected) - expected)
-        allowed = _ROUNDINGS * _roundoff(bias.dtype) * torch.linalg.vector_norm(expected)
+        allowed = torch.minimum(
+            _ROUNDINGS * _roundoff(bias.dtype) * torch.linalg.vector_norm(expected),
+            _MOST_LOST * torch.linalg.vector_norm(push),
+        )
         if not distance <= allowed:
             raise self._fault(
                 f"the bias in place is {distance:.3g} away from the one that the lock and the weights make, "
@@ -180,11 +188,10 @@ class BiasCarrier(Carrier):
             original.data = original.data.to(current)
         self.projection.register_parameter("bias", original)
 
-    def _expected(self, workspace: Workspace | None = None) -> torch.Tensor:
+    def _pushed(self, workspace: Workspace | None = None) -> torch.Tensor:
         weight = _weight_of(self.projection)
         head_weight = head_weight_of(weight, self._geometry.head_dim, self._architecture.layout)
-        push = output_bias(head_weight, self.displacement, workspace)
-        return push if self._original is None else push + self._original.detach().to(push)
+        return output_bias(head_weight, self.displacement, workspace)
 
 
 class HookCarrier(Carrier):
@@ -207,7 +214,8 @@ class HookCarrier(Carrier):
     ) -> None:
         super().__init__(applied, displacement, projection)
         self._geometry = geometry
-        self._push = AddToInput(input_displacement(displacement, geometry))
+        self._push = AddToInput(input_displacement(displacement, geometry), displacement.layer, applied.alpha)
+        self._push.check(_input_dtype(projection))
         self._inner = tuple(
             (module, _AddUnlessWrapped(self._push, *seats.of(projection), wrappers))
             for module, wrappers in _wrapped_by(projection)
@@ -258,20 +266,52 @@ class HookCarrier(Carrier):
 class AddToInput:
     """A forward pre-hook that adds a constant to a module's first positional input.
 
-    Attributes:
+    Args:
         displacement: What is added, float64 of shape ``[features]``.
+        layer: The layer that it is for, for the error.
+        alpha: The strength that it was computed for, for the error.
+
+    Attributes:
+        displacement: What is added.
     """
 
-    def __init__(self, displacement: torch.Tensor) -> None:
+    def __init__(self, displacement: torch.Tensor, layer: int, alpha: float) -> None:
         self.displacement = displacement
         self._cast = displacement
+        # Found out beforehand: a model that runs compiled cannot look at numbers.
+        self._faults = dict(_faults(displacement, layer, alpha))
+
+    def check(self, dtype: torch.dtype | None) -> None:
+        """Raise AlphaError if an input of this dtype cannot be pushed: the displacement would be lost."""
+        if dtype in self._faults:
+            raise self._faults[dtype]
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Return the inputs with the displacement added to the first, in that one's dtype."""
+        """Return the inputs with the displacement added to the first, in that one's dtype.
+
+        Raises:
+            AlphaError: The displacement is lost in that dtype.
+        """
         first, *others = inputs
         if self._cast.dtype != first.dtype or self._cast.device != first.device:
+            self.check(first.dtype)
             self._cast = self.displacement.to(first)
         return (first + self._cast, *others)
+
+
+def _faults(displacement: torch.Tensor, layer: int, alpha: float) -> Iterator[tuple[torch.dtype, AlphaError]]:
+    """The dtypes in which a displacement is lost."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        try:
+            check_kept(displacement, dtype, layer, alpha)
+        except AlphaError as error:
+            yield dtype, error
+
+
+def _input_dtype(projection: nn.Module) -> torch.dtype | None:
+    """The dtype in which a projection takes its input, as far as its numbers tell."""
+    numbers = (*projection.parameters(), *projection.buffers())
+    return next((tensor.dtype for tensor in numbers if tensor.is_floating_point()), None)
 
 
 class _AddUnlessWrapped:

@@ -136,33 +136,61 @@ def base_biases(lock: SafetyLock, alpha: float) -> dict[int, torch.Tensor]:
     return biases
 
 
-def stored_bias(bias: torch.Tensor, dtype: torch.dtype, layer: int, alpha: float) -> torch.Tensor:
+def stored_bias(
+    push: torch.Tensor, own: torch.Tensor | None, dtype: torch.dtype, layer: int, alpha: float
+) -> torch.Tensor:
     """Round a bias to the dtype that it is stored in.
 
     Args:
-        bias: The bias, in float64.
-        dtype: The dtype to store it in.
+        push: What the lock adds, in float64.
+        own: The bias that the model has of its own, if any.
+        dtype: The dtype to store the sum in.
         layer: The layer that it is for, for the error.
         alpha: The strength that it was computed for, for the error.
 
     Raises:
-        AlphaError: A number of it is beyond what the dtype can hold, or so little of it is left that it is
-            not the lock's bias any more, such as nothing but zeros.
+        AlphaError: A number of it is beyond what the dtype can hold, or so little of the push is left that it
+            is not the lock's any more, such as nothing but zeros, or less than the steps in which the model's
+            own bias is stored.
     """
-    stored = bias.to(dtype)
-    length = torch.linalg.vector_norm(bias)
-    lost = torch.linalg.vector_norm(stored.to(bias) - bias)
-    if length > 0 and lost <= _ROUNDINGS * torch.finfo(dtype).eps * length:
+    total = push if own is None else push + own.to(push)
+    stored = total.to(dtype)
+    lost = torch.linalg.vector_norm(stored.to(total) - total)
+    if lost <= accepted_loss(push, total, dtype) and bool(push.any()):
         return stored
-    if not bias.abs().max() <= torch.finfo(dtype).max:
-        raise AlphaError(
-            f"At alpha {alpha} the bias of layer {layer} is beyond what {dtype} can hold.",
-            next_step="Use a smaller alpha, or weights of a wider dtype.",
-        )
-    raise AlphaError(
-        f"At alpha {alpha} the bias of layer {layer} is lost in the rounding to {dtype}.",
-        next_step="Use a larger alpha; the method's default is 6.0.",
-    )
+    raise _lost(total, dtype, f"the bias of layer {layer}", alpha)
+
+
+def accepted_loss(push: torch.Tensor, total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far a stored bias may be from the exact one for the lock to be in force.
+
+    Args:
+        push: What the lock adds, in float64.
+        total: The exact bias: the push, and the bias that the model has of its own.
+        dtype: The dtype that it is stored in.
+
+    Returns:
+        A length: a few roundings of the bias, but never more than half of the push.
+    """
+    rounding = _ROUNDINGS * torch.finfo(dtype).eps * torch.linalg.vector_norm(total)
+    return torch.minimum(rounding, torch.linalg.vector_norm(push) / 2)
+
+
+def check_kept(push: torch.Tensor, dtype: torch.dtype, layer: int, alpha: float) -> None:
+    """Raise unless the input of a projection can be pushed in a dtype.
+
+    Args:
+        push: What is added to the input, in float64.
+        dtype: The dtype of the input.
+        layer: The layer that it is for, for the error.
+        alpha: The strength that it was computed for, for the error.
+
+    Raises:
+        AlphaError: It is lost in the rounding to the dtype, or beyond what that can hold.
+    """
+    if torch.linalg.vector_norm(push.to(dtype).to(push) - push) <= accepted_loss(push, push, dtype):
+        return
+    raise _lost(push, dtype, f"the push on layer {layer}", alpha)
 
 
 def input_displacement(displacement: Displacement, geometry: AttentionGeometry) -> torch.Tensor:
@@ -183,6 +211,18 @@ def head_weight_of(weight: torch.Tensor, head_dim: int, layout: Literal["linear"
     if layout == "linear":
         return lambda head: weight[:, head_columns(head, head_dim)]
     return lambda head: weight[head_columns(head, head_dim)].T
+
+
+def _lost(total: torch.Tensor, dtype: torch.dtype, what: str, alpha: float) -> AlphaError:
+    if not total.abs().max() <= torch.finfo(dtype).max:
+        return AlphaError(
+            f"At alpha {alpha} {what} is beyond what {dtype} can hold.",
+            next_step="Use a smaller alpha, or weights of a wider dtype.",
+        )
+    return AlphaError(
+        f"At alpha {alpha} {what} is lost in the rounding to {dtype}.",
+        next_step="Use a larger alpha; the method's default is 6.0.",
+    )
 
 
 def head_columns(head: int, head_dim: int) -> slice:

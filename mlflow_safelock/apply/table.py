@@ -61,8 +61,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             config_names=("num_hidden_layers", "num_attention_heads", "hidden_size", "v_head_dim"),
             default_head_dim=128,
         ),
-        # No flag, but the same computation as a Llama or SmolLM3 with the flag. Qwen2 always has biases of q, k
-        # and v.
+        # No flag, but the same computation as a Llama or SmolLM3 with the flag. Qwen2 has q, k and v biases.
         _plain("mistral", biased_with_output=_QKV, standalone="rewritten"),
         _plain("ministral", biased_with_output=_QKV, standalone="rewritten"),
         _plain("qwen2", standalone="rewritten"),

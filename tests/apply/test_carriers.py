@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from mlflow_safelock.apply import apply_lock, attention_of, handle_of
 from mlflow_safelock.apply.displacement import displacements, input_displacement
-from mlflow_safelock.errors import AlreadyLockedError, VerificationError
+from mlflow_safelock.errors import AlphaError, AlreadyLockedError, VerificationError
 from mlflow_safelock.lock import SafetyLock
 from tests.apply.conftest import TOKENS, lock_for, logits
 from tests.models import tiny_model
@@ -117,6 +117,43 @@ def test_a_hook_follows_the_model_into_another_dtype():
     model.to(torch.float32)
     handle.verify()
     handle.remove()
+
+
+def test_a_hook_that_would_push_by_nothing_is_refused_when_it_is_put_on_and_when_it_runs():
+    model = quantised_llama()
+    lock = lock_for(model)
+    unlocked, handle = logits(model), apply_lock(model, lock, 1e-8)
+    handle.verify()
+    model.half()
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        with pytest.raises(
+            AlphaError, match=r"the push on layer \d is lost in the rounding to torch.float16"
+        ):
+            logits(each)
+    model.float()
+    handle.remove()
+    assert torch.equal(logits(quantised_llama()), unlocked)
+    model.half()
+    with pytest.raises(AlphaError, match=r"the push on layer \d is lost in the rounding to torch.float16"):
+        apply_lock(model, lock, 1e-8)
+    assert handle_of(model) is None
+
+
+def test_a_push_that_vanishes_beside_the_models_own_bias_is_refused_and_noticed():
+    model = tiny_model("gpt2")
+    for projection in attention_of(model).projections:
+        projection.bias.data.mul_(1e4)
+    lock = lock_for(model)
+    handle = apply_lock(model, lock, 0.1)
+    handle.verify()
+    model.to(torch.bfloat16)
+    with pytest.raises(VerificationError, match="the bias in place is"):
+        handle.verify()
+    handle.remove()
+    with pytest.raises(AlphaError, match=r"the bias of layer \d is lost in the rounding to torch.bfloat16"):
+        apply_lock(model, lock, 0.1)
+    assert handle_of(model) is None
 
 
 def test_verify_and_remove_notice_a_hook_that_is_gone():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from mlflow_safelock.apply.displacement import (
+    check_kept,
     displacements,
     head_weight_of,
     input_displacement,
@@ -130,7 +131,7 @@ def test_a_push_that_float32_cannot_hold_is_refused(alpha):
 def test_a_bias_that_is_lost_in_its_dtype_is_refused(dtype, size):
     bias = size * torch.linspace(-1, 1, 48, dtype=torch.float64)
     with pytest.raises(AlphaError, match=rf"At alpha 1e-07 the bias of layer 3 is lost .* {dtype}") as info:
-        stored_bias(bias, dtype, layer=3, alpha=1e-7)
+        stored_bias(bias, None, dtype, layer=3, alpha=1e-7)
     assert "larger alpha" in info.value.next_step
 
 
@@ -140,7 +141,38 @@ def test_a_bias_with_some_numbers_too_small_for_its_dtype_is_kept(dtype, hidden)
     generator = torch.Generator().manual_seed(0)
     bias = 0.002 * torch.randn(hidden, generator=generator, dtype=torch.float64)
     bias[::2] *= 1e-12
-    assert torch.equal(stored_bias(bias, dtype, layer=0, alpha=1.0), bias.to(dtype))
+    assert torch.equal(stored_bias(bias, None, dtype, layer=0, alpha=1.0), bias.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_push_that_is_lost_beside_the_models_own_bias_is_refused(dtype):
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(4096, generator=generator).to(dtype)
+    push = torch.randn(4096, generator=generator, dtype=torch.float64)
+    step = torch.finfo(dtype).eps
+    kept = stored_bias(step * push, own, dtype, layer=0, alpha=1.0).double() - own.double()
+    assert torch.nn.functional.cosine_similarity(kept, push, dim=0) > 0.9
+    with pytest.raises(AlphaError, match=f"the bias of layer 3 is lost in the rounding to {dtype}"):
+        stored_bias(step / 8 * push, own, dtype, layer=3, alpha=1.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "fault"),
+    [
+        (torch.float16, 1e-8, "lost in the rounding"),
+        (torch.bfloat16, 1e-41, "lost in the rounding"),
+        (torch.float16, 1e5, "beyond what"),
+        (torch.float16, 1e-3, None),
+        (torch.bfloat16, 1e5, None),
+    ],
+)
+def test_an_input_is_pushed_in_a_dtype_that_holds_the_push_or_not_at_all(dtype, size, fault):
+    push = size * torch.linspace(-1, 1, 48, dtype=torch.float64)
+    if fault is None:
+        check_kept(push, dtype, layer=3, alpha=0.1)
+    else:
+        with pytest.raises(AlphaError, match=f"At alpha 0.1 the push on layer 3 is {fault} .*{dtype}"):
+            check_kept(push, dtype, layer=3, alpha=0.1)
 
 
 @pytest.mark.shared

@@ -111,12 +111,11 @@ class _LayerBias:
 
 
 def _layer_bias(source: CheckpointSource, path: str, displacement: Displacement, alpha: float) -> _LayerBias:
-    dtype = bias_dtype(source, path)
-    exact = output_bias(columns_of(source, path), displacement)
-    if has_output_bias(source):
-        before = _own_bias(source.weights, f"{path}.bias")
-        exact, dtype = exact + before.to(exact), before.dtype
-    stored = stored_bias(exact, dtype, displacement.layer, alpha)
+    push = output_bias(columns_of(source, path), displacement)
+    own = _own_bias(source.weights, f"{path}.bias") if has_output_bias(source) else None
+    exact = push if own is None else push + own.to(push)
+    dtype = bias_dtype(source, path) if own is None else own.dtype
+    stored = stored_bias(push, own, dtype, displacement.layer, alpha)
     length = float(exact.norm())
     return _LayerBias(stored, float((stored.double() - exact).norm()) / length if length else 0.0)
 

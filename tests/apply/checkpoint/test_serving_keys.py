@@ -10,15 +10,18 @@ from safetensors import safe_open
 from mlflow_safelock.apply import save_locked_checkpoint
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [("llama", "LlamaForCausalLM"), ("mistral", "LlamaForCausalLM"), ("ministral", "SmolLM3ForCausalLM")],
+)
 @pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["one file", "sharded"])
-def test_a_llama_has_the_biases_under_the_names_that_vllm_reads(family, shard, save_fine_tune, tmp_path):
+def test_biases_are_there_under_the_names_that_vllm_reads(family, form, shard, save_fine_tune, tmp_path):
     source, lock = save_fine_tune(family, shard=shard)
     folder = tmp_path / "locked"
     save_locked_checkpoint(source, folder, lock)
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["model_type"] == "llama"
+    assert config["architectures"] == [form]
+    assert config["model_type"] == form.removesuffix("ForCausalLM").lower()
     assert config["attention_bias"] is True
     with safe_open(folder / "model-safelock.safetensors", framework="pt") as file:
         biases = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
