@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.models import fetch_mlflow_model
-from mlflow_safelock.cli.options import MlflowAddress, mlflow_options, new_folder
+from mlflow_safelock.cli.options import MlflowAddress, mlflow_options, new_folder, sharing_option
 from mlflow_safelock.cli.output import announce, facts_table, in_words, moving, show_lines, show_table
 from mlflow_safelock.errors import SourceError
 
@@ -36,8 +37,15 @@ from mlflow_safelock.errors import SourceError
     metavar="DIR",
     help="Local copy of the fine-tune, used in place of a download; it must have the receipt's fingerprint.",
 )
+@sharing_option
 @mlflow_options
-def export(uri: str, output: Path, source: Path | None, mlflow_address: MlflowAddress) -> None:
+def export(
+    uri: str,
+    output: Path,
+    source: Path | None,
+    sharing: Literal["copy", "link"],
+    mlflow_address: MlflowAddress,
+) -> None:
     """Write the locked model at URI as a folder that stock software loads locked.
 
     URI is that of a locked version: models:/name/Staging, models:/name@champion, models:/name/3. Lock and
@@ -49,9 +57,9 @@ def export(uri: str, output: Path, source: Path | None, mlflow_address: MlflowAd
     mlflow_address.connect()
     folder = fetch_mlflow_model(uri)
     if _is_standalone(folder, uri):
-        facts = _export_standalone(folder, output, source)
+        facts = _export_standalone(folder, output, source, sharing)
     else:
-        facts = _export_overlay(folder, output, source)
+        facts = _export_overlay(folder, output, source, sharing)
     show_table(facts_table("Exported", facts))
     show_lines(
         "",
@@ -76,7 +84,9 @@ def _is_standalone(folder: Path, uri: str) -> bool:
     return is_standalone(described)
 
 
-def _export_overlay(folder: Path, output: Path, source: Path | None) -> list[tuple[str, object]]:
+def _export_overlay(
+    folder: Path, output: Path, source: Path | None, sharing: Literal["copy", "link"]
+) -> list[tuple[str, object]]:
     """Lock the fine-tune anew, as the overlay's receipt says."""
     from mlflow_safelock.apply import save_locked_checkpoint
     from mlflow_safelock.flavors.locked_model import fetch_source
@@ -88,7 +98,9 @@ def _export_overlay(folder: Path, output: Path, source: Path | None) -> list[tup
     predicate = overlay.receipt.predicate
     announce(f"Writing {output}, and comparing what stock transformers makes of it")
     with moving() as progress:
-        report = save_locked_checkpoint(fine_tune, output, overlay.lock, predicate.alpha, progress=progress)
+        report = save_locked_checkpoint(
+            fine_tune, output, overlay.lock, predicate.alpha, sharing=sharing, progress=progress
+        )
     return [
         ("folder", report.folder),
         ("files", ", ".join(report.files)),
@@ -107,7 +119,9 @@ def _export_overlay(folder: Path, output: Path, source: Path | None) -> list[tup
     ]
 
 
-def _export_standalone(folder: Path, output: Path, source: Path | None) -> list[tuple[str, object]]:
+def _export_standalone(
+    folder: Path, output: Path, source: Path | None, sharing: Literal["copy", "link"]
+) -> list[tuple[str, object]]:
     """Take the folder that stock software loads out of a model that is locked in its own weights."""
     from mlflow_safelock.flavors.standalone import export_standalone, files_below
 
@@ -117,13 +131,13 @@ def _export_standalone(folder: Path, output: Path, source: Path | None) -> list[
             next_step="Leave --source away.",
         )
     announce(f"Writing {output}")
-    receipt, sharing = export_standalone(folder, output)
+    receipt, ways = export_standalone(folder, output, sharing=sharing)
     predicate = receipt.predicate
     return [
         ("folder", output),
         ("files", ", ".join(sorted(files_below(output)))),
         ("carrier", "standalone, as it was prepared"),
-        ("weights", in_words(sharing.values())),
+        ("weights", in_words(ways.values())),
         ("base model", predicate.lock.base_model),
         ("lock", predicate.lock.digest),
         ("alpha", predicate.alpha),

@@ -23,6 +23,16 @@ format_option = click.option(
     help="A table for people, or JSON for programs.",
 )
 
+sharing_option = click.option(
+    "--sharing",
+    type=click.Choice(["copy", "link"]),
+    default="copy",
+    show_default=True,
+    help="How weights that stay the same get there: as a file of their own, or as a hard link, which costs "
+    "nothing and is the artifact store's own file: never to be edited in place. A reflink, which is both, is "
+    "used where the filesystem has it.",
+)
+
 set_option = click.option(
     "--set",
     "overrides",

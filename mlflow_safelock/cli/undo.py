@@ -8,7 +8,13 @@ import click
 
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.models import fetch_mlflow_model, is_mlflow_model
-from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options, new_folder
+from mlflow_safelock.cli.options import (
+    MlflowAddress,
+    format_option,
+    mlflow_options,
+    new_folder,
+    sharing_option,
+)
 from mlflow_safelock.cli.output import announce, facts_table, show_json, show_table
 from mlflow_safelock.errors import SourceError
 
@@ -30,9 +36,10 @@ from mlflow_safelock.errors import SourceError
     callback=new_folder,
     help="Folder to write; it must not exist.",
 )
+@sharing_option
 @format_option
 @mlflow_options
-def undo(locked: str, output: Path, form: str, mlflow_address: MlflowAddress) -> None:
+def undo(locked: str, output: Path, sharing: str, form: str, mlflow_address: MlflowAddress) -> None:
     """Write the fine-tune that MODEL was before it was locked; the locked model stays as it is.
 
     MODEL is a folder that safelock export or save_locked_checkpoint wrote, or a standalone model in MLflow:
@@ -40,7 +47,10 @@ def undo(locked: str, output: Path, form: str, mlflow_address: MlflowAddress) ->
     source's: small files whole, files of weights by samples. Nothing changes in the registry.
     """
     mlflow_address.connect()
-    facts = _undo_model(locked, output) if is_mlflow_model(locked) else _undo_folder(Path(locked), output)
+    if is_mlflow_model(locked):
+        facts = _undo_model(locked, output, sharing)
+    else:
+        facts = _undo_folder(Path(locked), output, sharing)
     if form == "json":
         show_json(facts)
     else:
@@ -50,7 +60,7 @@ def undo(locked: str, output: Path, form: str, mlflow_address: MlflowAddress) ->
         show_table(facts_table("Unlocked", words.items()))
 
 
-def _undo_folder(locked: Path, output: Path) -> dict[str, object]:
+def _undo_folder(locked: Path, output: Path, sharing: str) -> dict[str, object]:
     from mlflow_safelock.apply.checkpoint import unlock_checkpoint
 
     if not locked.is_dir():
@@ -59,7 +69,7 @@ def _undo_folder(locked: Path, output: Path) -> dict[str, object]:
             next_step="Name a locked folder, or a URI such as models:/name/3.",
         )
     announce(f"Writing {output}")
-    undone = unlock_checkpoint(locked, output)
+    undone = unlock_checkpoint(locked, output, sharing=sharing)
     return {
         "folder": str(output),
         "files": undone.files,
@@ -69,7 +79,7 @@ def _undo_folder(locked: Path, output: Path) -> dict[str, object]:
     }
 
 
-def _undo_model(locked: str, output: Path) -> dict[str, object]:
+def _undo_model(locked: str, output: Path, sharing: str) -> dict[str, object]:
     announce(f"Fetching {locked}")
     from mlflow_safelock.flavors.overlay import FLAVOR_NAME, RECEIPT_FILE, read_mlmodel
     from mlflow_safelock.flavors.standalone import is_standalone, unlock_standalone
@@ -87,7 +97,7 @@ def _undo_model(locked: str, output: Path) -> dict[str, object]:
             next_step=f"Use the fine-tune itself: {receipt.predicate.source.uri}",
         )
     announce(f"Writing {output}")
-    undone = unlock_standalone(folder, output)
+    undone = unlock_standalone(folder, output, sharing=sharing)
     return {
         "folder": str(output),
         "files": undone.files,

@@ -21,7 +21,7 @@ from mlflow_safelock.apply import save_locked_checkpoint
 from mlflow_safelock.apply.checkpoint import unlock_checkpoint
 from mlflow_safelock.apply.checkpoint.folder import written_aside
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
-from mlflow_safelock.apply.checkpoint.sharing import own_file, share_file
+from mlflow_safelock.apply.checkpoint.sharing import own_file, way_of
 from mlflow_safelock.apply.checkpoint.structure import structure_in_words
 from mlflow_safelock.apply.checkpoint.writing import WrittenFile
 from mlflow_safelock.errors import SourceError, VerificationError
@@ -262,12 +262,14 @@ class Unlocked:
     alpha: float
 
 
-def unlock_standalone(locked: Path, destination: Path) -> Unlocked:
+def unlock_standalone(locked: Path, destination: Path, *, sharing: str = "copy") -> Unlocked:
     """Write the fine-tune that a standalone model was made of, as it was logged.
 
     Args:
         locked: The standalone model's folder.
         destination: The folder to write. It must not exist; its parent must.
+        sharing: ``copy`` for files of weights that are independent of the locked model's, or ``link`` to
+            share them where the filesystem can.
 
     Raises:
         CheckpointError: A file is not the one that was written, or the copy cannot be written.
@@ -282,7 +284,7 @@ def unlock_standalone(locked: Path, destination: Path) -> Unlocked:
         if not weights.resolve().is_relative_to(beside.resolve()):
             raise VerificationError(f"{locked / SOURCE_MLMODEL_FILE} leads out of its folder: {binary!r}.")
         weights.parent.mkdir(parents=True, exist_ok=True)
-        undone = unlock_checkpoint(locked / WEIGHTS_FOLDER, weights)
+        undone = unlock_checkpoint(locked / WEIGHTS_FOLDER, weights, sharing=sharing)
         for path in files_below(beside) - expected.keys():
             (beside / path).unlink()  # what came from beside the weights, and is put there below
         shutil.copyfile(locked / SOURCE_MLMODEL_FILE, beside / MLMODEL_FILE_NAME)
@@ -296,12 +298,16 @@ def unlock_standalone(locked: Path, destination: Path) -> Unlocked:
     return Unlocked(destination, tuple(sorted(files)), tuple(sorted(missing)), undone.lock, undone.alpha)
 
 
-def export_standalone(locked: Path, destination: Path) -> tuple[Receipt, dict[str, str]]:
+def export_standalone(
+    locked: Path, destination: Path, *, sharing: str = "copy"
+) -> tuple[Receipt, dict[str, str]]:
     """Write the folder that stock software loads, out of a standalone model that is as its receipt says.
 
     Args:
         locked: The standalone model's folder.
         destination: The folder to write. It must not exist; its parent must.
+        sharing: ``copy`` for files of weights that are independent of the locked model's, or ``link`` to
+            share them where the filesystem can.
 
     Returns:
         The receipt, and how each file of weights came into the folder.
@@ -310,17 +316,18 @@ def export_standalone(locked: Path, destination: Path) -> tuple[Receipt, dict[st
         CheckpointError: The folder cannot be written.
         VerificationError: The locked model is not as its receipt says.
     """
+    share = way_of(sharing)
     receipt = read_standalone(LocalArtifacts(locked))
     weights = {file.path for file in weights_by_receipt(receipt).files}
-    sharing: dict[str, str] = {}
+    ways: dict[str, str] = {}
     with written_aside(destination) as beside:
         for path in sorted(files_below(locked / WEIGHTS_FOLDER)):
-            is_shared = f"{WEIGHTS_FOLDER}/{path}" in weights
+            is_weights = f"{WEIGHTS_FOLDER}/{path}" in weights
             (beside / path).parent.mkdir(parents=True, exist_ok=True)
-            how = (share_file if is_shared else own_file)(locked / WEIGHTS_FOLDER / path, beside / path)
-            if is_shared:
-                sharing[path] = how
-    return receipt, sharing
+            how = (share if is_weights else own_file)(locked / WEIGHTS_FOLDER / path, beside / path)
+            if is_weights:
+                ways[path] = how
+    return receipt, ways
 
 
 def files_below(folder: Path) -> set[str]:

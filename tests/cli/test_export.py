@@ -57,6 +57,20 @@ def test_stock_transformers_loads_it_locked(
         assert told in done.stdout
 
 
+def test_what_was_exported_can_be_written_into_without_touching_the_store(
+    run: Run, promoted: Promoted, client: MlflowClient, gated: tuple[str, ...], tmp_path: Path
+) -> None:
+    source = Path(mlflow.artifacts.download_artifacts(client.get_model_version("bot", "2").source))
+    (stored,) = source.rglob("*.safetensors")
+    before = stored.read_bytes()
+    client.transition_model_version_stage("bot", "2", "Staging")
+    assert run("export", "models:/bot/2", "--output", tmp_path / "out", *gated).exit_code == 0
+    (weights,) = (tmp_path / "out").glob("model-0*.safetensors")
+    with weights.open("r+b") as file:
+        file.write(b"edited")
+    assert stored.read_bytes() == before
+
+
 @pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
 def test_the_strength_is_that_of_the_promotion_and_not_the_locks(
     run: Run, promoted: Promoted, client: MlflowClient, gated: tuple[str, ...], tmp_path: Path

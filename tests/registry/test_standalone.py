@@ -298,8 +298,33 @@ def test_a_version_with_the_lock_in_its_weights_is_exported_as_it_is(
     assert "its files are those of the receipt" in done.stdout
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.allclose(logits(stock), pushed(components["model"], lock), atol=1e-5)
+    assert export(tmp_path, "models:/bot/Staging", tmp_path / "linked", "--sharing", "link").exit_code == 0
+    (weights,) = (tmp_path / "linked").glob("model-0*.safetensors")
+    assert weights.samefile(folder / "model" / weights.name) or weights.stat().st_nlink == 1, "or a reflink"
     done = export(tmp_path, "models:/bot/Staging", tmp_path / "other", "--source", str(tmp_path))
     assert (done.exit_code, "Leave --source away" in done.output) == (1, True)
+
+
+def test_what_was_exported_or_undone_can_be_written_into_without_touching_the_store(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    source = folder_of(state_of(client, "bot", version)["location"])
+    folder = folder_of(prepare(tmp_path, version)["location"])
+    stage(client, version)
+    assert export(tmp_path, "models:/bot/Staging", tmp_path / "exported").exit_code == 0
+    assert undo(tmp_path, "models:/bot/Staging", tmp_path / "undone").exit_code == 0
+    assert undo(tmp_path, str(tmp_path / "exported"), tmp_path / "undone again").exit_code == 0
+    before = snapshot(source), snapshot(folder)
+    for path in (
+        *(tmp_path / "exported").glob("*.safetensors"),
+        *(tmp_path / "undone").rglob("*.safetensors"),
+        *(tmp_path / "undone again").rglob("*.safetensors"),
+    ):
+        with path.open("r+b") as file:
+            file.write(b"edited")
+    assert (snapshot(source), snapshot(folder)) == before
 
 
 def export(tmp_path: Path, model: str, output: Path, *options: str) -> Result:
