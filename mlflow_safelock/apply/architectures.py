@@ -68,6 +68,11 @@ def attention_of(model: PreTrainedModel) -> Attention:
         UnsupportedArchitectureError: The architecture is not known and its heads were not found, or this
             model is not built as is said of its architecture.
     """
+    if not hasattr(model, "config"):
+        raise UnsupportedArchitectureError(
+            f"The model is of type {type(model).__name__!r}, and not a model of transformers.",
+            next_step="Load it: AutoModelForCausalLM.from_pretrained(...).",
+        )
     unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
     values = _text_config(unwrapped.config)
     architecture = _known(values) or _seen.get(unwrapped)

@@ -186,8 +186,13 @@ def check_geometry(lock: SafetyLock, geometry: AttentionGeometry, name: str) -> 
         name: The model's name, for the error.
 
     Raises:
-        LockMismatchError: It is for another shape.
+        LockMismatchError: It is for another shape, or no lock.
     """
+    if not isinstance(lock, SafetyLock):
+        raise LockMismatchError(
+            f"The lock is of type {type(lock).__name__!r}, and not a SafetyLock.",
+            next_step="Read one from its file: load_lock(path).",
+        )
     if lock.geometry != geometry:
         raise LockMismatchError(
             f"The lock is for {lock.geometry}, and model {name!r} has {geometry}.",

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     multiple=True,
     default=(24,),
-    show_default="24",
+    show_default=True,
     help="Heads to lock; given several times, one lock for each, OUTPUT-24 and so on, from one pass.",
 )
 @click.option(

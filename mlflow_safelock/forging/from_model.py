@@ -13,7 +13,7 @@ import torch
 from mlflow_safelock.apply import attention_of, handle_of
 from mlflow_safelock.apply.config_entry import refuse_locked_config
 from mlflow_safelock.apply.placement import execution_device
-from mlflow_safelock.errors import ForgeError
+from mlflow_safelock.errors import ForgeError, PreferenceDataError
 from mlflow_safelock.forging.activations import collect_activations
 from mlflow_safelock.forging.from_activations import probe_activations
 from mlflow_safelock.forging.making import forged_metadata
@@ -120,6 +120,7 @@ def forge(
         give the same digest.
 
     Raises:
+        AlphaError: The strength to recommend is no strength.
         PreferenceDataError: A pair is none.
         AnswerTokensError: An answer has fewer than ``last_tokens`` tokens, or cannot be found in its chat.
         ForgeError: Too few pairs, more heads than there are, a model that is locked or does not fit its
@@ -183,6 +184,10 @@ def probe_model(
         small, large = probed.lock(heads=24), probed.lock(heads=48)
     """
     _refuse_locked(model)
+    if not callable(tokenizer):
+        raise ForgeError(
+            f"The tokenizer is {tokenizer!r}.", next_step="Load it: AutoTokenizer.from_pretrained(...)."
+        )
     _check_counts(last_tokens=last_tokens, batch_size=batch_size)
     rows = drawn_split(
         split,
@@ -244,6 +249,12 @@ def _check_counts(**counts: int) -> None:
 
 def _questions(pairs: Sequence[PreferencePair]) -> list[int]:
     """A number for every pair, the same for pairs that ask the same, so that a split keeps them together."""
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, PreferencePair):
+            raise PreferenceDataError(
+                f"Pair {number} is of type {type(pair).__name__!r}, and not a PreferencePair.",
+                next_step="Give PreferencePair(question, safe, unsafe), or read a file: load_pairs.",
+            )
     numbers: dict[str, int] = {}
     return [numbers.setdefault(pair.question.strip(), len(numbers)) for pair in pairs]
 

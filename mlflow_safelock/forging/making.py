@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+from mlflow_safelock.apply.alpha import checked_alpha
 from mlflow_safelock.forging.splits import RowSplit
 from mlflow_safelock.lock import LockMetadata
 
@@ -29,6 +30,7 @@ def forged_metadata(
         values: The fields that are not known from these.
 
     Raises:
+        AlphaError: The strength is no strength.
         LockValidationError: A value is not one that the field takes.
     """
     return LockMetadata.parse(
@@ -39,7 +41,7 @@ def forged_metadata(
             "split": split.kind,
             "train_fraction": split.train_fraction,
             "seed": split.seed,
-            "default_alpha": float(default_alpha),
+            "default_alpha": checked_alpha(default_alpha),
             "created": created or datetime.now(UTC).isoformat(timespec="seconds"),
             "tools": {name: version(name) for name in TOOLS},
         }

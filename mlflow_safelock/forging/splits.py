@@ -113,7 +113,11 @@ def given_split(train_rows: Any, val_rows: Any, rows: int) -> RowSplit:
 
 
 def _draw(available: int, train_fraction: float, seed: int, unit: str) -> Indices:
-    if not 0.0 < train_fraction < 1.0:
+    try:
+        is_share = 0.0 < train_fraction < 1.0
+    except TypeError:
+        is_share = False
+    if not is_share:
         raise ForgeError(f"train_fraction must lie between 0 and 1, not {train_fraction!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**53:
         raise ForgeError(f"seed must be a whole number from 0 to 2**53 - 1, not {seed!r}.")

@@ -19,6 +19,7 @@ from mlflow_safelock.errors import (
     AlphaError,
     AlreadyLockedError,
     LockMismatchError,
+    UnsupportedArchitectureError,
     VerificationError,
 )
 from mlflow_safelock.lock import AttentionGeometry
@@ -250,6 +251,13 @@ def test_a_lock_for_another_shape_is_refused_naming_both(llama, change):
     assert str(shape) in message
     assert "org/base" in message
     assert state_of(llama) == before
+
+
+def test_names_in_the_place_of_a_model_or_a_lock_are_refused(llama, lock):
+    with pytest.raises(LockMismatchError, match=r"of type 'str'.*load_lock"):
+        apply_lock(llama, "lock.safetensors")
+    with pytest.raises(UnsupportedArchitectureError, match=r"of type 'str'.*from_pretrained"):
+        apply_lock("org/fine-tune", lock)
 
 
 @pytest.mark.parametrize("alpha", [0.0, float("nan"), float("inf"), True, "6", None])

@@ -10,10 +10,12 @@ from transformers import PreTrainedModel
 
 from mlflow_safelock.apply import apply_lock, attention_of
 from mlflow_safelock.errors import (
+    AlphaError,
     AlreadyLockedError,
     AnswerTokensError,
     ForgeError,
     LockValidationError,
+    PreferenceDataError,
     UnsupportedArchitectureError,
 )
 from mlflow_safelock.forging import (
@@ -204,6 +206,12 @@ def never_runs() -> PreTrainedModel:
         ({"split": "given"}, ForgeError, "split must be 'pair' or 'row'"),
         ({"seed": -1}, ForgeError, "seed must be a whole number"),
         ({"train_fraction": 1.0}, ForgeError, "train_fraction must lie between 0 and 1"),
+        ({"train_fraction": "0.6"}, ForgeError, "train_fraction must lie between 0 and 1"),
+        ({"default_alpha": None}, AlphaError, "Alpha must be a number, not None"),
+        ({"default_alpha": True}, AlphaError, "Alpha must be a number, not True"),
+        ({"default_alpha": -6.0}, LockValidationError, "default_alpha"),
+        ({"pairs": [("q", "a", "b")] * 9}, PreferenceDataError, "Pair 0 is of type 'tuple'.*load_pairs"),
+        ({"pairs": "pairs.jsonl"}, PreferenceDataError, "Pair 0 is of type 'str'.*load_pairs"),
         ({"pairs": []}, ForgeError, "0 pairs are too few"),
         ({"pairs": PAIRS[:1]}, ForgeError, "1 pairs are too few"),
         ({"pairs": [PAIRS[0]] * 9}, ForgeError, "1 pairs are too few"),
@@ -215,6 +223,13 @@ def test_what_cannot_be_forged_is_refused_before_the_model_runs(
 ) -> None:
     with pytest.raises(error, match=message):
         forged(never_runs(), **changes)
+
+
+def test_names_in_the_place_of_a_model_or_tokenizer_are_refused() -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=r"of type 'str'.*from_pretrained"):
+        forge("org/base", TOKENIZER, PAIRS)  # type: ignore[call-overload]
+    with pytest.raises(ForgeError, match=r"tokenizer is 'org/base'.*from_pretrained"):
+        forge(never_runs(), "org/base", PAIRS, heads=4)  # type: ignore[call-overload]
 
 
 def test_an_unknown_architecture_is_refused() -> None:
