@@ -36,7 +36,8 @@ def base_lock(seed: int = 0, base: str = BASE, **geometry: int) -> SafetyLock:
     from mlflow_safelock.apply.architectures import geometry_from_config
 
     shape = geometry_from_config(tiny_model("llama").config)
-    return random_lock(shape.model_copy(update=geometry), seed=seed, base_model=base)
+    lock = random_lock(shape.model_copy(update=geometry), seed=seed, base_model=base)
+    return SafetyLock(lock.heads, lock.metadata.model_copy(update={"architecture": "llama"}), lock.scores)
 
 
 SIGNATURE: ModelSignature = infer_signature(

@@ -136,8 +136,19 @@ def _check(
             "geometry_mismatch",
             f"The lock {name} is for {found.lock.geometry}, and {version.name!r} version {version.version} "
             f"has {source.geometry}.",
-            next_step="It does not descend from that base: correct its base, or register a lock for its own.",
+            next_step=_ANOTHER_BASE,
         )
+    misfit = source.adapter.misfit(found.lock) if source.adapter is not None else ""
+    if misfit:
+        raise PromotionRefused(
+            "geometry_mismatch",
+            f"The lock {name} is for {found.lock.geometry}, and the adapter {version.name!r} version "
+            f"{version.version} was trained on another shape: {misfit}.",
+            next_step=_ANOTHER_BASE,
+        )
+
+
+_ANOTHER_BASE = "It does not descend from that base: correct its base, or register a lock for its own."
 
 
 def _check_freshness(found: RegisteredLock, rule: GateRule, registry: Registry) -> None:

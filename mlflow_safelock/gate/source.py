@@ -12,6 +12,7 @@ from typing import Any
 from mlflow_safelock.apply.architectures import Architecture, architecture_of, geometry_from_config
 from mlflow_safelock.errors import PromotionRefused, SourceError, UnsupportedArchitectureError
 from mlflow_safelock.flavors import overlay
+from mlflow_safelock.gate.adapter import Adapter, read_adapter
 from mlflow_safelock.gate.stored_weights import StoredWeights, read_stored_weights
 from mlflow_safelock.lock import AttentionGeometry
 from mlflow_safelock.provenance import ArtifactReader
@@ -59,17 +60,19 @@ class LanguageModel:
     """A fine-tune that a lock goes onto.
 
     Attributes:
-        geometry: Its attention shape; ``None`` for an adapter alone, whose shape is that of its base. The
-            loader checks it before anything is served.
+        geometry: Its attention shape; ``None`` for an adapter alone, whose shape is that of its base. What
+            the adapter tells of that is compared, and the loader checks it before anything is served.
         hints: What the model itself says that it was made from, most telling first.
         architecture: Where its heads are; ``None`` for an adapter alone.
         weights: Its weights; ``None`` for an adapter alone.
+        adapter: What an adapter alone tells of its base; ``None`` for others.
     """
 
     geometry: AttentionGeometry | None
     hints: tuple[BaseHint, ...]
     architecture: Architecture | None = None
     weights: StoredWeights | None = None
+    adapter: Adapter | None = None
 
     @property
     def said_bases(self) -> tuple[str, ...]:
@@ -176,7 +179,8 @@ def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any])
         "base_model_name_or_path in adapter_config.json": named,
         "source_model_name in MLmodel": base,
     }
-    return LanguageModel(None, _hints(said))
+    adapter = read_adapter(reader, f"{folder}/adapter_model.safetensors")
+    return LanguageModel(None, _hints(said), adapter=adapter)
 
 
 def _hints(said: Mapping[str, Any]) -> tuple[BaseHint, ...]:

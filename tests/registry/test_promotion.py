@@ -456,10 +456,29 @@ def test_an_adapter_whose_base_could_change_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+@pytest.mark.parametrize(
+    ("target_modules", "shape", "told"),
+    [
+        (["q_proj"], {"heads": 8}, r"self_attn\.q_proj of layer 0 has 32 outputs there, and 64 in"),
+        (["q_proj"], {"hidden": 64}, r"self_attn\.q_proj of layer 0 has 48 inputs there, and 64 in"),
+        (["o_proj"], {"head_dim": 4}, r"self_attn\.o_proj of layer 0 has 32 inputs there, and 16 in"),
+        (["down_proj"], {"layers": 2}, r"changes layer 2, and the lock is for 2 layers"),
+    ],
+)
+def test_an_adapter_that_was_trained_on_another_shape_than_the_locks_is_refused(
+    client: MlflowClient, hub: str, target_modules: list[str], shape: dict[str, int], told: str
+) -> None:
+    register_lock(base_lock(**shape))
+    version, _ = log_adapter_alone(target_modules)
+    with pytest.raises(MlflowException, match=rf"geometry_mismatch.*{told}"):
+        stage(client, version)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 def test_an_adapter_on_a_base_of_another_shape_than_the_lock_never_loads(
     client: MlflowClient, hub: str
 ) -> None:
-    register_lock(base_lock(layers=7))
+    register_lock(base_lock(layers=7))  # it has layers enough for the adapter, which tells nothing more
     version, _ = log_adapter_alone(["q_proj"])
     stage(client, version)
     with pytest.raises(LockMismatchError):

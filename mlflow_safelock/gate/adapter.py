@@ -1,0 +1,109 @@
+"""What a PEFT adapter's own weights tell of the base that it goes onto.
+
+An adapter that is promoted without its base holds no configuration of it. But a low-rank update of a
+projection is as wide as the projection's input and as high as its output, and is named after the layer that
+it is in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from mlflow_safelock.apply.architectures import Architecture, architecture_of
+from mlflow_safelock.errors import UnsupportedArchitectureError
+from mlflow_safelock.lock import AttentionGeometry, SafetyLock
+from mlflow_safelock.provenance import ArtifactReader, read_header
+
+_UPDATE = re.compile(r"\.(?P<layer>\d+)\.(?P<module>[A-Za-z_][\w.]*)\.lora_(?P<side>[AB])\.weight$")
+
+
+@dataclass(frozen=True)
+class Update:
+    """Half of a low-rank update of a module of a layer.
+
+    Attributes:
+        name: The tensor's name.
+        layer: The layer's number.
+        module: The module's path in the layer.
+        side: ``A``, ``[rank, inputs]``, or ``B``, ``[outputs, rank]``.
+        shape: The tensor's shape.
+    """
+
+    name: str
+    layer: int
+    module: str
+    side: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The low-rank updates of an adapter."""
+
+    updates: tuple[Update, ...]
+
+    def misfit(self, lock: SafetyLock) -> str:
+        """What shows that the adapter was not trained on a model of a lock's shape, in words; empty: nothing.
+
+        Only what is certain is compared: the numbers of layers, and the widths of the attention projections.
+        """
+        try:
+            architecture = architecture_of({"model_type": lock.metadata.architecture})
+        except UnsupportedArchitectureError:
+            return ""
+        widths = _widths(architecture, lock.geometry)
+        return next(
+            (
+                fault
+                for update in self.updates
+                for fault in _faults(update, architecture, lock.geometry, widths)
+            ),
+            "",
+        )
+
+
+def read_adapter(reader: ArtifactReader, path: str) -> Adapter:
+    """Read the shapes of an adapter's weights, out of the header of their file.
+
+    Raises:
+        SourceError: The file is damaged.
+    """
+    shapes = {name: shape for name, (_, shape) in read_header(reader, path).kinds.items()}
+    return Adapter(tuple(_updates(shapes)))
+
+
+def _updates(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Update]:
+    for name, shape in shapes.items():
+        found = _UPDATE.search(name)
+        if found is not None and len(shape) == 2:
+            yield Update(name, int(found["layer"]), found["module"], found["side"], shape)
+
+
+def _widths(architecture: Architecture, geometry: AttentionGeometry) -> Mapping[tuple[str, str], int]:
+    """How many inputs (``A``) and outputs (``B``) projections have, where the geometry says it."""
+    heads = geometry.heads * geometry.head_dim
+    output = architecture.output_projection
+    widths = {(output, "A"): heads, (output, "B"): geometry.hidden}
+    if "self_attn.q_proj" in architecture.biased_with_output:
+        widths |= {(f"self_attn.{name}_proj", "A"): geometry.hidden for name in "qkv"}
+        widths[("self_attn.q_proj", "B")] = heads
+    return widths
+
+
+def _faults(
+    update: Update,
+    architecture: Architecture,
+    geometry: AttentionGeometry,
+    widths: Mapping[tuple[str, str], int],
+) -> Iterator[str]:
+    within = f"{architecture.layers.rsplit('.', 1)[-1]}.{update.layer}.{update.module}."
+    if within in update.name and update.layer >= geometry.layers:
+        yield f"it changes layer {update.layer}, and the lock is for {geometry.layers} layers"
+    width = update.shape[1] if update.side == "A" else update.shape[0]
+    expected = widths.get((update.module, update.side), width)
+    if width != expected:
+        what = "inputs" if update.side == "A" else "outputs"
+        where = f"{update.module} of layer {update.layer}"
+        yield f"{where} has {width} {what} there, and {expected} in the lock's base"
