@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -42,11 +44,17 @@ class Settings(BaseSettings):
 
 
 def read_settings() -> Settings:
-    """The settings as the environment has them now.
+    """The settings as the environment has them now; read anew only when it changed.
 
     Raises:
         SettingsError: One is not valid; the message names it, and not its value.
     """
+    # Every lock, promotion and load asks, and each time would cost a quarter of a millisecond.
+    return _settings_of(tuple(item for item in os.environ.items() if item[0].upper().startswith(PREFIX)))
+
+
+@lru_cache(maxsize=4)
+def _settings_of(_environment: tuple[tuple[str, str], ...]) -> Settings:
     try:
         return Settings()
     except ValidationError as error:
