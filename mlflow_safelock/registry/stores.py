@@ -77,7 +77,9 @@ class GateMixin:
         """MLflow's own transition, once the gate has locked the version or found nothing to do."""
         self._pass_gate(name, version, Target("stage", get_canonical_stage(stage)))
         stock = super().transition_model_version_stage  # type: ignore[misc]
-        done: ModelVersion = self._patiently(lambda: stock(name, version, stage, archive_existing_versions))
+        # As a number: MLflow compares it with one in the database, and PostgreSQL's newer driver takes no text.
+        number = _number(version) or version
+        done: ModelVersion = self._patiently(lambda: stock(name, number, stage, archive_existing_versions))
         reach("transition-done")
         return done
 
