@@ -77,7 +77,7 @@ class GateMixin:
         """MLflow's own transition, once the gate has locked the version or found nothing to do."""
         self._pass_gate(name, version, Target("stage", get_canonical_stage(stage)))
         stock = super().transition_model_version_stage  # type: ignore[misc]
-        # As a number: MLflow compares it with one in the database, and PostgreSQL's newer driver takes no text.
+        # As a number: MLflow compares it with one, and a newer driver of PostgreSQL takes no text there.
         number = _number(version) or version
         done: ModelVersion = self._patiently(lambda: stock(name, number, stage, archive_existing_versions))
         reach("transition-done")
