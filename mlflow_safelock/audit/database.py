@@ -69,13 +69,8 @@ def database_rows(
     Raises:
         LedgerError: The database is not there, holds no registry, or cannot be read.
     """
-    try:
-        url = sa.make_url(registry_uri.removeprefix(SCHEME_PREFIX))
-    except sa.exc.ArgumentError as error:
-        # Not shown: it may hold a password.
-        raise LedgerError("The registry URI is not one of a database.", next_step=_NEXT) from error
-    _refuse_missing_file(url)
-    engine = _engine(url)
+    engine = open_database(registry_uri)
+    url = engine.url
     try:
         with Session(engine) as session:
             tables = sa.inspect(engine)
@@ -97,7 +92,21 @@ def database_rows(
         engine.dispose()
 
 
-def _engine(url: sa.URL) -> sa.Engine:
+def open_database(registry_uri: str) -> sa.Engine:
+    """The database of a registry, as it is: nothing is written by opening it, and nothing connected yet.
+
+    Args:
+        registry_uri: The database, with or without the prefix ``safelock+``.
+
+    Raises:
+        LedgerError: It is no URI of a database, there is no such file, or its driver is not installed.
+    """
+    try:
+        url = sa.make_url(registry_uri.removeprefix(SCHEME_PREFIX))
+    except sa.exc.ArgumentError as error:
+        # Not shown: it may hold a password.
+        raise LedgerError("The registry URI is not one of a database.", next_step=_NEXT) from error
+    _refuse_missing_file(url)
     try:
         engine: sa.Engine = create_sqlalchemy_engine(url.render_as_string(hide_password=False))
     except ModuleNotFoundError as error:

@@ -34,12 +34,13 @@ from mlflow_safelock.cli.output import (
 def prepare(
     version: tuple[str, int], artifacts_destination: str | None, form: str, mlflow_address: MlflowAddress
 ) -> None:
-    """Write the standalone locked model of the version at URI, where the policy asks for that carrier.
+    """Write what the promotion of the version at URI needs: a standalone model, a full fingerprint.
 
-    It lies beside the fine-tune and shares its weights: by links on one file system, by copies that S3 makes
-    itself. The promotion then finds it, compares it and redirects to it. Doing this again changes nothing,
-    and after a failure it goes on: finished copies are kept. Nothing is promoted here, and the checks are
-    those of a promotion, refusals included.
+    A standalone model, where the policy asks for that carrier, lies beside the fine-tune and shares its
+    weights: by links on one file system, by copies that S3 makes itself. For a full fingerprint every byte of
+    the fine-tune is read. The promotion then finds them and compares them. Doing this again changes nothing,
+    and after a failure it goes on: finished copies are kept, and files that were read. Nothing is promoted
+    here, and the checks are those of a promotion, refusals included.
 
     This works on the registry's own database (--registry-uri safelock+...) and artifacts, not through a
     server, with the policy that SAFELOCK_POLICY names.
@@ -50,7 +51,7 @@ def prepare(
     store = open_guarded(mlflow_address)
     with moving() as progress:
         made = store.prepare(name, number, progress)
-    written = made.written
+    written, measured = made.written, made.measured
     if form == "json":
         show_json(
             {
@@ -60,6 +61,9 @@ def prepare(
                 "location": made.location,
                 "lock": made.lock,
                 "alpha": made.alpha,
+                "fingerprint": measured and measured.fingerprint.digest,
+                "fingerprint_location": measured and measured.location,
+                "measured_bytes": measured.fingerprint.size if measured and measured.is_new else None,
                 "check": written and written.check,
                 "bias_error": written and written.bias_error,
                 "weights": written and {file.path: file.sharing for file in written.weights},
@@ -74,6 +78,7 @@ def prepare(
                 ("location", made.location or "the promotion writes it"),
                 ("lock", made.lock),
                 ("alpha", made.alpha),
+                ("full fingerprint", measured and measured.location),
                 ("weights", written and in_words(file.sharing for file in written.weights)),
                 ("bias error", written and f"{written.bias_error:.1e}, relative"),
                 ("check", written.check if written else ("there already" if made.location else None)),

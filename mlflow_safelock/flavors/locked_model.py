@@ -33,7 +33,7 @@ from mlflow_safelock.flavors.overlay import (
 from mlflow_safelock.forging.base_weights import kinship_of
 from mlflow_safelock.kinship import MIN_KINSHIP
 from mlflow_safelock.lock import SafetyLock
-from mlflow_safelock.provenance import LocalArtifacts, LockReference, check_fingerprint
+from mlflow_safelock.provenance import LocalArtifacts, LockReference, check_every_byte
 
 __all__ = [
     "FLAVOR_NAME",
@@ -167,13 +167,15 @@ def _check_descent(implementation: Any, lock: SafetyLock, source_uri: str) -> No
 def fetch_source(overlay: Overlay, copy: str | None = None) -> Path:
     """The folder of an overlay's fine-tune, downloaded where no local copy is named, and checked.
 
+    Every byte of it is compared where the fine-tune was measured before its promotion, otherwise blocks.
+
     Raises:
         SourceError: It cannot be reached.
         VerificationError: It has not the fingerprint that the receipt names.
     """
     reference = overlay.receipt.predicate.source
     folder = _fetch(reference.uri) if copy is None else Path(copy)
-    check_fingerprint(reference.fingerprint, LocalArtifacts(folder))
+    check_every_byte(reference.fingerprint, LocalArtifacts(folder))
     return folder
 
 

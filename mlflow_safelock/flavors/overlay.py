@@ -29,6 +29,7 @@ from mlflow_safelock.provenance import (
     Promotion,
     Receipt,
     ReceiptPredicate,
+    SourceFingerprint,
     SourceReference,
     check_receipt_signature,
     sign_receipt,
@@ -72,6 +73,7 @@ def write_overlay(
     alpha: float,
     promotion: Promotion | None,
     mlflow_model: Model | None = None,
+    fingerprint: SourceFingerprint | None = None,
 ) -> Receipt:
     """Write the overlay of ``source`` into an empty folder and return its receipt.
 
@@ -84,11 +86,12 @@ def write_overlay(
         alpha: Strength.
         promotion: The gate's decision; ``None`` for an overlay saved by hand.
         mlflow_model: MLflow's description of a model that is being logged; otherwise the fine-tune's own.
+        fingerprint: The source's, where it was measured before; otherwise it is taken now.
 
     Raises:
         SourceError: The source is not an MLflow model, or cannot be read.
     """
-    fingerprint = take_fingerprint(source)
+    fingerprint = fingerprint or take_fingerprint(source)
     own = read_mlmodel(source)
     paths = {file.path for file in source.files()}
     for name in COPIED_FROM_SOURCE:

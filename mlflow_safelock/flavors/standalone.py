@@ -39,8 +39,10 @@ from mlflow_safelock.provenance import (
     ReceiptPredicate,
     SourceFingerprint,
     SourceReference,
+    check_every_byte,
     check_fingerprint,
     check_receipt_signature,
+    read_whole,
     sign_receipt,
     take_fingerprint,
     tool_versions,
@@ -108,6 +110,7 @@ def write_standalone(
     alpha: float,
     promotion: Promotion | None,
     *,
+    fingerprint: SourceFingerprint | None = None,
     complete: bool = True,
     progress: Progress = silent,
 ) -> Standalone:
@@ -122,6 +125,7 @@ def write_standalone(
         lock_reference: Where the lock comes from.
         alpha: Strength.
         promotion: On whose behalf; ``None`` for one written by hand.
+        fingerprint: The source's, where it was measured before; otherwise it is taken now.
         complete: Whether ``source`` is whole. Where only the parts are there that the biases need, the model
             cannot be loaded for comparison, and its structure is checked instead; whoever puts the files of
             weights in their place compares them by the receipt (``weights_by_receipt``).
@@ -132,7 +136,7 @@ def write_standalone(
         CheckpointError: It cannot be read or written, or could not be confirmed.
         SourceError: It is not a model of ``mlflow.transformers``.
     """
-    fingerprint = take_fingerprint(reader)
+    fingerprint = fingerprint or take_fingerprint(reader)
     described = read_mlmodel(LocalArtifacts(source))
     flavor = described["flavors"].get("transformers")
     if not isinstance(flavor, dict) or not isinstance(flavor.get("model_binary"), str):
@@ -243,6 +247,17 @@ def read_standalone(reader: ArtifactReader) -> Receipt:
     return receipt
 
 
+def read_all_of_standalone(reader: ArtifactReader) -> Receipt:
+    """Do what ``read_standalone`` does, and compare every byte where the fine-tune was measured before.
+
+    Raises:
+        VerificationError: Something is not as the receipt says.
+    """
+    receipt = read_standalone(reader)
+    check_every_byte(weights_by_receipt(receipt), reader, others={file.path for file in reader.files()})
+    return receipt
+
+
 @dataclass(frozen=True)
 class Unlocked:
     """An unlocked MLflow model that was written.
@@ -275,7 +290,7 @@ def unlock_standalone(locked: Path, destination: Path, *, sharing: str = "copy")
         CheckpointError: A file is not the one that was written, or the copy cannot be written.
         VerificationError: The locked model is not as its receipt says, or the result not the fine-tune.
     """
-    receipt = read_standalone(LocalArtifacts(locked))
+    receipt = read_all_of_standalone(LocalArtifacts(locked))
     expected = {file.path: file for file in receipt.predicate.source.fingerprint.files}
     described = yaml.safe_load((locked / SOURCE_MLMODEL_FILE).read_text(encoding="utf-8"))
     binary = described["flavors"]["transformers"]["model_binary"]
@@ -293,7 +308,7 @@ def unlock_standalone(locked: Path, destination: Path, *, sharing: str = "copy")
             shutil.copyfile(locked / path, beside / path)
         files = files_below(beside)
         found = SourceFingerprint(files=tuple(expected[path] for path in sorted(files)))
-        check_fingerprint(found, LocalArtifacts(beside))
+        check_every_byte(found, LocalArtifacts(beside))
     missing = expected.keys() - files
     return Unlocked(destination, tuple(sorted(files)), tuple(sorted(missing)), undone.lock, undone.alpha)
 
@@ -317,7 +332,7 @@ def export_standalone(
         VerificationError: The locked model is not as its receipt says.
     """
     share = way_of(sharing)
-    receipt = read_standalone(LocalArtifacts(locked))
+    receipt = read_all_of_standalone(LocalArtifacts(locked))
     weights = {file.path for file in weights_by_receipt(receipt).files}
     ways: dict[str, str] = {}
     with written_aside(destination) as beside:
@@ -371,7 +386,17 @@ def _patched_fingerprint(
     state = hashlib.sha256()
     for (start, _), data in zip(spans, reader.read_many(file.origin, spans), strict=True):
         state.update(file.locked(start, data))
-    return FileFingerprint(path=file.path, size=before.size, spans=spans, sha256=state.hexdigest())
+    whole = _whole_digest(file, before.size, reader) if before.whole is not None else None
+    return FileFingerprint(
+        path=file.path, size=before.size, spans=spans, sha256=state.hexdigest(), whole=whole
+    )
+
+
+def _whole_digest(file: WeightsFile, size: int, reader: ArtifactReader) -> str:
+    state = hashlib.sha256()
+    for (start, _), data in read_whole(reader, file.origin, size):
+        state.update(file.locked(start, data))
+    return state.hexdigest()
 
 
 _AGAIN = "Write it again: safelock prepare."

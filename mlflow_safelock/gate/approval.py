@@ -10,7 +10,7 @@ from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry, Target
 from mlflow_safelock.gate.source import BaseHint, examine
 from mlflow_safelock.gate.strength import alpha_for
-from mlflow_safelock.provenance import Actor, LockReference, Promotion
+from mlflow_safelock.provenance import Actor, LockReference, Promotion, SourceFingerprint
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Approved:
-    """What a promotion will apply, and onto what; everything that the policy asks for was found in order."""
+    """What a promotion will apply, and onto what; everything that the policy asks for was found in order.
+
+    Attributes:
+        request: The promotion.
+        policy: The policy in force.
+        rule: Its gate for the version.
+        found: The version as the registry has it.
+        original: Where its fine-tune is.
+        lock: The lock.
+        kinship: Cosine between the weights of fine-tune and base; ``None`` where it is not known.
+        alpha: Its strength.
+        hint: Who says what the base is.
+        measured: The fine-tune's full fingerprint, where the policy asks for one and it was found to hold.
+    """
 
     request: Request
     policy: Policy
@@ -37,6 +50,7 @@ class Approved:
     kinship: float | None
     alpha: float
     hint: BaseHint
+    measured: SourceFingerprint | None = None
 
     @property
     def uri(self) -> str:

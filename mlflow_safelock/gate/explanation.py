@@ -134,10 +134,11 @@ def _explained(
         stands = (
             known is not None
             and is_in_force(known, approved, found)
-            and gate.locked_models.still_stands(known)
+            and gate.locked_models.still_stands(known, rule)
         )
         if stands:
             return replace(begun, outcome="nothing to do", why=(*begun.why, "It runs that lock already."))
+        approved = gate.measurements.required(approved)
         return replace(begun, outcome="lock", writes=_writes(gate, approved))
     except PromotionRefused as refusal:
         return _refused(begun, refusal.reason, refusal)

@@ -32,13 +32,16 @@ STANDALONE = (
 PREPARE = ("prepare-approved", "standalone-aside", "standalone-published", "standalone-read-back")
 """Writing a standalone model on a file system."""
 
+MEASURE = ("prepare-approved", "measured", "measurement-published", "measurement-recorded")
+"""Writing a full fingerprint on a file system."""
+
 UNLOCK = ("unlock-approved", *IN_A_TRANSACTION)
 """Taking a lock off."""
 
 RENAME = ("rename-checked", "renamed", "rename-recorded")
 """Renaming a registered model; the last is after each version's row."""
 
-_NAMES = frozenset((*OVERLAY, *STANDALONE, *PREPARE, *UNLOCK, *RENAME))
+_NAMES = frozenset((*OVERLAY, *STANDALONE, *PREPARE, *MEASURE, *UNLOCK, *RENAME))
 
 
 def reach(name: str) -> None:

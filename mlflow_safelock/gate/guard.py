@@ -253,6 +253,7 @@ def _look_at_the_tags(decision: LedgerEntry, rule: GateRule, found: ModelVersion
             decision.lock.version >= rule.lock.min_version
             and decision.alpha >= rule.alpha.min
             and (unknown or (decision.kinship or 0.0) >= rule.kinship.min_cosine)
+            and (rule.fingerprint == "sampled" or decision.fingerprint is not None)
         )
     if not met:
         tags = ", ".join(f"{key}: {glob}" for key, glob in rule.tags.items())

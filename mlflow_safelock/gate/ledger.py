@@ -65,8 +65,9 @@ class LedgerEntry(BaseModel):
     Attributes:
         event: ``promoted`` (locked), ``rejected``, ``passed`` (let through unlocked, as the policy says),
             ``unlocked`` (the lock was taken off), ``renamed`` (a promotion goes on under another name),
-            ``revoked`` (a lock may not be applied any more; model and version are the lock's), or
-            ``policy`` (another policy came into force; there is no model, and the version is 0).
+            ``revoked`` (a lock may not be applied any more; model and version are the lock's), ``prepared``
+            (every byte of its fine-tune was read; the full fingerprint is at ``location``), or ``policy``
+            (another policy came into force; there is no model, and the version is 0).
         time: ISO 8601 in UTC.
         workspace: MLflow workspace; ``default`` where workspaces are off.
         model: Registered model.
@@ -79,14 +80,15 @@ class LedgerEntry(BaseModel):
         lock: The lock in force after a promotion.
         alpha: Its strength.
         original_location: Where the unlocked artifacts are.
-        location: Where the locked model is.
+        location: Where the locked model is, or the full fingerprint.
         receipt: Digest of its receipt.
         kinship: Cosine between the fine-tune's weights and the base's; ``None`` where it is not known.
+        fingerprint: Digest of the fine-tune's full fingerprint; ``None`` where only blocks were compared.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    event: Literal["promoted", "rejected", "passed", "unlocked", "renamed", "revoked", "policy"]
+    event: Literal["promoted", "rejected", "passed", "unlocked", "renamed", "revoked", "prepared", "policy"]
     time: NonEmpty
     workspace: NonEmpty
     model: NonEmpty
@@ -102,6 +104,7 @@ class LedgerEntry(BaseModel):
     location: str | None
     receipt: Digest | None
     kinship: float | None = None
+    fingerprint: Digest | None = None
 
     @property
     def locks(self) -> bool:
@@ -174,6 +177,17 @@ def revocation_of(session: Session, digest: str) -> LedgerEntry | None:
         sa.select(TABLE)
         .where(TABLE.c.location_key == _key(digest), TABLE.c.event == "revoked")
         .order_by(TABLE.c.sequence)
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else _entry(row)
+
+
+def preparation_of(session: Session, original: str) -> LedgerEntry | None:
+    """The last measuring of the fine-tune at ``original``."""
+    row = session.execute(
+        sa.select(TABLE)
+        .where(TABLE.c.location_key == _key(original), TABLE.c.event == "prepared")
+        .order_by(TABLE.c.sequence.desc())
         .limit(1)
     ).one_or_none()
     return None if row is None else _entry(row)
@@ -262,10 +276,14 @@ def _broken(sequence: int, what: str) -> BrokenLedgerError:
 
 
 def _key_in(values: dict[str, Any]) -> str | None:
-    """What a row is looked up by: a promotion by its locked model's place, a revocation by its lock."""
+    """What a row is looked up by.
+
+    A promotion by its locked model's place, a revocation by its lock, a measuring by the fine-tune's place.
+    """
     if values["event"] == "revoked" and values["lock"]:
         return _key(values["lock"]["digest"])
-    return _key(values["location"]) if values["location"] else None
+    place = values["original_location" if values["event"] == "prepared" else "location"]
+    return _key(place) if place else None
 
 
 def _entry(row: sa.Row[tuple[object, ...]]) -> LedgerEntry:

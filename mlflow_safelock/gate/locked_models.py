@@ -14,10 +14,17 @@ import rfc8785
 from mlflow_safelock.apply.checkpoint.progress import Progress
 from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
 from mlflow_safelock.flavors.overlay import read_overlay, write_overlay
-from mlflow_safelock.flavors.standalone import Standalone, is_complete, read_standalone, write_standalone
+from mlflow_safelock.flavors.standalone import (
+    Standalone,
+    is_complete,
+    read_all_of_standalone,
+    read_standalone,
+    write_standalone,
+)
 from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.policy import GateRule
 from mlflow_safelock.gate.ports import Artifacts
 from mlflow_safelock.provenance import (
     RECEIPT_SIGNATURE_FILE,
@@ -83,6 +90,7 @@ class LockedModels:
             approved.lock_reference,
             approved.alpha,
             approved.promotion,
+            fingerprint=approved.measured,
         )
 
     def write_standalone(self, approved: Approved, progress: Progress) -> Standalone:
@@ -101,13 +109,14 @@ class LockedModels:
                 approved.lock_reference,
                 approved.alpha,
                 approved.promotion,
+                fingerprint=approved.measured,
                 complete=complete,
                 progress=progress,
             ),
             progress,
         )
         reach("standalone-published")
-        read_standalone(self.artifacts.reader(location))
+        read_all_of_standalone(self.artifacts.reader(location))
         reach("standalone-read-back")
         return written
 
@@ -140,11 +149,17 @@ class LockedModels:
                 "stands for.",
                 next_step="Delete it, and write it again: safelock prepare.",
             )
+        measured = approved.measured
+        if measured is not None and not measured.is_of_the_same_bytes(stated.source.fingerprint):
+            raise VerificationError(
+                f"The locked model at {reader.location} was made of other bytes than were measured.",
+                next_step="Delete it, and write it again: safelock prepare.",
+            )
         check_fingerprint(stated.source.fingerprint, self.artifacts.reader(approved.original))
         return receipt
 
-    def still_stands(self, known: LedgerEntry) -> bool:
-        """Whether the locked model of an earlier promotion is there as it was written.
+    def still_stands(self, known: LedgerEntry, rule: GateRule) -> bool:
+        """Whether the locked model of an earlier promotion is there as it was written, and as its gate asks.
 
         Raises:
             PromotionRefused: The fine-tune that it was made of is not what it was.
@@ -168,6 +183,8 @@ class LockedModels:
             )
             return False
         source = receipt.predicate.source
+        if rule.fingerprint == "full" and not source.fingerprint.is_full:
+            return False
         try:
             check_fingerprint(source.fingerprint, self.artifacts.reader(source.uri))
         except VerificationError as error:
@@ -200,18 +217,19 @@ def _check_as_written(written: Mapping[str, bytes], there: ArtifactReader) -> No
 
 def _overlay_location(approved: Approved, receipt: Receipt) -> str:
     name = receipt.digest.removeprefix("sha256:")[:32]
-    return _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
+    return beside(approved.original, name)
 
 
 def standalone_location(approved: Approved) -> str:
-    """Where the standalone model is: the same for the same source, lock and strength.
+    """Where the standalone model is: the same for the same source, lock, strength and kind of fingerprint.
 
     Raises:
         PromotionRefused: It is longer than MLflow's table holds.
     """
-    made_of = rfc8785.dumps([approved.original, approved.lock.lock.digest, approved.alpha])
+    full = ["full"] if approved.rule.fingerprint == "full" else []
+    made_of = rfc8785.dumps([approved.original, approved.lock.lock.digest, approved.alpha, *full])
     name = f"{STANDALONE}{hashlib.sha256(made_of).hexdigest()[:32]}"
-    return _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
+    return beside(approved.original, name)
 
 
 def is_standalone(location: str | None) -> bool:
@@ -219,7 +237,13 @@ def is_standalone(location: str | None) -> bool:
     return PurePosixPath(location or "").name.startswith(STANDALONE)
 
 
-def _short_enough(location: str) -> str:
+def beside(original: str, name: str) -> str:
+    """Where something lies that was made of the fine-tune at ``original``.
+
+    Raises:
+        PromotionRefused: That is longer than MLflow's table holds.
+    """
+    location = f"{original.rstrip('/')}-safelock/{name}"
     if len(location) > MAX_LOCATION:
         raise PromotionRefused(
             "location_too_long",

@@ -121,6 +121,8 @@ class GateRule(_Section):
         alpha: Strength.
         kinship: How alike the fine-tune must be to its base.
         signature: Who must stand behind the lock.
+        fingerprint: What is compared of a fine-tune: ``sampled``, blocks that are drawn when it is promoted,
+            or ``full``, every byte, which is measured before the promotion and compared when it is loaded.
         carrier: How the lock is carried: in an ``overlay``, or in a ``standalone`` model that is prepared
             before the promotion.
         missing_lock: What happens to a fine-tune whose base has no lock: ``reject``, or ``allow``, unlocked.
@@ -138,6 +140,7 @@ class GateRule(_Section):
     alpha: AlphaRange = AlphaRange()
     kinship: KinshipRule = KinshipRule()
     signature: SignatureRule = SignatureRule()
+    fingerprint: Literal["sampled", "full"] = "sampled"
     carrier: Literal["overlay", "standalone"] = "overlay"
     missing_lock: Literal["reject", "allow"] = "reject"
     not_an_llm: Literal["reject", "allow"] = "allow"

@@ -13,7 +13,7 @@ from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.leases import Lease, Work
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.lock import SafetyLock
-from mlflow_safelock.provenance import ArtifactReader
+from mlflow_safelock.provenance import ArtifactReader, SourceFingerprint
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,9 @@ class Registry(Protocol):
     def revocation_of(self, digest: str) -> LedgerEntry | None:
         """The revocation of the lock with a digest; ``None`` where it stands."""
 
+    def preparation_of(self, original: str) -> LedgerEntry | None:
+        """The last measuring of the fine-tune at ``original``; ``None`` where there was none."""
+
     def lease(self, work: Work) -> AbstractContextManager[Lease]:
         """Wait until nobody else is at work on a version, and be who is.
 
@@ -133,6 +136,14 @@ class Artifacts(Protocol):
 
     def publish(self, folder: Path, uri: str) -> None:
         """Write a local folder to ``uri``."""
+
+    def measure(self, uri: str, progress: Progress) -> SourceFingerprint:
+        """Read every byte of the folder at ``uri``; one that was cut off goes on where it was.
+
+        Args:
+            uri: The folder.
+            progress: Is told how many bytes were read, and of how many.
+        """
 
     def derive(
         self, original: str, uri: str, lock: SafetyLock, write: Writer, progress: Progress

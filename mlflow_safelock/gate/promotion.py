@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -24,6 +24,7 @@ from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, standalone_location
+from mlflow_safelock.gate.measurements import Measured, Measurements
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry
 from mlflow_safelock.provenance import Receipt
@@ -44,6 +45,7 @@ class Preparation:
         lock: The lock in it, ``models:/name/version``.
         alpha: Its strength.
         written: What was written; ``None`` where it was there already, or nothing was to be written.
+        measured: The fine-tune's full fingerprint; ``None`` where the policy asks for none.
     """
 
     carrier: str
@@ -51,6 +53,7 @@ class Preparation:
     lock: str
     alpha: float
     written: Standalone | None = None
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Gate:
     def locked_models(self) -> LockedModels:
         """The locked models beside the fine-tunes."""
         return LockedModels(self.artifacts)
+
+    @property
+    def measurements(self) -> Measurements:
+        """The full fingerprints beside the fine-tunes."""
+        return Measurements(self.registry, self.artifacts)
 
     def promote(self, request: Request) -> None:
         """Lock a version that is about to be promoted, where the policy gates that; otherwise do nothing.
@@ -157,14 +165,18 @@ class Gate:
                 next_step="Promote it: there is nothing to prepare.",
             )
         lock = f"models:/{approved.lock.model}/{approved.lock.version}"
-        if rule.carrier == "overlay":
-            return Preparation("overlay", None, lock, approved.alpha)
-        location = standalone_location(approved)
         reach("prepare-approved")
+        measured = None
+        if rule.fingerprint == "full":
+            measured = self.measurements.make(approved, progress)
+            approved = replace(approved, measured=measured.fingerprint)
+        if rule.carrier == "overlay":
+            return Preparation("overlay", None, lock, approved.alpha, measured=measured)
+        location = standalone_location(approved)
         written = None
         if self.locked_models.prepared(approved) is None:
             written = self.locked_models.write_standalone(approved, progress)
-        return Preparation("standalone", location, lock, approved.alpha, written)
+        return Preparation("standalone", location, lock, approved.alpha, written, measured)
 
     def _promote(
         self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, lease: Lease
@@ -184,9 +196,10 @@ class Gate:
         if (
             known is not None
             and is_in_force(known, approved, found)
-            and self.locked_models.still_stands(known)
+            and self.locked_models.still_stands(known, rule)
         ):
             return
+        approved = self.measurements.required(approved)
         if rule.carrier == "overlay":
             location, receipt = self.locked_models.write_overlay(approved)
         else:
@@ -270,6 +283,7 @@ def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> 
 
 def _promoted(approved: Approved, receipt: Receipt, location: str) -> LedgerEntry:
     request, lock = approved.request, approved.lock
+    fingerprint = receipt.predicate.source.fingerprint
     return LedgerEntry(
         event="promoted",
         time=_now(),
@@ -289,6 +303,7 @@ def _promoted(approved: Approved, receipt: Receipt, location: str) -> LedgerEntr
         location=location,
         receipt=receipt.digest,
         kinship=approved.promotion.kinship,
+        fingerprint=fingerprint.digest if fingerprint.is_full else None,
     )
 
 

@@ -54,6 +54,7 @@ def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
         "signature.required": floor.signature.required and not gate.signature.required,
         "signature.public_keys": floor.signature.required
         and not set(gate.signature.public_keys) <= set(floor.signature.public_keys),
+        "fingerprint": (gate.fingerprint, floor.fingerprint) == ("sampled", "full"),
         "missing_lock": (gate.missing_lock, floor.missing_lock) == ("allow", "reject"),
         "not_an_llm": (gate.not_an_llm, floor.not_an_llm) == ("allow", "reject"),
         "reads": (gate.reads, floor.reads) == ("warn", "refuse"),

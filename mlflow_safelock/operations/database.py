@@ -1,4 +1,4 @@
-"""The registry's database: whether it answers, and what the ledger in it ends with."""
+"""The registry's database: whether it answers, its tables of ours, and what the ledger ends with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModel
 from sqlalchemy.orm import Session
 
 from mlflow_safelock.errors import LedgerError
-from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate import ledger, schema
 from mlflow_safelock.operations.findings import Finding
 
 _MODELS: sa.Table = SqlRegisteredModel.__table__
@@ -29,6 +29,32 @@ def ask_database(engine: sa.Engine) -> Finding:
             "run: mlflow db upgrade. The log has the details.",
         ) from error
     return Finding("database", "ok", f"The registry's database ({engine.dialect.name}) answers.")
+
+
+def read_schema(engine: sa.Engine) -> Finding:
+    """The version of this package's tables.
+
+    Raises:
+        LedgerError: There are none, or a newer version of this package wrote them.
+    """
+    known = len(schema.STEPS)
+    version = schema.version_of(engine) if sa.inspect(engine).has_table(schema.TABLE.name) else 0
+    facts = {"version": version, "known": known}
+    if version > known:
+        raise LedgerError(
+            f"The tables of safelock are of version {version}, and this package knows those up to {known}.",
+            next_step="Upgrade mlflow-safelock here to the version that wrote them.",
+        )
+    if version < known:
+        return Finding(
+            "schema",
+            "warning",
+            f"The tables of safelock are of version {version}, and are brought to {known} when the registry "
+            "is opened next.",
+            "Open it with this version: start mlflow server with --registry-store-uri safelock+… on it.",
+            facts,
+        )
+    return Finding("schema", "ok", f"The tables of safelock are of version {version}.", "", facts)
 
 
 def read_ledger_head(engine: sa.Engine) -> Finding:

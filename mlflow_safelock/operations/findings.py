@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from mlflow_safelock.errors import SafelockError
 
-Status = Literal["ok", "skipped", "fault"]
+_logger = logging.getLogger(__name__)
+
+Status = Literal["ok", "skipped", "warning", "fault"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Finding:
 
     Attributes:
         check: What was looked at.
-        status: ``ok``, ``fault``, or ``skipped`` where there is nothing to look at.
+        status: ``ok``; ``skipped`` where there is nothing to look at; ``warning`` where it works and may not
+            be what is wanted; ``fault`` where it must be fixed.
         message: What was found, as a sentence.
         next_step: What to do about a fault.
         facts: Values for programs, plain ones.
@@ -34,17 +38,23 @@ class Finding:
         return asdict(self)
 
 
+IN_THE_LOG = "The log has the details."
+
+
 def fault_of(check: str, error: SafelockError) -> Finding:
     """The finding for an error of ours."""
     return Finding(check, "fault", error.cause, error.next_step)
 
 
 def found(check: str, look: Callable[[], Finding]) -> Finding:
-    """What ``look`` finds; an error of ours is a fault."""
+    """What ``look`` finds; an error is a fault, and one that is not ours is told by its kind alone."""
     try:
         return look()
     except SafelockError as error:
         return fault_of(check, error)
+    except Exception as error:  # whatever it is, who asks needs an answer
+        _logger.error("The check of the %s failed", check, exc_info=error)
+        return Finding(check, "fault", f"This check itself failed ({type(error).__name__}).", IN_THE_LOG)
 
 
 def any_fault(findings: Iterable[Finding]) -> bool:

@@ -22,6 +22,7 @@ from mlflow_safelock.provenance.keys import (
     load_public_key,
     load_signing_key,
 )
+from mlflow_safelock.provenance.measuring import check_every_byte, kept_digests, measure, read_whole
 from mlflow_safelock.provenance.receipt import (
     Actor,
     LockReference,
@@ -61,15 +62,19 @@ __all__ = [
     "Span",
     "StoreChecksum",
     "WeightsHeader",
+    "check_every_byte",
     "check_fingerprint",
     "check_lock_signature",
     "check_receipt_signature",
     "configured_public_keys",
     "configured_signing_key",
     "installed_version",
+    "kept_digests",
     "load_public_key",
     "load_signing_key",
+    "measure",
     "read_header",
+    "read_whole",
     "sign_lock",
     "sign_receipt",
     "take_fingerprint",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -49,11 +49,13 @@ class ArtifactFile:
         path: Path inside the folder, with forward slashes.
         size: Size in bytes.
         checksum: What the store says of its bytes; ``None`` where it says nothing.
+        changed: When the file system says that it was changed last, in nanoseconds; ``None`` elsewhere.
     """
 
     path: str
     size: int
     checksum: StoreChecksum | None = None
+    changed: int | None = field(default=None, compare=False)
 
 
 class ArtifactReader(Protocol):
@@ -150,7 +152,8 @@ def _files_below(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -
             if entry.is_dir():
                 yield from _files_below(entry.path, f"{prefix}{entry.name}/", (*above, identity))
             elif entry.is_file():
-                yield ArtifactFile(prefix + entry.name, entry.stat().st_size)
+                found = entry.stat()
+                yield ArtifactFile(prefix + entry.name, found.st_size, changed=found.st_ctime_ns)
 
 
 def _read_span(descriptor: int, target: Path, start: int, length: int) -> bytes:

@@ -8,7 +8,8 @@ store says later, and not with a downloaded copy, which has none.
 
 What it catches: a file added, removed, resized or renamed, any change of a small file (configuration,
 tokenizer, chat template), and a change of weights that touches more than a few bytes of a tensor. What it
-does not catch: an edit of chosen bytes that misses every block.
+does not catch: an edit of chosen bytes that misses every block. Where that matters, a source is measured
+before (``measuring``): then its fingerprint also has a digest over all bytes of each file.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class FileFingerprint(BaseModel):
         spans: ``(start, length)`` in bytes of what was read, in order.
         sha256: Hexadecimal digest of the spans' bytes, one after the other.
         checksum: What the store said of the whole file; where that is nothing, ``None``, and not in JSON.
+        whole: Hexadecimal SHA-256 of the whole file, where every byte of it was read; else not in JSON.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -63,14 +65,14 @@ class FileFingerprint(BaseModel):
     spans: tuple[Span, ...]
     sha256: str
     checksum: StoreChecksum | None = None
+    whole: str | None = None
 
     @model_serializer(mode="wrap")
-    def _without_an_absent_checksum(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As receipts were written before there were checksums, so that those still read back the same."""
+    def _without_what_is_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As receipts were written before there were these, so that those still read back the same."""
         values: dict[str, Any] = serialize(self)
-        if self.checksum is None:
-            values.pop("checksum", None)
-        return values
+        absent = {"checksum": self.checksum is None, "whole": self.whole is None}
+        return {name: value for name, value in values.items() if not absent.get(name, False)}
 
 
 class SourceFingerprint(BaseModel):
@@ -83,7 +85,26 @@ class SourceFingerprint(BaseModel):
     @property
     def digest(self) -> str:
         """``sha256:…`` over the canonical JSON of the fingerprint."""
-        return f"sha256:{hashlib.sha256(rfc8785.dumps(self.model_dump(mode='json'))).hexdigest()}"
+        return f"sha256:{hashlib.sha256(self.to_bytes()).hexdigest()}"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has a digest over all bytes of every file."""
+        return all(file.whole is not None for file in self.files)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files)
+
+    def is_of_the_same_bytes(self, other: SourceFingerprint) -> bool:
+        """Whether both are full, and of the same files; their blocks may be others."""
+        ours, others = ({file.path: file.whole for file in one.files} for one in (self, other))
+        return self.is_full and ours == others
+
+    def to_bytes(self) -> bytes:
+        """The fingerprint as canonical JSON (RFC 8785)."""
+        return rfc8785.dumps(self.model_dump(mode="json"))
 
     def of_copies(self, origins: Mapping[str, str]) -> SourceFingerprint:
         """What the fingerprint says of files that are copies of this folder's.
@@ -116,7 +137,7 @@ def take_fingerprint(reader: ArtifactReader) -> SourceFingerprint:
     files = _files(reader)
     if not files:
         raise SourceError(f"There are no files at {reader.location}.")
-    return SourceFingerprint(files=tuple(_for_each(reader, files, lambda file: _take(reader, file))))
+    return SourceFingerprint(files=tuple(for_each(reader, files, lambda file: _take(reader, file))))
 
 
 def check_fingerprint(
@@ -136,25 +157,25 @@ def check_fingerprint(
     found = {file.path: file for file in _files(reader)}
     expected = {file.path: file for file in fingerprint.files}
     for path in sorted(found.keys() - expected.keys() - set(others)):
-        raise _changed(reader, path, "was not there when the model was locked")
+        raise changed(reader, path, "was not there when the model was locked")
     for path, before in sorted(expected.items()):
         if path not in found:
-            raise _changed(reader, path, "is missing")
+            raise changed(reader, path, "is missing")
         now = found[path]
         if now.size != before.size:
-            raise _changed(reader, path, f"has {now.size} bytes and had {before.size} when it was locked")
+            raise changed(reader, path, f"has {now.size} bytes and had {before.size} when it was locked")
         if before.checksum and now.checksum and now.checksum.differs_from(before.checksum):
-            raise _changed(reader, path, "has another checksum in its store than when the model was locked")
-    for path, same in _for_each(reader, sorted(expected.items()), lambda item: _is_same(reader, item)):
+            raise changed(reader, path, "has another checksum in its store than when the model was locked")
+    for path, same in for_each(reader, sorted(expected.items()), lambda item: _is_same(reader, item)):
         if not same:
-            raise _changed(reader, path, "is not what it was when the model was locked")
+            raise changed(reader, path)
 
 
 def _files(reader: ArtifactReader) -> list[ArtifactFile]:
     return [file for file in reader.files() if file.path not in ADDED_BY_CLIENTS]
 
 
-def _for_each(reader: ArtifactReader, items: Iterable[T], work: Callable[[T], R]) -> list[R]:
+def for_each(reader: ArtifactReader, items: Iterable[T], work: Callable[[T], R]) -> list[R]:
     """The results of ``work`` in order, several at once where reading means waiting."""
     if reader.parallel_files == 1:
         return [work(item) for item in items]
@@ -178,7 +199,10 @@ def _is_same(reader: ArtifactReader, item: tuple[str, FileFingerprint]) -> tuple
     return path, _hash_spans(reader, path, before.spans) == before.sha256
 
 
-def _changed(reader: ArtifactReader, path: str, what: str) -> VerificationError:
+def changed(
+    reader: ArtifactReader, path: str, what: str = "is not what it was when the model was locked"
+) -> VerificationError:
+    """The error about a file that is not as it was."""
     return VerificationError(
         f"The fine-tune's file {path!r} at {reader.location} {what}.",
         next_step="Register the changed model as a new version and promote that one.",

@@ -30,7 +30,13 @@ from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ports import Writer
 from mlflow_safelock.lock import SafetyLock
-from mlflow_safelock.provenance import ArtifactReader, LocalArtifacts
+from mlflow_safelock.provenance import (
+    ArtifactReader,
+    LocalArtifacts,
+    SourceFingerprint,
+    kept_digests,
+    measure,
+)
 from mlflow_safelock.registry.derived import derive_by_download, derive_locally, derive_on_s3
 from mlflow_safelock.registry.proxied import PROXIED_SCHEMES, ProxiedArtifacts
 from mlflow_safelock.registry.remote import RemoteArtifacts
@@ -108,6 +114,19 @@ class RegistryArtifacts:
                 f"The locked model cannot be written to {uri}: {error}.",
                 next_step="Let the registry's process write beside the model's artifacts.",
             ) from error
+
+    def measure(self, uri: str, progress: Progress = silent) -> SourceFingerprint:
+        """Read every byte of the folder at ``uri``; after a failure it goes on where it was, on this machine.
+
+        Raises:
+            SourceError: Something cannot be read.
+            VerificationError: Something was changed meanwhile.
+        """
+        reader = self.reader(uri)
+        kept = kept_digests(reader.location)
+        measured = measure(reader, kept, progress)
+        kept.forget()
+        return measured
 
     def derive(
         self, original: str, uri: str, lock: SafetyLock, write: Writer, progress: Progress = silent

@@ -32,6 +32,9 @@ class RegistryWithoutLedger(SqlRegistry):
     def revocation_of(self, digest: str) -> LedgerEntry | None:
         """None."""
 
+    def preparation_of(self, original: str) -> LedgerEntry | None:
+        """None."""
+
 
 def explain_promotion(
     registry_uri: str, tracking_uri: str | None, policy: Policy, name: str, version: int, target: Target

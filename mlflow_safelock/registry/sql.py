@@ -92,6 +92,11 @@ class SqlRegistry:
         with self.store.ManagedSessionMaker() as session:
             return ledger.revocation_of(session, digest)
 
+    def preparation_of(self, original: str) -> LedgerEntry | None:
+        """The last measuring of the fine-tune at ``original``."""
+        with self.store.ManagedSessionMaker() as session:
+            return ledger.preparation_of(session, original)
+
     def record_policy(self, entry: LedgerEntry) -> None:
         """Append that a policy came into force, where the last that did is another."""
 

@@ -196,6 +196,7 @@ gates:
             ("lock: {min_version: 2}", "lock.max_age_days"),
             ("kinship: {min_cosine: 0.4}", "kinship.min_cosine"),
             ("kinship: {unknown: allow}", "kinship.unknown"),
+            ("fingerprint: sampled", "fingerprint"),
             ("missing_lock: allow", "missing_lock"),
             ("not_an_llm: allow", "not_an_llm"),
             ("reads: warn", "reads"),
@@ -204,7 +205,7 @@ gates:
     def test_a_tag_never_leads_to_a_looser_gate(self, write, gate: str, key: str) -> None:
         strict = (
             "lock: {min_version: 2, max_age_days: 90, revoked: refuse}, kinship: {unknown: reject}, "
-            "not_an_llm: reject"
+            "fingerprint: full, not_an_llm: reject"
         )
         text = f"version: 1\ngates:\n  - {{tags: {{a: b}}, {gate}}}\n  - {{{strict}}}\n"
         with pytest.raises(PolicyError, match=rf"line 3.*no looser than the gate for '\*'.*{key}"):

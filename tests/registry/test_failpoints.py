@@ -36,6 +36,7 @@ POLICY = """
 version: 1
 gates:
   - {models: "whole*", carrier: standalone}
+  - {models: "measured*", fingerprint: full}
   - {models: "*"}
 """
 
@@ -168,6 +169,22 @@ def test_preparation(world: World, failpoint: str) -> None:
     assert run(world.place, "prepare", "whole", int(version)) == 0
     assert run(world.place, "transition_model_version_stage", "whole", version, "Staging") == 0
     assert world.check("whole", version)
+
+
+@pytest.mark.parametrize("failpoint", failpoints.MEASURE)
+def test_measuring(world: World, failpoint: str) -> None:
+    # Else what an earlier one left would do.
+    Path(unquote(urlparse(world.original).path), "notes.txt").write_text(failpoint)
+    version = world.new_version("measured")
+    killed(world, failpoint, "prepare", "measured", int(version))
+    done = failpoint == "measurement-recorded"
+    staging = ("transition_model_version_stage", "measured", version, "Staging")
+    assert run(world.place, *staging) == (0 if done else REFUSED)
+    if not done:
+        assert not world.check("measured", version)
+        assert run(world.place, "prepare", "measured", int(version)) == 0
+        assert run(world.place, *staging) == 0
+    assert world.check("measured", version)
 
 
 @pytest.mark.parametrize("failpoint", failpoints.UNLOCK)

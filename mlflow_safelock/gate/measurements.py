@@ -1,0 +1,156 @@
+"""Full fingerprints: made before a promotion, since they take every byte, and looked up in it.
+
+The fingerprint lies beside the fine-tune, under its own digest. That it was made, and its digest, is a row of
+the ledger, so one that somebody else puts there counts for nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import ValidationError
+
+from mlflow_safelock.apply.checkpoint.progress import Progress
+from mlflow_safelock.errors import PromotionRefused, SourceError, VerificationError
+from mlflow_safelock.gate.approval import Approved
+from mlflow_safelock.gate.failpoints import reach
+from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.locked_models import beside
+from mlflow_safelock.gate.ports import Artifacts, Registry
+from mlflow_safelock.provenance import SourceFingerprint, check_fingerprint
+
+FINGERPRINT_FILE = "fingerprint.json"
+
+MEASURED = "manifest-"
+"""Beginning of the last part of a full fingerprint's location."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A full fingerprint.
+
+    Attributes:
+        fingerprint: The fingerprint.
+        location: Where it lies.
+        is_new: Whether it was made just now.
+    """
+
+    fingerprint: SourceFingerprint
+    location: str
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The full fingerprints of fine-tunes.
+
+    Attributes:
+        registry: The registry, whose ledger says which were made.
+        artifacts: The artifacts behind it.
+    """
+
+    registry: Registry
+    artifacts: Artifacts
+
+    def required(self, approved: Approved) -> Approved:
+        """What is approved, with the full fingerprint where the policy asks for one.
+
+        No more is read for that than the blocks of a sampled one.
+
+        Raises:
+            PromotionRefused: None was made, or the fine-tune is not what was measured.
+        """
+        if approved.rule.fingerprint == "sampled":
+            return approved
+        return replace(approved, measured=self._known(approved).fingerprint)
+
+    def make(self, approved: Approved, progress: Progress) -> Measured:
+        """Measure a fine-tune and put it on record, unless what is on record still holds.
+
+        Raises:
+            SourceError: The fine-tune cannot be read, or the fingerprint not be written beside it.
+            VerificationError: The fine-tune was changed meanwhile.
+        """
+        try:
+            return self._known(approved)
+        except PromotionRefused:
+            pass
+        fingerprint = self.artifacts.measure(approved.original, progress)
+        reach("measured")
+        data = fingerprint.to_bytes()
+        location = beside(approved.original, MEASURED + fingerprint.digest.removeprefix("sha256:")[:32])
+        with TemporaryDirectory(prefix="safelock-") as temporary:
+            (Path(temporary) / FINGERPRINT_FILE).write_bytes(data)
+            self.artifacts.publish(Path(temporary), location)
+        if self.artifacts.reader(location).read(FINGERPRINT_FILE) != data:
+            raise SourceError(
+                f"The fingerprint at {location} did not read back as it was written.",
+                next_step="Look at the artifact store, and do it again.",
+            )
+        reach("measurement-published")
+        self.registry.record(_prepared(approved, fingerprint, location))
+        reach("measurement-recorded")
+        return Measured(fingerprint, location, is_new=True)
+
+    def _known(self, approved: Approved) -> Measured:
+        request = approved.request
+        who = f"{request.name!r} version {request.version}"
+        prepare = (
+            f"Do that where the registry's database and artifacts can be reached: safelock prepare "
+            f"{approved.uri}. Then promote again."
+        )
+        entry = self.registry.preparation_of(approved.original)
+        if entry is None or entry.location is None:
+            raise PromotionRefused(
+                "not_measured",
+                f"The policy asks for a full fingerprint, and the fine-tune of {who} was not measured.",
+                next_step=prepare,
+            )
+        try:
+            data = self.artifacts.reader(entry.location).read(FINGERPRINT_FILE)
+            fingerprint = SourceFingerprint.model_validate_json(data)
+        except (SourceError, ValidationError) as error:
+            raise PromotionRefused(
+                "not_measured",
+                f"The fingerprint of {who} at {entry.location} is gone, or cannot be read.",
+                next_step=prepare,
+            ) from error
+        if f"sha256:{hashlib.sha256(data).hexdigest()}" != entry.fingerprint or not fingerprint.is_full:
+            raise PromotionRefused(
+                "not_measured",
+                f"The fingerprint of {who} at {entry.location} is not the one that the ledger names.",
+                next_step=prepare,
+            )
+        try:
+            check_fingerprint(fingerprint, self.artifacts.reader(approved.original))
+        except VerificationError as error:
+            raise PromotionRefused(
+                "source_changed", error.cause, next_step=f"{error.next_step} Measure it before: {prepare}"
+            ) from error
+        return Measured(fingerprint, entry.location, is_new=False)
+
+
+def _prepared(approved: Approved, fingerprint: SourceFingerprint, location: str) -> LedgerEntry:
+    request = approved.request
+    return LedgerEntry(
+        event="prepared",
+        time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        workspace=request.workspace,
+        model=request.name,
+        version=request.version,
+        target="prepare:fingerprint",
+        actor=request.actor,
+        reason=None,
+        message=None,
+        policy=approved.policy.digest,
+        lock=None,
+        alpha=None,
+        original_location=approved.original,
+        location=location,
+        receipt=None,
+        fingerprint=fingerprint.digest,
+    )
