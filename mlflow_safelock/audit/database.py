@@ -28,8 +28,8 @@ from mlflow_safelock.audit.rows import (
 )
 from mlflow_safelock.errors import LedgerError
 from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate.guard import fault_of
 from mlflow_safelock.gate.policy import Policy
-from mlflow_safelock.gate.ports import Target
 
 SCHEME_PREFIX = "safelock+"
 """What makes MLflow put the gate in front of a database; the database is the same without it."""
@@ -131,28 +131,21 @@ def _row(session: Session, version: RegisteredVersion) -> AuditRow:
 def _held_to(
     policy: Policy | None, row: AuditRow, version: RegisteredVersion, ledger_session: Session | None
 ) -> AuditRow:
-    """The row, with a violation where the version is in a gated place and neither locked nor let through."""
-    tags = version.tags, version.model_tags
-    rule = policy.rule_for(version.name, *tags) if policy is not None else None
-    if rule is None or row.state == "locked":
+    """The row, with a violation where the version is in a gated place and may not be there."""
+    found = version.as_the_gate_sees_it
+    rule = policy.rule_for(found.name, found.tags, found.model_tags) if policy is not None else None
+    if rule is None or not rule.gated_places(found):
         return row
-    stage, aliases = Target("stage", version.stage), (Target("alias", alias) for alias in version.aliases)
-    places = [str(place) for place in (stage, *aliases) if rule.covers(place)]
-    if not places or (ledger_session is not None and _was_let_through(ledger_session, version)):
-        return row
-    violation = f"It is in {' and '.join(places)}, which the policy gates, and did not pass the gate."
-    return replace(row, violation=violation)
-
-
-def _was_let_through(session: Session, version: RegisteredVersion) -> bool:
-    """Whether the gate decided that the version may go on unlocked as it is, such as one of no LLM."""
     try:
-        decision = ledger.decision_on(session, version.workspace, version.name, version.version)
-    except LedgerError:
-        return False
-    return (
-        decision is not None and decision.event == "passed" and decision.original_location == version.location
-    )
+        decision = (
+            None
+            if ledger_session is None
+            else ledger.decision_on(ledger_session, version.workspace, found.name, found.version)
+        )
+    except LedgerError as error:
+        return replace(row, violation=f"What was decided about it cannot be read: {error.cause}")
+    fault = fault_of(found, rule, decision)
+    return row if fault is None else replace(row, violation=f"It {fault}")
 
 
 def _versions(session: Session, keys: Collection[str]) -> list[RegisteredVersion]:

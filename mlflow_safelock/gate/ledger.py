@@ -65,15 +65,17 @@ class LedgerEntry(BaseModel):
     Attributes:
         event: ``promoted`` (locked), ``rejected``, ``passed`` (let through unlocked, as the policy says),
             ``unlocked`` (the lock was taken off), ``renamed`` (a promotion goes on under another name),
-            ``revoked`` (a lock may not be applied any more; model and version are the lock's), or
-            ``policy`` (another policy came into force; there is no model, and the version is 0).
+            ``revoked`` (a lock may not be applied any more; model and version are the lock's),
+            ``policy`` (another policy came into force; there is no model, and the version is 0), or
+            ``reconciled`` (something past the gate was put right; what a version serves is decided by the
+            other rows alone).
         time: ISO 8601 in UTC.
         workspace: MLflow workspace; ``default`` where workspaces are off.
         model: Registered model.
         version: Its number.
         target: ``stage:…`` or ``alias:…``.
         actor: Who asked.
-        reason: Reason code of a rejection, pass, unlocking or revocation.
+        reason: Reason code of a rejection, pass, unlocking or revocation; what a reconciliation did.
         message: The sentence that went with it.
         policy: Digest of the policy in force.
         lock: The lock in force after a promotion.
@@ -86,7 +88,7 @@ class LedgerEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    event: Literal["promoted", "rejected", "passed", "unlocked", "renamed", "revoked", "policy"]
+    event: Literal["promoted", "rejected", "passed", "unlocked", "renamed", "revoked", "policy", "reconciled"]
     time: NonEmpty
     workspace: NonEmpty
     model: NonEmpty

@@ -62,7 +62,7 @@ class Redirection:
         expected_location: Where it is downloaded from before; anything else means that somebody was faster.
         location: Where it is downloaded from afterwards.
         tags: Tags to set.
-        entry: Row for the ledger.
+        entries: Rows for the ledger.
         lease: The lease that ends with it.
     """
 
@@ -71,7 +71,26 @@ class Redirection:
     expected_location: str
     location: str
     tags: Mapping[str, str]
-    entry: LedgerEntry
+    entries: tuple[LedgerEntry, ...]
+    lease: Lease | None = None
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """Taking a version out of a stage and aliases, in one transaction.
+
+    Attributes:
+        found: The version as it was found; where its stage or location is another by then, nothing is done.
+        leaves_stage: Whether it leaves its stage, for none.
+        aliases: The aliases that are taken off it.
+        entries: Rows for the ledger.
+        lease: The lease that ends with it.
+    """
+
+    found: ModelVersion
+    leaves_stage: bool
+    aliases: tuple[str, ...]
+    entries: tuple[LedgerEntry, ...]
     lease: Lease | None = None
 
 
@@ -110,8 +129,15 @@ class Registry(Protocol):
             Whether it was done.
         """
 
-    def record(self, entry: LedgerEntry) -> None:
-        """Append a row to the ledger."""
+    def withdraw(self, withdrawal: Withdrawal) -> bool:
+        """Do all of it in one transaction, or, where the version is not as it was found, nothing.
+
+        Returns:
+            Whether it was done.
+        """
+
+    def record(self, *entries: LedgerEntry) -> None:
+        """Append rows to the ledger, all of them or none."""
 
     def record_policy(self, entry: LedgerEntry) -> None:
         """Append that a policy came into force, where the last that did is another."""
