@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,28 @@ def database_rows(
     Raises:
         LedgerError: The database is not there, holds no registry, or cannot be read.
     """
+    with _reading(registry_uri) as (session, has_ledger):
+        # The tags that gates of the policy are for, beside those that the gate sets.
+        keys = {key for gate in policy.gates for key in gate.tags} if policy is not None else set()
+        versions = [version for version in _versions(session, keys) if is_wanted(version.name)]
+        for version in versions:
+            row = _row(session, version) if has_ledger else row_without_evidence(version)
+            yield _held_to(policy, row, version, session if has_ledger else None)
+
+
+def registered_versions(registry_uri: str) -> list[RegisteredVersion]:
+    """Every version in the registry's database, of all workspaces; without the tags of people.
+
+    Raises:
+        LedgerError: The database is not there, holds no registry, or cannot be read.
+    """
+    with _reading(registry_uri) as (session, _):
+        return _versions(session, ())
+
+
+@contextmanager
+def _reading(registry_uri: str) -> Iterator[tuple[Session, bool]]:
+    """A session of a registry's database, and whether there is a ledger in it."""
     try:
         url = sa.make_url(registry_uri.removeprefix(SCHEME_PREFIX))
     except sa.exc.ArgumentError as error:
@@ -81,13 +104,7 @@ def database_rows(
             tables = sa.inspect(engine)
             if not tables.has_table(_VERSIONS.name):
                 raise LedgerError(f"There is no model registry in the database {url!r}.", next_step=_NEXT)
-            # The tags that gates of the policy are for, beside those that the gate sets.
-            keys = {key for gate in policy.gates for key in gate.tags} if policy is not None else set()
-            versions = [version for version in _versions(session, keys) if is_wanted(version.name)]
-            has_ledger = tables.has_table(ledger.TABLE.name)
-            for version in versions:
-                row = _row(session, version) if has_ledger else row_without_evidence(version)
-                yield _held_to(policy, row, version, session if has_ledger else None)
+            yield session, tables.has_table(ledger.TABLE.name)
     except sa.exc.SQLAlchemyError as error:
         raise LedgerError(
             f"The registry's database {url!r} cannot be read: {error.args[0] if error.args else error}.",

@@ -12,6 +12,7 @@ from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.guarded import database_of, destination_option, open_guarded, use_destination
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
 from mlflow_safelock.cli.output import counted, new_table, show_json, show_lines, show_table, shown, working
+from mlflow_safelock.cli.sweep import sweep_artifacts
 
 if TYPE_CHECKING:
     from mlflow_safelock.gate.reconciling import Repair, Way
@@ -27,10 +28,13 @@ _LEFT = "left as it is"
         "safelock reconcile --registry-uri safelock+postgresql://mlflow@db/mlflow",
         "safelock reconcile --lock --demote --registry-uri safelock+postgresql://mlflow@db/mlflow \\",
         "    --artifacts-destination s3://bucket/mlflow",
+        "safelock reconcile --sweep --registry-uri safelock+sqlite:///registry.db",
     ),
 )
 @click.option("--lock", is_flag=True, help="Lock what slipped through, or put it back as it was locked.")
 @click.option("--demote", is_flag=True, help="Take what is not locked out of its gated stage and aliases.")
+@click.option("--sweep", is_flag=True, help="List locked models in the artifact store that nobody needs.")
+@click.option("--yes", is_flag=True, help="With --sweep: delete them, without asking.")
 @click.option(
     "--model",
     "models",
@@ -43,6 +47,8 @@ _LEFT = "left as it is"
 def reconcile(
     lock: bool,
     demote: bool,
+    sweep: bool,
+    yes: bool,
     models: str | None,
     artifacts_destination: str | None,
     form: str,
@@ -56,9 +62,20 @@ def reconcile(
     both, only one that the gate refuses to lock. Every repair has a row in the ledger. The exit code is 3
     where something differs, and is left.
 
+    With --sweep it lists the locked models beside fine-tunes that no version and no row of the ledger needs,
+    with the bytes that they take, and deletes them with --yes, or once you say so on a terminal.
+
     This works on the registry's own database and artifacts, not through a server, with the policy that
-    SAFELOCK_POLICY names. Repairs need --registry-uri safelock+...
+    SAFELOCK_POLICY names. Repairs and sweeping need --registry-uri safelock+...
     """
+    if sweep and (lock or demote or models):
+        raise click.UsageError("--sweep goes by itself: what is needed is asked of all versions.")
+    if yes and not sweep:
+        raise click.UsageError("--yes is for --sweep.")
+    if sweep:
+        use_destination(artifacts_destination)
+        sweep_artifacts(mlflow_address, form, delete=yes)
+        return
     ways: tuple[Way, ...] = (*(("lock",) if lock else ()), *(("demote",) if demote else ()))
     use_destination(artifacts_destination)
     with working("Opening the registry"):

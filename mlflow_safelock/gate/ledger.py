@@ -199,6 +199,16 @@ def entries(session: Session) -> Iterator[LedgerEntry]:
         yield _entry(row)
 
 
+def locking_entries(session: Session) -> list[LedgerEntry]:
+    """Every row by which a version was locked, oldest first.
+
+    Raises:
+        LedgerError: A row's body is not what its digest says.
+    """
+    chosen = sa.select(TABLE).where(TABLE.c.event.in_(LOCKING)).order_by(TABLE.c.sequence)
+    return [_entry(row) for row in session.execute(chosen)]
+
+
 def last_entries(session: Session, limit: int, model: str | None = None) -> list[tuple[int, LedgerEntry]]:
     """The last rows with their numbers, newest first; of one registered model where it is named.
 

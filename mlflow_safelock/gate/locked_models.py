@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -32,6 +33,14 @@ _logger = logging.getLogger(__name__)
 
 STANDALONE = "standalone-"
 """Beginning of the last part of a standalone model's location."""
+
+BESIDE = "-safelock"
+"""What the folder of locked models beside a fine-tune is called after it."""
+
+_DIGITS = "[0-9a-f]{32}"
+
+LOCKED_FOLDER = re.compile(rf"(?:{STANDALONE})?{_DIGITS}|\.(?:{STANDALONE})?{_DIGITS}-{_DIGITS}")
+"""Names in that folder which this package gives: overlays, standalone models, and either as it is written."""
 
 MAX_LOCATION = 500
 """Longest download location that MLflow's table holds, in characters."""
@@ -200,7 +209,7 @@ def _check_as_written(written: Mapping[str, bytes], there: ArtifactReader) -> No
 
 def _overlay_location(approved: Approved, receipt: Receipt) -> str:
     name = receipt.digest.removeprefix("sha256:")[:32]
-    return _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
+    return _short_enough(f"{folder_beside(approved.original)}/{name}")
 
 
 def standalone_location(approved: Approved) -> str:
@@ -211,7 +220,12 @@ def standalone_location(approved: Approved) -> str:
     """
     made_of = rfc8785.dumps([approved.original, approved.lock.lock.digest, approved.alpha])
     name = f"{STANDALONE}{hashlib.sha256(made_of).hexdigest()[:32]}"
-    return _short_enough(f"{approved.original.rstrip('/')}-safelock/{name}")
+    return _short_enough(f"{folder_beside(approved.original)}/{name}")
+
+
+def folder_beside(original: str) -> str:
+    """Where the locked models of a fine-tune are."""
+    return f"{original.rstrip('/')}{BESIDE}"
 
 
 def is_standalone(location: str | None) -> bool:

@@ -18,9 +18,9 @@ from mlflow_safelock.provenance import ArtifactReader
 
 @dataclass(frozen=True)
 class Target:
-    """Where a version is being promoted to: a stage or an alias; or that it is being prepared or read."""
+    """Where a version is being promoted to: a stage or an alias; or what else is being done."""
 
-    kind: Literal["stage", "alias", "prepare", "read"]
+    kind: Literal["stage", "alias", "prepare", "read", "sweep"]
     name: str
 
     def __str__(self) -> str:
@@ -94,6 +94,23 @@ class Withdrawal:
     lease: Lease | None = None
 
 
+@dataclass(frozen=True)
+class LockedFolder:
+    """A folder of a locked model beside its fine-tune, or what is left of one.
+
+    Attributes:
+        location: Where it is.
+        size: Bytes that would be free without it; those that it shares with others by links are not counted.
+        files: How many files it has.
+        is_complete: Whether a whole model is there: its MLmodel file is written last.
+    """
+
+    location: str
+    size: int
+    files: int
+    is_complete: bool
+
+
 class Registry(Protocol):
     """The registry that the gate guards."""
 
@@ -114,6 +131,12 @@ class Registry(Protocol):
 
     def revocation_of(self, digest: str) -> LedgerEntry | None:
         """The revocation of the lock with a digest; ``None`` where it stands."""
+
+    def locking_entries(self) -> Sequence[LedgerEntry]:
+        """Every row of the ledger by which a version was locked, oldest first."""
+
+    def works_held(self) -> Sequence[Work]:
+        """What somebody is at work on now."""
 
     def lease(self, work: Work) -> AbstractContextManager[Lease]:
         """Wait until nobody else is at work on a version, and be who is.
@@ -159,6 +182,15 @@ class Artifacts(Protocol):
 
     def publish(self, folder: Path, uri: str) -> None:
         """Write a local folder to ``uri``."""
+
+    def locked_folders(self, original: str) -> Sequence[LockedFolder]:
+        """The folders of locked models beside a fine-tune, as far as this package wrote them."""
+
+    def place(self, uri: str) -> str:
+        """Where a URI really lies, so that two spellings of one place are the same."""
+
+    def delete_locked_folder(self, location: str) -> None:
+        """Delete one of the folders that ``locked_folders`` names, and nothing else."""
 
     def derive(
         self, original: str, uri: str, lock: SafetyLock, write: Writer, progress: Progress

@@ -19,6 +19,7 @@ from mlflow_safelock.audit.rows import AuditRow
 from mlflow_safelock.gate.guard import Guard
 from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.reconciling import Reconciling, Repair, Way
+from mlflow_safelock.operations.sweeping import Sweeping
 from mlflow_safelock.registry.actor import current_actor
 from mlflow_safelock.registry.explaining import reading_gate
 from mlflow_safelock.registry.stores import SafelockStore, SafelockWorkspaceStore, connect
@@ -80,6 +81,11 @@ def reading_only(
         return Reconciling(Guard(reading_gate(connect(registry_uri), tracking_uri, policy)))
 
     return Reconciliation(registry_uri, lambda: policy, reconciling, wanted(models))
+
+
+def sweeping(store: SafelockStore | SafelockWorkspaceStore, registry_uri: str) -> Sweeping:
+    """What sweeps the artifact store of an open registry."""
+    return Sweeping(registry_uri, store.reconciling.gate)
 
 
 def repairing(

@@ -93,8 +93,17 @@ class SqlRegistry:
         """The revocation of the lock with a digest."""
         return self._from_ledger(lambda session: ledger.revocation_of(session, digest))
 
-    def _from_ledger(self, read: Callable[[Any], LedgerEntry | None]) -> LedgerEntry | None:
-        """A row of the ledger; one that was edited is an error of ours, which MLflow's session wraps."""
+    def locking_entries(self) -> Sequence[LedgerEntry]:
+        """Every row of the ledger by which a version was locked, oldest first."""
+        return self._from_ledger(ledger.locking_entries)
+
+    def works_held(self) -> Sequence[Work]:
+        """What somebody is at work on now."""
+        with self.store.ManagedSessionMaker() as session:
+            return leases.held(session)
+
+    def _from_ledger(self, read: Callable[[Any], T]) -> T:
+        """Rows of the ledger; one that was edited is an error of ours, which MLflow's session wraps."""
         try:
             with self.store.ManagedSessionMaker() as session:
                 return read(session)
