@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from mlflow_safelock.audit.rows import (
 )
 from mlflow_safelock.errors import LedgerError
 from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate.guard import fault_of
 from mlflow_safelock.gate.policy import Policy
-from mlflow_safelock.gate.ports import Target
 
 SCHEME_PREFIX = "safelock+"
 """What makes MLflow put the gate in front of a database; the database is the same without it."""
@@ -69,6 +70,28 @@ def database_rows(
     Raises:
         LedgerError: The database is not there, holds no registry, or cannot be read.
     """
+    with _reading(registry_uri) as (session, has_ledger):
+        # The tags that gates of the policy are for, beside those that the gate sets.
+        keys = {key for gate in policy.gates for key in gate.tags} if policy is not None else set()
+        versions = [version for version in _versions(session, keys) if is_wanted(version.name)]
+        for version in versions:
+            row = _row(session, version) if has_ledger else row_without_evidence(version)
+            yield _held_to(policy, row, version, session if has_ledger else None)
+
+
+def registered_versions(registry_uri: str) -> list[RegisteredVersion]:
+    """Every version in the registry's database, of all workspaces; without the tags of people.
+
+    Raises:
+        LedgerError: The database is not there, holds no registry, or cannot be read.
+    """
+    with _reading(registry_uri) as (session, _):
+        return _versions(session, ())
+
+
+@contextmanager
+def _reading(registry_uri: str) -> Iterator[tuple[Session, bool]]:
+    """A session of a registry's database, and whether there is a ledger in it."""
     engine = open_database(registry_uri)
     url = engine.url
     try:
@@ -76,13 +99,7 @@ def database_rows(
             tables = sa.inspect(engine)
             if not tables.has_table(_VERSIONS.name):
                 raise LedgerError(f"There is no model registry in the database {url!r}.", next_step=_NEXT)
-            # The tags that gates of the policy are for, beside those that the gate sets.
-            keys = {key for gate in policy.gates for key in gate.tags} if policy is not None else set()
-            versions = [version for version in _versions(session, keys) if is_wanted(version.name)]
-            has_ledger = tables.has_table(ledger.TABLE.name)
-            for version in versions:
-                row = _row(session, version) if has_ledger else row_without_evidence(version)
-                yield _held_to(policy, row, version, session if has_ledger else None)
+            yield session, tables.has_table(ledger.TABLE.name)
     except sa.exc.SQLAlchemyError as error:
         raise LedgerError(
             f"The registry's database {url!r} cannot be read: {error.args[0] if error.args else error}.",
@@ -140,28 +157,21 @@ def _row(session: Session, version: RegisteredVersion) -> AuditRow:
 def _held_to(
     policy: Policy | None, row: AuditRow, version: RegisteredVersion, ledger_session: Session | None
 ) -> AuditRow:
-    """The row, with a violation where the version is in a gated place and neither locked nor let through."""
-    tags = version.tags, version.model_tags
-    rule = policy.rule_for(version.name, *tags) if policy is not None else None
-    if rule is None or row.state == "locked":
+    """The row, with a violation where the version is in a gated place and may not be there."""
+    found = version.as_the_gate_sees_it
+    rule = policy.rule_for(found.name, found.tags, found.model_tags) if policy is not None else None
+    if rule is None or not rule.gated_places(found):
         return row
-    stage, aliases = Target("stage", version.stage), (Target("alias", alias) for alias in version.aliases)
-    places = [str(place) for place in (stage, *aliases) if rule.covers(place)]
-    if not places or (ledger_session is not None and _was_let_through(ledger_session, version)):
-        return row
-    violation = f"It is in {' and '.join(places)}, which the policy gates, and did not pass the gate."
-    return replace(row, violation=violation)
-
-
-def _was_let_through(session: Session, version: RegisteredVersion) -> bool:
-    """Whether the gate decided that the version may go on unlocked as it is, such as one of no LLM."""
     try:
-        decision = ledger.decision_on(session, version.workspace, version.name, version.version)
-    except LedgerError:
-        return False
-    return (
-        decision is not None and decision.event == "passed" and decision.original_location == version.location
-    )
+        decision = (
+            None
+            if ledger_session is None
+            else ledger.decision_on(ledger_session, version.workspace, found.name, found.version)
+        )
+    except LedgerError as error:
+        return replace(row, violation=f"What was decided about it cannot be read: {error.cause}")
+    fault = fault_of(found, rule, decision)
+    return row if fault is None else replace(row, violation=f"It {fault}")
 
 
 def _versions(session: Session, keys: Collection[str]) -> list[RegisteredVersion]:

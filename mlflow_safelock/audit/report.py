@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 
 from mlflow.tracking import is_tracking_uri_set
@@ -60,15 +60,19 @@ def audit_rows(
     """The rows of ``audit``, one by one as they are found: through a server each takes a few requests."""
     registry = _resolve_registry_uri(registry_uri, tracking_uri)
 
-    def is_wanted(model: str) -> bool:
-        return not fnmatchcase(model, LOCK_MODELS) if models is None else fnmatchcase(model, models)
-
     if is_database(registry):
-        return database_rows(registry, is_wanted, _policy_of(registry))
+        return database_rows(registry, wanted(models), _policy_of(registry))
     if tracking_uri is None and not is_tracking_uri_set():
         # A server is both, and its artifacts are to be had nowhere else.
         tracking_uri = registry
-    return server_rows(registry, tracking_uri, is_wanted)
+    return server_rows(registry, tracking_uri, wanted(models))
+
+
+def wanted(models: str | None) -> Callable[[str], bool]:
+    """Whether a registered model is wanted: its name matches the glob, or, without one, it is no lock."""
+    if models is None:
+        return lambda model: not fnmatchcase(model, LOCK_MODELS)
+    return lambda model: fnmatchcase(model, models)
 
 
 def _policy_of(registry: str) -> Policy | None:

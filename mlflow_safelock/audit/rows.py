@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.ports import ModelVersion
 from mlflow_safelock.provenance import PublicKey, Receipt
 
 State = Literal["locked", "locked (copy)", "unlocked", "unknown"]
@@ -58,6 +59,20 @@ class RegisteredVersion:
 
     def __str__(self) -> str:
         return f"{self.name!r} version {self.version}"
+
+    @property
+    def as_the_gate_sees_it(self) -> ModelVersion:
+        """The version as the gate's own functions take it."""
+        return ModelVersion(
+            name=self.name,
+            version=self.version,
+            source=self.source,
+            location=self.location,
+            tags=self.tags,
+            stage=self.stage,
+            aliases=self.aliases,
+            model_tags=self.model_tags,
+        )
 
 
 @dataclass(frozen=True)
@@ -178,9 +193,9 @@ class AuditRow:
         by_verified: Whether MLflow's authentication vouched for them; otherwise the name is only claimed.
         evidence: What the state rests on.
         drift: What does not agree with the evidence, one sentence each.
-        violation: Why it may not be where it is: in a gated stage or under a gated alias, and neither
-            locked nor let through. ``None`` where it may, and where that is not told: without a policy,
-            or through a server.
+        violation: Why it may not be where it is: in a gated stage or under a gated alias, and not as the gate
+            decided about it, so that the gate hands it to nobody. ``None`` where it may, and where that is
+            not told: without a policy, or through a server.
     """
 
     workspace: str

@@ -87,11 +87,11 @@ def explain(
 
     from mlflow_safelock.registry.explaining import explain_promotion
 
-    uri = _database_of(mlflow_address, "only its server knows what it would do")
+    uri = database_of(mlflow_address, "only its server knows what it would do")
     return explain_promotion(uri, mlflow.get_tracking_uri(), policy, *version, target)
 
 
-def _database_of(mlflow_address: MlflowAddress, why: str) -> str:
+def database_of(mlflow_address: MlflowAddress, why: str) -> str:
     """The registry's address, where it is one of a database; ``why`` says what needs that."""
     import mlflow
 
@@ -119,7 +119,7 @@ def open_ledger(mlflow_address: MlflowAddress) -> sa.Engine:
     from mlflow_safelock.gate.ledger import TABLE
     from mlflow_safelock.registry.stores import connect
 
-    uri = _database_of(mlflow_address, "its ledger cannot be reached through a server")
+    uri = database_of(mlflow_address, "its ledger cannot be reached through a server")
     engine: sa.Engine = connect(uri).engine
     if not sa.inspect(engine).has_table(TABLE.name):
         raise LedgerError(

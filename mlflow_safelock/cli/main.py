@@ -17,6 +17,7 @@ from mlflow_safelock.cli.policy import policy
 from mlflow_safelock.cli.prepare import prepare
 from mlflow_safelock.cli.promote import promote
 from mlflow_safelock.cli.recipes import recipes
+from mlflow_safelock.cli.reconcile import reconcile
 from mlflow_safelock.cli.run import run
 from mlflow_safelock.cli.undo import undo
 from mlflow_safelock.cli.unlock import unlock
@@ -43,12 +44,13 @@ def main() -> None:
     base when it is promoted: by plain MLflow calls, through a registry that this package guards.
 
     The result goes to standard output, everything else to standard error. Exit codes: 0 done, 1 refused or
-    failed, 2 the command line is not right, 3 the audit found a version where it may not be.
+    failed, 2 the command line is not right, 3 a version is where it may not
+    be, or is left there.
     """
 
 
 for _command in (
     *(demo, forge, lock, compare, prepare, promote, export, undo),
-    *(doctor, policy, audit, ledger, unlock, recipes, run),
+    *(doctor, policy, audit, reconcile, ledger, unlock, recipes, run),
 ):
     main.add_command(_command)

@@ -15,13 +15,23 @@ from mlflow_safelock.provenance import Actor, LockReference, Promotion, SourceFi
 
 @dataclass(frozen=True)
 class Request:
-    """A promotion that somebody asked for."""
+    """A promotion that somebody asked for.
+
+    Attributes:
+        name: Registered model.
+        version: Its version.
+        target: Where it goes.
+        actor: Who asked.
+        workspace: MLflow workspace.
+        found: What a repair found that asks for it; ``None`` where a client asks.
+    """
 
     name: str
     version: int
     target: Target
     actor: Actor
     workspace: str
+    found: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from mlflow_safelock.gate.approval import Approved, Request, approve, original_o
 from mlflow_safelock.gate.locked_models import standalone_location
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion
-from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate, is_in_force, tags_of
+from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate, is_in_force, promoted_entry, tags_of
 from mlflow_safelock.gate.strength import ALPHA_TAG
 
 Outcome = Literal["lock", "nothing to do", "pass unlocked", "refuse", "not gated"]
@@ -72,8 +72,13 @@ class Explanation:
     refusal: Refusal | None = None
 
 
-def explain(gate: Gate, request: Request) -> Explanation:
+def explain(gate: Gate, request: Request, found: ModelVersion | None = None) -> Explanation:
     """Find out what a promotion would do.
+
+    Args:
+        gate: The gate.
+        request: The promotion.
+        found: The version, where it is to be taken as something else than the registry has.
 
     Everything is checked as in the promotion itself: an overlay is made in a temporary folder, and a
     standalone model that was prepared is compared with its receipt. Only what others do at the same time is
@@ -83,7 +88,7 @@ def explain(gate: Gate, request: Request) -> Explanation:
         mlflow.exceptions.MlflowException: There is no such version.
     """
     policy = gate.policy()
-    found = gate.registry.model_version(request.name, request.version)
+    found = found or gate.registry.model_version(request.name, request.version)
     choice = policy.choose(found.name, found.tags, found.model_tags)
     begun = Explanation(
         request.name,
@@ -152,12 +157,12 @@ def _writes(gate: Gate, approved: Approved) -> tuple[str, ...]:
         # Its name is that of its receipt, which holds the time.
         model = f"an overlay of {size} bytes below {location.rpartition('/')[0]}/"
     else:
-        receipt = gate.locked_models.found_prepared(approved)
-        model = f"no model: the standalone one at {standalone_location(approved)} is there"
+        location, receipt = standalone_location(approved), gate.locked_models.found_prepared(approved)
+        model = f"no model: the standalone one at {location} is there"
     return (
         model,
         "the version's download location, which becomes that place",
-        f"the version's tags {', '.join(tags_of(approved, receipt))}",
+        f"the version's tags {', '.join(tags_of(promoted_entry(approved, receipt, location)))}",
         "a row 'promoted' in the ledger",
     )
 

@@ -38,10 +38,13 @@ MEASURE = ("prepare-approved", "measured", "measurement-published", "measurement
 UNLOCK = ("unlock-approved", *IN_A_TRANSACTION)
 """Taking a lock off."""
 
+WITHDRAW = ("transaction-begun", "withdrawn", "ledger-appended", "committed")
+"""Taking a version out of its stage and aliases."""
+
 RENAME = ("rename-checked", "renamed", "rename-recorded")
 """Renaming a registered model; the last is after each version's row."""
 
-_NAMES = frozenset((*OVERLAY, *STANDALONE, *PREPARE, *MEASURE, *UNLOCK, *RENAME))
+_NAMES = frozenset((*OVERLAY, *STANDALONE, *PREPARE, *MEASURE, *UNLOCK, *WITHDRAW, *RENAME))
 
 
 def reach(name: str) -> None:

@@ -50,29 +50,25 @@ class Guard:
             return
         found = self.gate.registry.model_version(name, version)
         rule = policy.rule_for(name, found.tags, found.model_tags)
-        places = rule.gated_places(found) if rule is not None else ()
-        if rule is None or not places:
+        if rule is None or not rule.gated_places(found):
             return
         decision = self.gate.registry.decision_on(workspace, name, version)
+        fault = fault_of(found, rule, decision)
+        if fault is not None:
+            if decision is None and self._is_no_language_model(found, rule):
+                request = Request(name, version, READ, actor, workspace)
+                self.gate.record(request, policy, "passed", NOT_AN_LLM, found.location)
+                return
+            _warn_or_refuse(
+                rule.reads,
+                PromotionRefused(
+                    "not_locked",
+                    f"{name!r} version {version} {fault}",
+                    next_step="Promote it again, which locks it, or take it out of there.",
+                ),
+            )
         if decision is not None and stands(decision, found):
             self._look_at_the_lock(decision, rule, found)
-            if rule.tags:
-                _look_at_the_tags(decision, rule, found)
-            return
-        if decision is None and self._is_no_language_model(found, rule):
-            request = Request(name, version, READ, actor, workspace)
-            self.gate.record(request, policy, "passed", NOT_AN_LLM, found.location)
-            return
-        where = " and ".join(str(place) for place in places)
-        _warn_or_refuse(
-            rule.reads,
-            PromotionRefused(
-                "not_locked",
-                f"{name!r} version {version} is in {where}, and what it serves did not pass the gate: "
-                + _difference(decision, found),
-                next_step="Promote it again, which locks it, or take it out of there.",
-            ),
-        )
 
     def unlock(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> str:
         """Let a version serve its fine-tune again, unlocked.
@@ -133,7 +129,7 @@ class Guard:
                 expected_location=found.location,
                 location=known.original_location,
                 tags={"safelock.state": "unlocked"},
-                entry=entry,
+                entries=(entry,),
                 lease=lease,
             )
         )
@@ -237,35 +233,46 @@ def stands(decision: LedgerEntry, found: ModelVersion) -> bool:
     return decision.event == "passed" and decision.original_location == found.location
 
 
-def _look_at_the_tags(decision: LedgerEntry, rule: GateRule, found: ModelVersion) -> None:
-    """A version that got its tags after its promotion was held to a looser gate than it is in now.
+def fault_of(found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) -> str | None:
+    """Why a version may not be where it is, after its name and number; ``None`` where it may.
 
-    Raises:
-        PromotionRefused: It would not have passed the one it is in now, as far as the ledger tells.
+    Args:
+        found: The version as the registry has it.
+        rule: The gate that decides over it.
+        decision: What was decided about it last.
+    """
+    places = rule.gated_places(found)
+    if not places:
+        return None
+    if decision is None or not stands(decision, found):
+        where = " and ".join(str(place) for place in places)
+        difference = _difference(decision, found)
+        return f"is in {where}, and what it serves did not pass the gate: {difference}"
+    if rule.tags and not _meets(rule, decision):
+        tags = ", ".join(f"{key}: {glob}" for key, glob in rule.tags.items())
+        return (
+            f"was promoted before it had its tags, and the gate for those ({tags}) asks for more than it was "
+            "promoted with."
+        )
+    return None
+
+
+def _meets(rule: GateRule, decision: LedgerEntry) -> bool:
+    """Whether a version that got its tags after its promotion would have passed the gate that it is in now.
+
+    It was held to a looser one; this is as far as the ledger tells.
     """
     if decision.lock is None or decision.alpha is None:
-        met = (
-            rule.missing_lock == "allow" if decision.reason == "missing_lock" else rule.not_an_llm == "allow"
-        )
-    else:
-        unknown = decision.kinship is None and rule.kinship.unknown == "allow"
-        met = (
-            decision.lock.version >= rule.lock.min_version
-            and decision.alpha >= rule.alpha.min
-            and (unknown or (decision.kinship or 0.0) >= rule.kinship.min_cosine)
-            and (rule.fingerprint == "sampled" or decision.fingerprint is not None)
-        )
-    if not met:
-        tags = ", ".join(f"{key}: {glob}" for key, glob in rule.tags.items())
-        _warn_or_refuse(
-            rule.reads,
-            PromotionRefused(
-                "not_locked",
-                f"{found.name!r} version {found.version} was promoted before it had its tags, and the gate "
-                f"for those ({tags}) asks for more than it was promoted with.",
-                next_step="Promote it again.",
-            ),
-        )
+        if decision.reason == "missing_lock":
+            return rule.missing_lock == "allow"
+        return rule.not_an_llm == "allow"
+    unknown = decision.kinship is None and rule.kinship.unknown == "allow"
+    return (
+        decision.lock.version >= rule.lock.min_version
+        and decision.alpha >= rule.alpha.min
+        and (unknown or (decision.kinship or 0.0) >= rule.kinship.min_cosine)
+        and (rule.fingerprint == "sampled" or decision.fingerprint is not None)
+    )
 
 
 def _difference(decision: LedgerEntry | None, found: ModelVersion) -> str:

@@ -66,15 +66,16 @@ class LedgerEntry(BaseModel):
         event: ``promoted`` (locked), ``rejected``, ``passed`` (let through unlocked, as the policy says),
             ``unlocked`` (the lock was taken off), ``renamed`` (a promotion goes on under another name),
             ``revoked`` (a lock may not be applied any more; model and version are the lock's), ``prepared``
-            (every byte of its fine-tune was read; the full fingerprint is at ``location``), or ``policy``
-            (another policy came into force; there is no model, and the version is 0).
+            (every byte of its fine-tune was read; the full fingerprint is at ``location``), ``policy``
+            (another policy came into force; there is no model, and the version is 0), or ``reconciled``
+            (something past the gate was put right; what a version serves is decided by the other rows alone).
         time: ISO 8601 in UTC.
         workspace: MLflow workspace; ``default`` where workspaces are off.
         model: Registered model.
         version: Its number.
         target: ``stage:…`` or ``alias:…``.
         actor: Who asked.
-        reason: Reason code of a rejection, pass, unlocking or revocation.
+        reason: Reason code of a rejection, pass, unlocking or revocation; what a reconciliation did.
         message: The sentence that went with it.
         policy: Digest of the policy in force.
         lock: The lock in force after a promotion.
@@ -88,7 +89,17 @@ class LedgerEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    event: Literal["promoted", "rejected", "passed", "unlocked", "renamed", "revoked", "prepared", "policy"]
+    event: Literal[
+        "promoted",
+        "rejected",
+        "passed",
+        "unlocked",
+        "renamed",
+        "revoked",
+        "prepared",
+        "policy",
+        "reconciled",
+    ]
     time: NonEmpty
     workspace: NonEmpty
     model: NonEmpty
@@ -209,6 +220,16 @@ def entries(session: Session) -> Iterator[LedgerEntry]:
     """
     for row in session.execute(sa.select(TABLE).order_by(TABLE.c.sequence)):
         yield _entry(row)
+
+
+def locking_entries(session: Session) -> list[LedgerEntry]:
+    """Every row by which a version was locked, oldest first.
+
+    Raises:
+        LedgerError: A row's body is not what its digest says.
+    """
+    chosen = sa.select(TABLE).where(TABLE.c.event.in_(LOCKING)).order_by(TABLE.c.sequence)
+    return [_entry(row) for row in session.execute(chosen)]
 
 
 def last_entries(session: Session, limit: int, model: str | None = None) -> list[tuple[int, LedgerEntry]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -39,6 +40,14 @@ _logger = logging.getLogger(__name__)
 
 STANDALONE = "standalone-"
 """Beginning of the last part of a standalone model's location."""
+
+BESIDE = "-safelock"
+"""What the folder of locked models beside a fine-tune is called after it."""
+
+_DIGITS = "[0-9a-f]{32}"
+
+LOCKED_FOLDER = re.compile(rf"(?:{STANDALONE})?{_DIGITS}|\.(?:{STANDALONE})?{_DIGITS}-{_DIGITS}")
+"""Names in that folder which this package gives: overlays, standalone models, and either as it is written."""
 
 MAX_LOCATION = 500
 """Longest download location that MLflow's table holds, in characters."""
@@ -232,6 +241,11 @@ def standalone_location(approved: Approved) -> str:
     return beside(approved.original, name)
 
 
+def folder_beside(original: str) -> str:
+    """Where the locked models of a fine-tune are."""
+    return f"{original.rstrip('/')}{BESIDE}"
+
+
 def is_standalone(location: str | None) -> bool:
     """Whether a location is one of a standalone model."""
     return PurePosixPath(location or "").name.startswith(STANDALONE)
@@ -243,7 +257,7 @@ def beside(original: str, name: str) -> str:
     Raises:
         PromotionRefused: That is longer than MLflow's table holds.
     """
-    location = f"{original.rstrip('/')}-safelock/{name}"
+    location = f"{folder_beside(original)}/{name}"
     if len(location) > MAX_LOCATION:
         raise PromotionRefused(
             "location_too_long",

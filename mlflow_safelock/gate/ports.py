@@ -18,9 +18,9 @@ from mlflow_safelock.provenance import ArtifactReader, SourceFingerprint
 
 @dataclass(frozen=True)
 class Target:
-    """Where a version is being promoted to: a stage or an alias; or that it is being prepared or read."""
+    """Where a version is being promoted to: a stage or an alias; or what else is being done."""
 
-    kind: Literal["stage", "alias", "prepare", "read"]
+    kind: Literal["stage", "alias", "prepare", "read", "sweep"]
     name: str
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Redirection:
         expected_location: Where it is downloaded from before; anything else means that somebody was faster.
         location: Where it is downloaded from afterwards.
         tags: Tags to set.
-        entry: Row for the ledger.
+        entries: Rows for the ledger.
         lease: The lease that ends with it.
     """
 
@@ -71,8 +71,44 @@ class Redirection:
     expected_location: str
     location: str
     tags: Mapping[str, str]
-    entry: LedgerEntry
+    entries: tuple[LedgerEntry, ...]
     lease: Lease | None = None
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """Taking a version out of a stage and aliases, in one transaction.
+
+    Attributes:
+        found: The version as it was found; where its stage or location is another by then, nothing is done.
+        leaves_stage: Whether it leaves its stage, for none.
+        aliases: The aliases that are taken off it.
+        entries: Rows for the ledger.
+        lease: The lease that ends with it.
+    """
+
+    found: ModelVersion
+    leaves_stage: bool
+    aliases: tuple[str, ...]
+    entries: tuple[LedgerEntry, ...]
+    lease: Lease | None = None
+
+
+@dataclass(frozen=True)
+class LockedFolder:
+    """A folder of a locked model beside its fine-tune, or what is left of one.
+
+    Attributes:
+        location: Where it is.
+        size: Bytes that would be free without it; those that it shares with others by links are not counted.
+        files: How many files it has.
+        is_complete: Whether a whole model is there: its MLmodel file is written last.
+    """
+
+    location: str
+    size: int
+    files: int
+    is_complete: bool
 
 
 class Registry(Protocol):
@@ -99,6 +135,12 @@ class Registry(Protocol):
     def preparation_of(self, original: str) -> LedgerEntry | None:
         """The last measuring of the fine-tune at ``original``; ``None`` where there was none."""
 
+    def locking_entries(self) -> Sequence[LedgerEntry]:
+        """Every row of the ledger by which a version was locked, oldest first."""
+
+    def works_held(self) -> Sequence[Work]:
+        """What somebody is at work on now."""
+
     def lease(self, work: Work) -> AbstractContextManager[Lease]:
         """Wait until nobody else is at work on a version, and be who is.
 
@@ -113,8 +155,15 @@ class Registry(Protocol):
             Whether it was done.
         """
 
-    def record(self, entry: LedgerEntry) -> None:
-        """Append a row to the ledger."""
+    def withdraw(self, withdrawal: Withdrawal) -> bool:
+        """Do all of it in one transaction, or, where the version is not as it was found, nothing.
+
+        Returns:
+            Whether it was done.
+        """
+
+    def record(self, *entries: LedgerEntry) -> None:
+        """Append rows to the ledger, all of them or none."""
 
     def record_policy(self, entry: LedgerEntry) -> None:
         """Append that a policy came into force, where the last that did is another."""
@@ -144,6 +193,15 @@ class Artifacts(Protocol):
             uri: The folder.
             progress: Is told how many bytes were read, and of how many.
         """
+
+    def locked_folders(self, original: str) -> Sequence[LockedFolder]:
+        """The folders of locked models beside a fine-tune, as far as this package wrote them."""
+
+    def place(self, uri: str) -> str:
+        """Where a URI really lies, so that two spellings of one place are the same."""
+
+    def delete_locked_folder(self, location: str) -> None:
+        """Delete one of the folders that ``locked_folders`` names, and nothing else."""
 
     def derive(
         self, original: str, uri: str, lock: SafetyLock, write: Writer, progress: Progress

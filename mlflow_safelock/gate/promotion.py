@@ -204,13 +204,14 @@ class Gate:
             location, receipt = self.locked_models.write_overlay(approved)
         else:
             location, receipt = standalone_location(approved), self.locked_models.found_prepared(approved)
+        promoted = promoted_entry(approved, receipt, location)
         redirection = Redirection(
             name=request.name,
             version=request.version,
             expected_location=found.location,
             location=location,
-            tags=tags_of(approved, receipt),
-            entry=_promoted(approved, receipt, location),
+            tags=tags_of(promoted),
+            entries=(promoted, *_repaired(request, policy, "locked")),
             lease=lease,
         )
         if not self.registry.redirect(redirection):
@@ -224,7 +225,9 @@ class Gate:
         """Put on record, once, that a version goes unlocked to where it is going."""
         known = self.registry.decision_on(request.workspace, request.name, request.version)
         if known is None or (known.event, known.original_location) != ("passed", found.location):
-            self.record(request, policy, "passed", why, found.location)
+            self.record(
+                request, policy, "passed", why, found.location, _repaired(request, policy, "let through")
+            )
 
     def _accept_the_faster_one(self, approved: Approved) -> None:
         """Somebody redirected the version meanwhile: fine if they did what this promotion wanted."""
@@ -245,8 +248,9 @@ class Gate:
         event: Literal["passed", "rejected"],
         refusal: PromotionRefused,
         location: str | None = None,
+        beside: tuple[LedgerEntry, ...] = (),
     ) -> None:
-        """Append to the ledger that a version was refused or let through, and why."""
+        """Append to the ledger that a version was refused or let through, and why, and rows beside that."""
         self.registry.record(
             LedgerEntry(
                 event=event,
@@ -264,7 +268,8 @@ class Gate:
                 original_location=location,
                 location=None,
                 receipt=None,
-            )
+            ),
+            *beside,
         )
         _logger.info("%s %s/%s: %s (%s)", event, request.name, request.version, refusal, refusal.reason)
 
@@ -281,7 +286,8 @@ def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> 
     )
 
 
-def _promoted(approved: Approved, receipt: Receipt, location: str) -> LedgerEntry:
+def promoted_entry(approved: Approved, receipt: Receipt, location: str) -> LedgerEntry:
+    """The ledger's row for a version that was locked."""
     request, lock = approved.request, approved.lock
     fingerprint = receipt.predicate.source.fingerprint
     return LedgerEntry(
@@ -307,18 +313,46 @@ def _promoted(approved: Approved, receipt: Receipt, location: str) -> LedgerEntr
     )
 
 
-def tags_of(approved: Approved, receipt: Receipt) -> dict[str, str]:
-    """For people who look at the version in the UI; never evidence."""
-    lock = approved.lock
+def tags_of(promoted: LedgerEntry) -> dict[str, str]:
+    """Tags of a locked version, for people who look at it in the UI; never evidence."""
+    lock, alpha, receipt = promoted.lock, promoted.alpha, promoted.receipt
+    if lock is None or alpha is None or receipt is None:
+        raise ValueError("only what was locked has them")
     return {
         "safelock.state": "locked",
         "safelock.lock": f"models:/{lock.model}/{lock.version}",
-        "safelock.lock_digest": lock.lock.digest,
-        "safelock.applied_alpha": f"{approved.alpha:g}",
-        "safelock.base": lock.lock.base_model,
-        "safelock.kinship": "unknown" if approved.kinship is None else f"{approved.kinship:.4f}",
-        "safelock.receipt": receipt.digest,
+        "safelock.lock_digest": lock.digest,
+        "safelock.applied_alpha": f"{alpha:g}",
+        "safelock.base": lock.base_model,
+        "safelock.kinship": "unknown" if promoted.kinship is None else f"{promoted.kinship:.4f}",
+        "safelock.receipt": receipt,
     }
+
+
+def reconciled_entry(request: Request, policy: Policy, done: str, message: str) -> LedgerEntry:
+    """The ledger's row for something that was put right: who had it done, what was found, what was done."""
+    return LedgerEntry(
+        event="reconciled",
+        time=_now(),
+        workspace=request.workspace,
+        model=request.name,
+        version=request.version,
+        target=str(request.target),
+        actor=request.actor,
+        reason=done,
+        message=message,
+        policy=policy.digest,
+        lock=None,
+        alpha=None,
+        original_location=None,
+        location=None,
+        receipt=None,
+    )
+
+
+def _repaired(request: Request, policy: Policy, done: str) -> tuple[LedgerEntry, ...]:
+    """The row beside a decision's own where a repair asked for it; none where a client did."""
+    return () if request.found is None else (reconciled_entry(request, policy, done, request.found),)
 
 
 def _now() -> str:

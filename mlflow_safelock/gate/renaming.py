@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import stands
+from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.promotion import Gate
 from mlflow_safelock.provenance import Actor
 
@@ -71,16 +72,18 @@ class Renaming:
             now = self.gate.registry.decision_on(workspace, new_name, version.version)
             if now is not None and (stands(now, version) or not stands(decision, version)):
                 continue  # it was put on record before somebody died, or decided anew since
-            event = "renamed" if decision.locks else decision.event
-            self.gate.registry.record(
-                decision.model_copy(
-                    update={
-                        "event": event,
-                        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                        "model": new_name,
-                        "actor": actor,
-                        "message": f"The registered model was called {name!r}.",
-                    }
-                )
-            )
+            self.gate.registry.record(decision_under(decision, new_name, name, actor))
             reach("rename-recorded")
+
+
+def decision_under(decision: LedgerEntry, new_name: str, name: str, actor: Actor) -> LedgerEntry:
+    """The row by which a decision goes on under a registered model's new name."""
+    return decision.model_copy(
+        update={
+            "event": "renamed" if decision.locks else decision.event,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "model": new_name,
+            "actor": actor,
+            "message": f"The registered model was called {name!r}.",
+        }
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +29,8 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.failpoints import reach
-from mlflow_safelock.gate.ports import Writer
+from mlflow_safelock.gate.locked_models import folder_beside
+from mlflow_safelock.gate.ports import LockedFolder, Writer
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
     ArtifactReader,
@@ -37,6 +39,7 @@ from mlflow_safelock.provenance import (
     kept_digests,
     measure,
 )
+from mlflow_safelock.registry.beside import delete_folder, found_folders
 from mlflow_safelock.registry.derived import derive_by_download, derive_locally, derive_on_s3
 from mlflow_safelock.registry.proxied import PROXIED_SCHEMES, ProxiedArtifacts
 from mlflow_safelock.registry.remote import RemoteArtifacts
@@ -66,19 +69,19 @@ class RegistryArtifacts:
             SourceError: There is no such run or logged model.
         """
         scheme = urlparse(uri).scheme
+        if scheme not in ("runs", "models"):
+            return uri
         client = MlflowClient(tracking_uri=self.tracking_uri)
         try:
             if scheme == "runs":
                 run_id, _, path = uri.removeprefix("runs:/").lstrip("/").partition("/")
                 return posixpath.join(client.get_run(run_id).info.artifact_uri, path)
-            if scheme == "models":
-                model_id = _parse_model_uri(uri).model_id
-                if model_id is None:
-                    raise SourceError(f"The location {uri} is not one of a logged model.")
-                return str(client.get_logged_model(model_id).artifact_location)
+            model_id = _parse_model_uri(uri).model_id
+            if model_id is None:
+                raise SourceError(f"The location {uri} is not one of a logged model.")
+            return str(client.get_logged_model(model_id).artifact_location)
         except MlflowException as error:
             raise SourceError(f"The location {uri} cannot be resolved: {error.message}") from error
-        return uri
 
     def reader(self, uri: str) -> ArtifactReader:
         """The folder at ``uri``.
@@ -127,6 +130,29 @@ class RegistryArtifacts:
         measured = measure(reader, kept, progress)
         kept.forget()
         return measured
+
+    def locked_folders(self, original: str) -> Sequence[LockedFolder]:
+        """The folders of locked models beside a fine-tune, as far as this package wrote them.
+
+        Raises:
+            SourceError: They cannot be listed.
+        """
+        return found_folders(folder_beside(original), physical_uri(folder_beside(original)))
+
+    def place(self, uri: str) -> str:
+        """Where a URI really lies: links are followed on a file system, and so is the server's proxy."""
+        physical = physical_uri(uri)
+        if is_local_uri(physical, is_tracking_or_registry_uri=False):
+            return str(Path(local_file_uri_to_path(physical)).resolve())
+        return physical.rstrip("/")
+
+    def delete_locked_folder(self, location: str) -> None:
+        """Delete one of the folders that ``locked_folders`` names, and nothing else.
+
+        Raises:
+            SourceError: It is none of them, or cannot be deleted.
+        """
+        delete_folder(physical_uri(location))
 
     def derive(
         self, original: str, uri: str, lock: SafetyLock, write: Writer, progress: Progress = silent

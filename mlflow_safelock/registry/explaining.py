@@ -16,7 +16,7 @@ from mlflow_safelock.gate.promotion import Gate
 from mlflow_safelock.registry.actor import current_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.sql import SqlRegistry
-from mlflow_safelock.registry.stores import connect
+from mlflow_safelock.registry.stores import SafelockStore, SafelockWorkspaceStore, connect
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,14 @@ def explain_promotion(
         mlflow.exceptions.MlflowException: There is no such version.
     """
     store = connect(registry_uri)
+    gate = reading_gate(store, tracking_uri, policy)
+    return explain(gate, Request(name, version, target, current_actor(), store._workspace))
+
+
+def reading_gate(
+    store: SafelockStore | SafelockWorkspaceStore, tracking_uri: str | None, policy: Policy
+) -> Gate:
+    """A gate that is asked what it would do, on a registry that may have no ledger yet."""
     has_ledger = sa.inspect(store.engine).has_table(ledger.TABLE.name)
     registry = SqlRegistry(store) if has_ledger else RegistryWithoutLedger(store)
-    gate = Gate(lambda: policy, registry, RegistryArtifacts(tracking_uri))
-    return explain(gate, Request(name, version, target, current_actor(), store._workspace))
+    return Gate(lambda: policy, registry, RegistryArtifacts(tracking_uri))

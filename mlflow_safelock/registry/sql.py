@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL
+from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL, STAGE_NONE
 from mlflow.entities.model_registry.model_version_status import ModelVersionStatus
 from mlflow.exceptions import MlflowException
-from mlflow.store.model_registry.dbmodels.models import SqlModelVersion, SqlModelVersionTag
+from mlflow.store.model_registry.dbmodels.models import (
+    SqlModelVersion,
+    SqlModelVersionTag,
+    SqlRegisteredModelAlias,
+)
 from mlflow.utils.time import get_current_time_millis
 
 from mlflow_safelock.errors import LedgerError, PromotionRefused
@@ -22,7 +26,7 @@ from mlflow_safelock.gate import leases, ledger
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work
 from mlflow_safelock.gate.ledger import LedgerEntry
-from mlflow_safelock.gate.ports import ModelVersion, Redirection
+from mlflow_safelock.gate.ports import ModelVersion, Redirection, Withdrawal
 
 _logger = logging.getLogger(__name__)
 
@@ -79,18 +83,34 @@ class SqlRegistry:
 
     def promotion_at(self, location: str) -> LedgerEntry | None:
         """The promotion that wrote the locked model at ``location``, where the ledger knows one."""
-        with self.store.ManagedSessionMaker() as session:
-            return ledger.promotion_at(session, location)
+        return self._from_ledger(lambda session: ledger.promotion_at(session, location))
 
     def decision_on(self, workspace: str, name: str, version: int) -> LedgerEntry | None:
         """What was decided last about a version, refusals aside."""
-        with self.store.ManagedSessionMaker() as session:
-            return ledger.decision_on(session, workspace, name, version)
+        return self._from_ledger(lambda session: ledger.decision_on(session, workspace, name, version))
 
     def revocation_of(self, digest: str) -> LedgerEntry | None:
         """The revocation of the lock with a digest."""
+        return self._from_ledger(lambda session: ledger.revocation_of(session, digest))
+
+    def locking_entries(self) -> Sequence[LedgerEntry]:
+        """Every row of the ledger by which a version was locked, oldest first."""
+        return self._from_ledger(ledger.locking_entries)
+
+    def works_held(self) -> Sequence[Work]:
+        """What somebody is at work on now."""
         with self.store.ManagedSessionMaker() as session:
-            return ledger.revocation_of(session, digest)
+            return leases.held(session)
+
+    def _from_ledger(self, read: Callable[[Any], T]) -> T:
+        """Rows of the ledger; one that was edited is an error of ours, which MLflow's session wraps."""
+        try:
+            with self.store.ManagedSessionMaker() as session:
+                return read(session)
+        except MlflowException as error:
+            if isinstance(error.__cause__, LedgerError):
+                raise error.__cause__ from error
+            raise
 
     def preparation_of(self, original: str) -> LedgerEntry | None:
         """The last measuring of the fine-tune at ``original``."""
@@ -135,29 +155,65 @@ class SqlRegistry:
             # The condition in the statement itself takes the row's lock and decides a race in one step.
             updated = session.execute(
                 sa.update(SqlModelVersion)
-                .where(
-                    SqlModelVersion.workspace == self.store._get_active_workspace(),
-                    SqlModelVersion.name == redirection.name,
-                    SqlModelVersion.version == redirection.version,
-                    SqlModelVersion.current_stage != STAGE_DELETED_INTERNAL,
-                    sa.func.coalesce(SqlModelVersion.storage_location, SqlModelVersion.source)
-                    == redirection.expected_location,
-                )
+                .where(*self._is_at(redirection.name, redirection.version, redirection.expected_location))
                 .values(storage_location=redirection.location, last_updated_time=get_current_time_millis())
             )
             if updated.rowcount != 1:
                 return False
             reach("redirected")
             self._set_tags(session, redirection)
-            ledger.append(session, redirection.entry)
-            if redirection.lease is not None:
-                leases.release(session, redirection.lease.holder)
-            reach("ledger-appended")
+            _finish(session, redirection)
             return True
 
+        return self._end_with(redirection.lease, work)
+
+    def withdraw(self, withdrawal: Withdrawal) -> bool:
+        """Take a version out of its stage and aliases and append to the ledger, in one transaction or not."""
+        found = withdrawal.found
+
+        def work(session: Any) -> bool:
+            reach("transaction-begun")
+            now = {"last_updated_time": get_current_time_millis()}
+            stage = {"current_stage": STAGE_NONE} if withdrawal.leaves_stage else {}
+            updated = session.execute(
+                sa.update(SqlModelVersion)
+                .where(
+                    *self._is_at(found.name, found.version, found.location),
+                    SqlModelVersion.current_stage == found.stage,
+                )
+                .values(**stage, **now)
+            )
+            if updated.rowcount != 1:
+                return False
+            reach("withdrawn")
+            session.execute(
+                sa.delete(SqlRegisteredModelAlias).where(
+                    SqlRegisteredModelAlias.workspace == self.store._get_active_workspace(),
+                    SqlRegisteredModelAlias.name == found.name,
+                    SqlRegisteredModelAlias.version == found.version,
+                    SqlRegisteredModelAlias.alias.in_(withdrawal.aliases),
+                )
+            )
+            _finish(session, withdrawal)
+            return True
+
+        return self._end_with(withdrawal.lease, work)
+
+    def _is_at(self, name: str, version: int, location: str) -> tuple[Any, ...]:
+        """Conditions of a version that is there and downloaded from a location."""
+        return (
+            SqlModelVersion.workspace == self.store._get_active_workspace(),
+            SqlModelVersion.name == name,
+            SqlModelVersion.version == version,
+            SqlModelVersion.current_stage != STAGE_DELETED_INTERNAL,
+            sa.func.coalesce(SqlModelVersion.storage_location, SqlModelVersion.source) == location,
+        )
+
+    def _end_with(self, lease: Lease | None, work: Callable[[Any], bool]) -> bool:
+        """Do the transaction that a lease ends with; whether it was done."""
         done = self._transaction(work)
-        if done and redirection.lease is not None:
-            redirection.lease.over = True
+        if done and lease is not None:
+            lease.over = True
         reach("committed")
         return done
 
@@ -184,9 +240,9 @@ class SqlRegistry:
             for key, value in redirection.tags.items()
         )
 
-    def record(self, entry: LedgerEntry) -> None:
-        """Append a row to the ledger."""
-        self._transaction(lambda session: ledger.append(session, entry))
+    def record(self, *entries: LedgerEntry) -> None:
+        """Append rows to the ledger, all of them or none."""
+        self._transaction(lambda session: _append(session, entries))
 
     def _transaction(self, work: Callable[[Any], T]) -> T:
         """Run ``work`` in a transaction, again where another writer took the ledger's next row first."""
@@ -227,6 +283,19 @@ def patiently(work: Callable[[], T], *lost_races: type[sa.exc.DBAPIError]) -> T:
                     next_step="Do it again.",
                 ) from error
             time.sleep(random.uniform(0.005, 0.05))  # noqa: S311 - spreads writers, guards nothing
+
+
+def _append(session: Any, entries: Iterable[LedgerEntry]) -> None:
+    for entry in entries:
+        ledger.append(session, entry)
+
+
+def _finish(session: Any, change: Redirection | Withdrawal) -> None:
+    """What every change of a version ends with: rows of the ledger, and the end of its lease."""
+    _append(session, change.entries)
+    if change.lease is not None:
+        leases.release(session, change.lease.holder)
+    reach("ledger-appended")
 
 
 def _view(row: Any) -> ModelVersion:

@@ -32,6 +32,7 @@ from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.policy_file import PolicySource
 from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.gate.promotion import Gate, Preparation
+from mlflow_safelock.gate.reconciling import Reconciling
 from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
 from mlflow_safelock.provenance import configured_signing_key
@@ -159,6 +160,11 @@ class GateMixin:
             MlflowException: There is no such version.
         """
         return self._guard.revoke(name, version, self._workspace, current_actor(), reason)
+
+    @property
+    def reconciling(self) -> Reconciling:
+        """What puts right in this registry what came past the gate."""
+        return Reconciling(self._guard)
 
     @property
     def _workspace(self) -> str:

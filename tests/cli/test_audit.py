@@ -99,7 +99,8 @@ def test_an_unlocked_version_in_a_gated_place_is_a_violation_and_exit_code_3(
         policy.write_text("version: 1\ngates: [{}]\n")
         monkeypatch.setenv("SAFELOCK_POLICY", str(policy))
     uri = ("--registry-uri", f"{scheme}:///{copy}")
-    why = "It is in stage:Staging, which the policy gates, and did not pass the gate."
+    why = "It is in stage:Staging, and what it serves did not pass the gate: "
+    why += "the ledger knows no promotion of it."
     done = run("audit", *uri, "--format", "json")
     assert done.exit_code == 3
     assert [(row["model"], row["violation"]) for row in done.json] == [

@@ -24,6 +24,7 @@ from mlflow.exceptions import MlflowException
 import mlflow_safelock.registry.stores  # noqa: F401 - imported once, before the forks
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.failpoints import VARIABLE
+from mlflow_safelock.registry.actor import process_actor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,8 +72,16 @@ def _act(place: Place, failpoint: str | None, action: str, arguments: tuple[Any,
     # What is no client's, or what a client asks something before, is done as the server does it.
     owner = store if action in ("prepare", "unlock", "rename_registered_model") else client
     try:
-        getattr(owner, action)(*arguments)
+        if action == "demote":
+            _demote(store, *arguments)
+        else:
+            getattr(owner, action)(*arguments)
     except (MlflowException, PromotionRefused) as refusal:
         print(refusal, file=sys.stderr)
         os._exit(REFUSED)
     os._exit(0)
+
+
+def _demote(store: Any, name: str, version: str) -> None:
+    found = store.reconciling.examine(name, int(version), "default", process_actor())
+    store.reconciling.repair(found, ("demote",))

@@ -199,6 +199,23 @@ def test_unlocking(world: World, failpoint: str) -> None:
     assert world.location_of("bot", version) == world.original
 
 
+@pytest.mark.parametrize("failpoint", failpoints.WITHDRAW)
+def test_taking_out_of_gated_places(world: World, failpoint: str) -> None:
+    version = world.new_version("bot")
+    stock = MlflowClient(world.place.tracking, world.place.registry.removeprefix("safelock+"))
+    stock.transition_model_version_stage("bot", version, "Staging")
+    stock.set_registered_model_alias("bot", "champion", version)
+    killed(world, failpoint, "demote", "bot", version)
+    done = failpoint == "committed"
+    assert world.stage_of("bot", version) == ("None" if done else "Staging")
+    aliases = world.client.get_model_version("bot", version).aliases
+    assert list(aliases) == ([] if done else ["champion"])
+    assert not world.check("bot", version)
+    if not done:
+        assert run(world.place, "demote", "bot", version) == 0
+    assert world.location_of("bot", version) == world.original
+
+
 @pytest.mark.parametrize("failpoint", failpoints.RENAME)
 def test_renaming(world: World, failpoint: str) -> None:
     old, new = f"old-{failpoint}", f"new-{failpoint}"

@@ -509,3 +509,60 @@ def test_a_store_that_fails_refuses_the_promotion_and_leaves_nothing_behind(
     server.faults.clear()
     client.transition_model_version_stage("bot", "1", "Staging")
     assert client.get_model_version("bot", "1").current_stage == "Staging"
+
+
+class TestLockedFolders:
+    """What a sweep lists and deletes."""
+
+    OVERLAY, STANDALONE = 32 * "a", f"standalone-{32 * 'b'}"
+
+    @pytest.fixture
+    def beside(self, server: S3Server) -> set[str]:
+        """Folders of locked models beside ``URI``, and what only looks like some; their keys."""
+        put = store(server).put
+        for path in ("receipt.json", "MLmodel"):
+            put(path, b"12345", f"{PREFIX}-safelock/{self.OVERLAY}")
+        put("model/model.safetensors", b"123", f"{PREFIX}-safelock/{self.STANDALONE}")
+        for prefix in (PREFIX, f"{PREFIX}-safelock", f"{PREFIX}-safelock-old", f"{PREFIX}-safelock/other"):
+            put("MLmodel", b"kept", prefix)
+        put("MLmodel", b"kept", f"{PREFIX}-safelock/{self.OVERLAY}0")
+        return store(server).keys("models")
+
+    def test_are_listed_with_their_bytes_and_nothing_else_is(self, beside: set[str]) -> None:
+        overlay, standalone = RegistryArtifacts().locked_folders(f"{URI}/")
+        assert overlay.location == f"{URI}-safelock/{self.OVERLAY}"
+        assert (overlay.size, overlay.files, overlay.is_complete) == (10, 2, True)
+        assert (standalone.size, standalone.files, standalone.is_complete) == (3, 1, False)
+        assert RegistryArtifacts().locked_folders("s3://models/nothing") == ()
+
+    def test_one_is_deleted_and_its_neighbours_stay(self, server: S3Server, beside: set[str]) -> None:
+        RegistryArtifacts().delete_locked_folder(f"{URI}-safelock/{self.OVERLAY}")
+        gone = beside - store(server).keys("models")
+        assert gone == {f"{PREFIX}-safelock/{self.OVERLAY}/{name}" for name in ("MLmodel", "receipt.json")}
+
+    @pytest.mark.parametrize(
+        "place",
+        [
+            *(URI, f"{URI}-safelock", f"{URI}-safelock/other", f"{URI}-safelock-old"),
+            *(f"{URI}/{32 * 'a'}", f"{URI}-safelock/../{32 * 'a'}", f"{URI}-safelock/{32 * 'a'}/.."),
+            *("/", "", "/etc-safelock/passwd", f"/nowhere/{32 * 'a'}"),
+        ],
+    )
+    def test_nothing_else_is_deleted_whatever_is_asked_for(
+        self, server: S3Server, beside: set[str], place: str
+    ) -> None:
+        with pytest.raises(SourceError, match="is no folder of a locked model"):
+            RegistryArtifacts().delete_locked_folder(place)
+        assert store(server).keys("models") == beside
+
+    def test_a_store_that_refuses_is_an_error_and_no_empty_list(
+        self, server: S3Server, beside: set[str]
+    ) -> None:
+        server.fail("denied", method="POST")
+        with pytest.raises(SourceError, match="may not be accessed"):
+            RegistryArtifacts().delete_locked_folder(f"{URI}-safelock/{self.OVERLAY}")
+        server.fail("denied", method="GET")
+        with pytest.raises(SourceError, match="may not be accessed"):
+            RegistryArtifacts().locked_folders(URI)
+        server.faults.clear()
+        assert store(server).keys("models") == beside

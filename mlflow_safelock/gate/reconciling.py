@@ -1,0 +1,330 @@
+"""Putting right what came past the gate: how it differs from the ledger, what would be done, and doing it.
+
+What is decided about a version is decided by a promotion, as for any client. Beside it stand what needs no
+decision: a row that somebody edited goes back to what the ledger says, a renaming past the gate is put on
+record, and what may not stay where it is, is taken out of there. Each repair has a row ``reconciled`` in the
+ledger, written in the transaction that makes the repair.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mlflow_safelock.errors import LedgerError, PromotionRefused, SafelockError
+from mlflow_safelock.gate.approval import Request
+from mlflow_safelock.gate.explanation import Refusal, explain
+from mlflow_safelock.gate.guard import Guard, fault_of
+from mlflow_safelock.gate.leases import Work
+from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.policy import GateRule, Policy
+from mlflow_safelock.gate.ports import ModelVersion, Redirection, Registry, Target, Withdrawal
+from mlflow_safelock.gate.promotion import Gate, reconciled_entry, tags_of
+from mlflow_safelock.gate.renaming import Renaming, decision_under
+from mlflow_safelock.provenance import Actor
+
+_logger = logging.getLogger(__name__)
+
+Way = Literal["lock", "demote"]
+"""What a repair may do: lock what slipped through, or take it out of its gated places."""
+
+Done = Literal["restored", "renamed", "locked", "let through", "taken out"]
+"""What a repair did, and what its row in the ledger has as its reason.
+
+``restored``: location and tags are what the ledger says. ``renamed``: what was decided under the model's
+former name goes on. ``locked``, ``let through``: the gate decided so. ``taken out``: it is in no gated place.
+"""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What makes a version fit to stay where it is.
+
+    Attributes:
+        done: What it comes to; ``None`` where the gate refuses.
+        words: What would be done, after "It would be".
+        back: The version as the ledger has it, where its row was edited; that comes first.
+        former: The name that its model had, where it was renamed past the gate.
+        refusal: Why the gate refuses.
+    """
+
+    done: Done | None
+    words: str
+    back: ModelVersion | None = None
+    former: str | None = None
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A version in a gated place that is not as the ledger has it.
+
+    Attributes:
+        request: The version, and who asks.
+        found: The version as the registry has it.
+        places: The gated places that it is in.
+        what: What differs, after its name.
+        decision: What was decided about it last.
+        is_served: Whether the gate would hand it out as it is, so that only its tags differ.
+        remedy: What makes it fit to stay.
+    """
+
+    request: Request
+    found: ModelVersion
+    places: tuple[Target, ...]
+    what: str
+    decision: LedgerEntry | None
+    is_served: bool
+    remedy: Remedy
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done about a difference.
+
+    Attributes:
+        difference: The difference.
+        done: What was done; ``None`` where it was left as it is.
+        refusal: Why the gate did not lock it.
+    """
+
+    difference: Difference
+    done: Done | None
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True)
+class Reconciling:
+    """Finds what differs from the ledger, and puts it right.
+
+    Attributes:
+        guard: The guard of the registry, and its gate.
+    """
+
+    guard: Guard
+
+    @property
+    def gate(self) -> Gate:
+        """The gate."""
+        return self.guard.gate
+
+    @property
+    def registry(self) -> Registry:
+        """The registry."""
+        return self.gate.registry
+
+    def examine(self, name: str, version: int, workspace: str, actor: Actor) -> Difference | None:
+        """How a version differs from what the ledger says; ``None`` where it does not. Nothing is written.
+
+        Raises:
+            mlflow.exceptions.MlflowException: There is no such version.
+        """
+        policy = self.gate.policy()
+        found = self.registry.model_version(name, version)
+        rule = policy.rule_for(found.name, found.tags, found.model_tags)
+        places = rule.gated_places(found) if rule is not None else ()
+        if rule is None or not places:
+            return None
+        request = Request(name, version, places[0], actor, workspace)
+        try:
+            decision = self.registry.decision_on(workspace, name, version)
+            fault = fault_of(found, rule, decision)
+        except LedgerError as error:
+            decision, fault = None, f"is held to a row that cannot be read: {error.cause}"
+        back = _as_the_ledger_has_it(found, decision)
+        if fault is None and back is None:
+            return None
+        what = fault or "has other tags than the gate gave it."
+        try:
+            remedy = self._remedy(request, rule, found, decision, back)
+        except Exception as error:
+            _logger.exception("What %s version %s needs cannot be told", name, version)
+            remedy = _refused("", Refusal("failed", f"{error}", "The log has the details."), back)
+        return Difference(request, found, places, what, decision, fault is None, remedy)
+
+    def repair(self, difference: Difference, ways: Collection[Way]) -> Repair:
+        """Put a version right.
+
+        Args:
+            difference: What was found.
+            ways: What may be done. What the gate lets through as it is goes on record in any case.
+        """
+        remedy, refusal, left = difference.remedy, difference.remedy.refusal, difference
+        is_doable = refusal is None or remedy.back is not None
+        if is_doable and ("lock" in ways or remedy.done in ("let through", "renamed")):
+            try:
+                still = self._make_fit(difference)
+            except SafelockError as error:
+                refusal = _refusal_of(error)
+            else:
+                if still is None:
+                    return Repair(difference, remedy.done or "restored", refusal)
+                left, refusal = still, refusal or still.remedy.refusal
+        if "demote" in ways and not left.is_served:
+            try:
+                self._take_out(left, refusal)
+                return Repair(difference, "taken out", refusal)
+            except SafelockError as error:
+                refusal = _refusal_of(error)
+        return Repair(difference, None, refusal)
+
+    def _remedy(
+        self,
+        request: Request,
+        rule: GateRule,
+        found: ModelVersion,
+        decision: LedgerEntry | None,
+        back: ModelVersion | None,
+    ) -> Remedy:
+        former = self._former_name(request, found) if decision is None else None
+        if former is not None:
+            return Remedy("renamed", f"put on record as renamed from {former!r}", former=former)
+        first = ""
+        if back is not None and decision is not None:
+            first = _going_back(found, back)
+            tags_only = back.location == found.location and fault_of(found, rule, decision) is None
+            if tags_only or (fault_of(back, rule, decision) is None and self._is_whole(decision, rule)):
+                return Remedy("restored", first, back)
+            first += ", and then "
+        explained = explain(self.gate, request, back or found)
+        if explained.refusal is not None:
+            return _refused(first, explained.refusal, back)
+        if explained.outcome == "pass unlocked":
+            return Remedy("let through", f"{first}let through unlocked: {explained.why[-1]}", back)
+        return Remedy("locked", f"{first}locked with {explained.lock} at alpha {explained.alpha:g}", back)
+
+    def _is_whole(self, decision: LedgerEntry, rule: GateRule) -> bool:
+        """Whether what was decided about is there as it was written."""
+        try:
+            return not decision.locks or self.gate.locked_models.still_stands(decision, rule)
+        except SafelockError:
+            return False  # the promotion itself says why
+
+    def _former_name(self, request: Request, found: ModelVersion) -> str | None:
+        """The name under which a version was locked whose model was renamed past the gate."""
+        known = self.registry.promotion_at(found.location)
+        if known is None or known.model == found.name or known.version != found.version:
+            return None
+        half_done = Renaming(self.gate).is_half_done(known.model, found.name, request.workspace)
+        before = self.registry.decision_on(request.workspace, known.model, found.version)
+        return known.model if half_done and before is not None and before.locks else None
+
+    def _make_fit(self, difference: Difference) -> Difference | None:
+        """Make a version fit to stay where it is; what still differs then.
+
+        A row that was edited goes back even where the gate refuses to do more: what is there then is what it
+        decided about, and a loader sees whether it is whole.
+        """
+        remedy, request, policy = difference.remedy, difference.request, self.gate.policy()
+        if remedy.former is not None:
+            self._put_on_record(difference, remedy.former, policy)
+        if remedy.back is not None:
+            self._put_back(difference, remedy.back, policy)
+        if remedy.done in ("locked", "let through"):
+            self.gate.promote(replace(request, found=_message(difference, f"It was {remedy.done}.")))
+        return self.examine(request.name, request.version, request.workspace, request.actor)
+
+    def _put_on_record(self, difference: Difference, former: str, policy: Policy) -> None:
+        request = difference.request
+        decision = self.registry.decision_on(request.workspace, former, request.version)
+        if decision is None:
+            raise _changed(request)
+        message = _message(difference, f"The registered model was called {former!r}.")
+        self.registry.record(
+            decision_under(decision, request.name, former, request.actor),
+            reconciled_entry(request, policy, "renamed", message),
+        )
+
+    def _put_back(self, difference: Difference, back: ModelVersion, policy: Policy) -> None:
+        request, found = difference.request, difference.found
+        with self.registry.lease(Work(request.workspace, request.name, request.version)) as lease:
+            if self.registry.decision_on(request.workspace, request.name, request.version) != (
+                difference.decision
+            ):
+                raise _changed(request)
+            message = _message(difference, f"It was {_going_back(found, back)}.")
+            done = self.registry.redirect(
+                Redirection(
+                    name=request.name,
+                    version=request.version,
+                    expected_location=found.location,
+                    location=back.location,
+                    tags={key: value for key, value in back.tags.items() if found.tags.get(key) != value},
+                    entries=(reconciled_entry(request, policy, "restored", message),),
+                    lease=lease,
+                )
+            )
+        if not done:
+            raise _changed(request)
+
+    def _take_out(self, difference: Difference, refusal: Refusal | None) -> None:
+        """Take a version out of its gated places, unless somebody put it right meanwhile."""
+        request, policy, found = difference.request, self.gate.policy(), difference.found
+        with self.registry.lease(Work(request.workspace, request.name, request.version)) as lease:
+            if self.registry.model_version(request.name, request.version) != found or (
+                self._decision(request) != difference.decision
+            ):
+                raise _changed(request)
+            left = " and ".join(map(str, difference.places))
+            why = f" The gate refused to lock it [{refusal.reason}]: {refusal.cause}" if refusal else ""
+            message = _message(difference, f"It was taken out of {left}.{why}")
+            done = self.registry.withdraw(
+                Withdrawal(
+                    found=found,
+                    leaves_stage=any(place.kind == "stage" for place in difference.places),
+                    aliases=tuple(place.name for place in difference.places if place.kind == "alias"),
+                    entries=(reconciled_entry(request, policy, "taken out", message),),
+                    lease=lease,
+                )
+            )
+        if not done:
+            raise _changed(request)
+
+    def _decision(self, request: Request) -> LedgerEntry | None:
+        """What was decided last; nothing where that cannot be read."""
+        try:
+            return self.registry.decision_on(request.workspace, request.name, request.version)
+        except LedgerError:
+            return None
+
+
+def _as_the_ledger_has_it(found: ModelVersion, decision: LedgerEntry | None) -> ModelVersion | None:
+    """The version at the place that was decided about, with the gate's tags; ``None`` where it is so already.
+
+    A version that was never decided about, or unlocked since, is at any place as the ledger has it.
+    """
+    back = found
+    if decision is not None and decision.locks and decision.location is not None:
+        back = replace(found, location=decision.location, tags={**found.tags, **tags_of(decision)})
+    elif decision is not None and decision.event == "passed" and decision.original_location is not None:
+        back = replace(found, location=decision.original_location)
+    return None if back == found else back
+
+
+def _going_back(found: ModelVersion, back: ModelVersion) -> str:
+    if back.location == found.location:
+        return "given its tags back"
+    return f"put back to {back.location}, from {found.location}"
+
+
+def _refused(first: str, refusal: Refusal, back: ModelVersion | None) -> Remedy:
+    return Remedy(None, f"{first}refused [{refusal.reason}]: {refusal.cause}", back, refusal=refusal)
+
+
+def _message(difference: Difference, done: str) -> str:
+    return f"It {difference.what} {done}"
+
+
+def _refusal_of(error: SafelockError) -> Refusal:
+    reason = error.reason if isinstance(error, PromotionRefused) else "failed"
+    return Refusal(reason, error.cause, error.next_step)
+
+
+def _changed(request: Request) -> PromotionRefused:
+    return PromotionRefused(
+        "conflict",
+        f"{request.name!r} version {request.version} was changed by another request meanwhile.",
+        next_step="Look at the version, then reconcile again.",
+    )

@@ -1,0 +1,99 @@
+"""One pass over a registry: every version that came past the gate, and what is done about it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+
+from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.utils.workspace_context import WorkspaceContext
+
+from mlflow_safelock.audit.database import database_rows
+from mlflow_safelock.audit.report import wanted
+from mlflow_safelock.audit.rows import AuditRow
+from mlflow_safelock.gate.guard import Guard
+from mlflow_safelock.gate.policy import Policy
+from mlflow_safelock.gate.reconciling import Reconciling, Repair, Way
+from mlflow_safelock.operations.sweeping import Sweeping
+from mlflow_safelock.registry.actor import current_actor
+from mlflow_safelock.registry.explaining import reading_gate
+from mlflow_safelock.registry.stores import SafelockStore, SafelockWorkspaceStore, connect
+
+
+@dataclass(frozen=True)
+class Reconciliation:
+    """Passes over one registry.
+
+    Attributes:
+        registry_uri: Its database.
+        policy: Gives the policy that it is held to.
+        reconciling: Opens what looks at versions, and puts them right; asked where there is something to do.
+        is_wanted: Whether a registered model of this name is wanted.
+    """
+
+    registry_uri: str
+    policy: Callable[[], Policy]
+    reconciling: Callable[[], Reconciling]
+    is_wanted: Callable[[str], bool]
+
+    def repairs(self, ways: Collection[Way]) -> Iterator[Repair]:
+        """What differs, and what was done about it; without a way nothing is written.
+
+        The audit finds whom to look at, from all workspaces at once; the gate then looks at each by itself.
+
+        Raises:
+            LedgerError: The database cannot be read.
+        """
+        # All of it before anything is changed: the audit reads in a transaction.
+        audited = list(database_rows(self.registry_uri, self.is_wanted, self.policy()))
+        for row in audited:
+            if row.violation is not None or row.drift:
+                repair = self._look_and_repair(row, ways)
+                if repair is not None:
+                    yield repair
+
+    def _look_and_repair(self, row: AuditRow, ways: Collection[Way]) -> Repair | None:
+        reconciling = self.reconciling()
+        with _workspace(row.workspace):
+            try:
+                difference = reconciling.examine(row.model, row.version, row.workspace, current_actor())
+            except MlflowException as error:
+                if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                    return None  # it was deleted since the audit saw it
+                raise
+            if difference is None:
+                return None
+            return reconciling.repair(difference, ways) if ways else Repair(difference, None)
+
+
+def reading_only(
+    registry_uri: str, tracking_uri: str | None, policy: Policy, models: str | None
+) -> Reconciliation:
+    """Passes over a registry that may have no ledger yet, in which nothing is written."""
+
+    @cache
+    def reconciling() -> Reconciling:
+        return Reconciling(Guard(reading_gate(connect(registry_uri), tracking_uri, policy)))
+
+    return Reconciliation(registry_uri, lambda: policy, reconciling, wanted(models))
+
+
+def sweeping(store: SafelockStore | SafelockWorkspaceStore, registry_uri: str) -> Sweeping:
+    """What sweeps the artifact store of an open registry."""
+    return Sweeping(registry_uri, store.reconciling.gate)
+
+
+def repairing(
+    store: SafelockStore | SafelockWorkspaceStore, registry_uri: str, models: str | None
+) -> Reconciliation:
+    """Passes over an open registry that put right what they find, under the policy in force."""
+    return Reconciliation(registry_uri, store.policy_source, lambda: store.reconciling, wanted(models))
+
+
+def _workspace(name: str) -> AbstractContextManager[object]:
+    return WorkspaceContext(name) if MLFLOW_ENABLE_WORKSPACES.get() else contextlib.nullcontext()

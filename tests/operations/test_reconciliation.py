@@ -1,0 +1,111 @@
+"""Passes over a registry on PostgreSQL, and over one with workspaces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import mlflow
+import pytest
+import sqlalchemy as sa
+from mlflow import MlflowClient
+from mlflow.utils.workspace_context import WorkspaceContext
+
+from mlflow_safelock.gate import ledger
+from mlflow_safelock.operations.reconciliation import Reconciliation, repairing
+from mlflow_safelock.registry.stores import open_store
+from tests.registries import base_lock, biases_of, log_fine_tune, register_lock
+from tests.servers import postgresql
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.delenv("SAFELOCK_POLICY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with mock.patch.dict(os.environ):
+        yield tmp_path
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+
+
+def use(tracking: str, registry: str) -> tuple[MlflowClient, Reconciliation]:
+    """The stock client of a registry, and what reconciles it."""
+    stock = registry.removeprefix("safelock+")
+    mlflow.set_tracking_uri(tracking)
+    mlflow.set_registry_uri(stock)
+    return MlflowClient(tracking, stock), repairing(open_store(registry, tracking), registry, None)
+
+
+def test_on_postgresql_a_registry_that_only_stock_clients_use_is_put_right(places: Path) -> None:
+    tracking = f"sqlite:///{places}/tracking.db"
+    with postgresql(places / "database") as uri:
+        stock, reconciliation = use(tracking, f"safelock+{uri}")
+        mlflow.set_experiment("tests")
+        log_fine_tune("bot")
+        source = stock.get_model_version("bot", "1").source
+        original = stock.get_model_version_download_uri("bot", "1")
+        stock.create_model_version("bot", source, tags={"safelock.alpha": "99"})
+        register_lock(base_lock())
+        stock.transition_model_version_stage("bot", "1", "Staging")
+        stock.set_registered_model_alias("bot", "champion", "2")
+
+        def done(*ways: str) -> dict[int, str | None]:
+            repairs = reconciliation.repairs(ways)  # type: ignore[arg-type]
+            return {repair.difference.request.version: repair.done for repair in repairs}
+
+        assert done() == {1: None, 2: None}
+        assert done("lock") == {1: "locked", 2: None}
+        assert done("lock", "demote") == {2: "taken out"}
+        assert stock.get_model_version("bot", "2").aliases == []
+        location = stock.get_model_version_download_uri("bot", "1")
+        assert biases_of(mlflow.pyfunc.load_model("models:/bot/Staging")._model_impl.pipeline.model)
+
+        engine = sa.create_engine(uri)
+        with engine.begin() as connection:
+            connection.execute(
+                sa.text("UPDATE model_versions SET storage_location=:to WHERE version=1 AND name='bot'"),
+                {"to": original},
+            )
+        assert done("lock") == {1: "restored"}
+        assert stock.get_model_version_download_uri("bot", "1") == location
+        assert done("lock", "demote") == {}
+        with engine.connect() as connection:
+            ledger.verify_chain(connection)
+            reasons = connection.execute(sa.select(ledger.TABLE).order_by(ledger.TABLE.c.sequence)).all()
+        assert [row.event for row in reasons] == [
+            *("policy", "promoted", "reconciled", "reconciled", "reconciled")
+        ]
+        with sa.orm.Session(engine) as session:
+            decision = ledger.decision_on(session, "default", "bot", 1)
+        assert decision is not None
+        assert (decision.event, decision.location) == ("promoted", location)
+        engine.dispose()
+
+
+def test_every_workspace_is_put_right_and_nothing_is_mixed_up(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_WORKSPACES", "true")
+    registry = f"sqlite:///{places}/registry.db"
+    store = open_store(f"safelock+{registry}", f"sqlite:///{places}/tracking.db")
+    folder = places / "model"
+    folder.mkdir()
+    (folder / "MLmodel").write_text("flavors: {python_function: {loader_module: other}}\n")
+    for workspace, other in (("team-a", "team-b"), ("team-b", "team-a")):
+        with WorkspaceContext(workspace):
+            store.create_registered_model("bot")
+            store.create_model_version("bot", str(folder) if workspace == "team-a" else f"/{other}/none")
+    with sa.create_engine(registry).begin() as connection:
+        connection.execute(sa.text("UPDATE model_versions SET current_stage='Staging'"))
+    repairs = list(repairing(store, registry, None).repairs(("lock", "demote")))
+    assert {repair.difference.request.workspace: repair.done for repair in repairs} == {
+        "team-a": "let through",
+        "team-b": "taken out",
+    }
+    for workspace, stage in (("team-a", "Staging"), ("team-b", "None")):
+        with WorkspaceContext(workspace):
+            assert store.get_model_version("bot", "1").current_stage == stage
