@@ -8,10 +8,8 @@ from typing import TextIO
 import click
 
 from mlflow_safelock.cli.command import Command
-from mlflow_safelock.cli.models import is_mlflow_model, load_language_model, load_lock_reference
 from mlflow_safelock.cli.options import (
     MlflowAddress,
-    ModelLoading,
     alpha_option,
     batch_size_option,
     format_option,
@@ -20,6 +18,7 @@ from mlflow_safelock.cli.options import (
     system_prompt_option,
 )
 from mlflow_safelock.cli.output import announce, new_table, show_json, show_table, shown
+from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_language_model, load_lock_reference
 
 
 @click.command(

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from mlflow_safelock.loading import ModelLoading
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 SERVER_ANSWERS_WITHIN = 10
@@ -133,23 +135,6 @@ def mlflow_options(function: F) -> F:
     ):
         option(with_address)
     return with_address  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class ModelLoading:
-    """How a model is loaded.
-
-    Attributes:
-        dtype: ``auto`` for the checkpoint's number format, or the name of a torch dtype.
-        device: ``auto`` for a GPU where there is one, or the name of a torch device.
-        device_map: How accelerate spreads it over GPUs, main memory and disk; ``None`` for one device.
-        offload_folder: Folder for what goes to disk and cannot be read from the checkpoint itself.
-    """
-
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
-    offload_folder: Path | None = None
 
 
 def model_options(function: F) -> F:
