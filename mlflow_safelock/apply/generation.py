@@ -18,7 +18,7 @@ from mlflow_safelock.errors import ApplyError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Chat = Sequence[Mapping[str, str]]
+Chat = Sequence[Mapping[str, object]]
 """The turns of a chat, each with ``role`` and ``content``, as chat templates take them."""
 
 
@@ -105,7 +105,8 @@ def render_prompt(
         ApplyError: The chat template refuses, such as one that takes no system prompt, or there is none and
             the chat has several turns.
     """
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(t) for t in prompt]
+    chat: Chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [dict(turn) for turn in chat]
     if not tokenizer.chat_template:
         return _without_template(turns, system_prompt)
     if system_prompt is not None:
@@ -120,13 +121,13 @@ def render_prompt(
     return rendered
 
 
-def _without_template(turns: Sequence[Mapping[str, str]], system_prompt: str | None) -> str:
+def _without_template(turns: Chat, system_prompt: str | None) -> str:
     if len(turns) != 1:
         raise ApplyError(
             f"The tokenizer has no chat template, and this chat has {len(turns)} turns.",
             next_step="Set the tokenizer's chat_template, or ask prompts of one turn.",
         )
-    prompt = turns[0]["content"]
+    prompt = str(turns[0]["content"])
     return prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}"
 
 
