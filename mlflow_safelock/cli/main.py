@@ -8,6 +8,7 @@ from mlflow_safelock.cli.audit import audit
 from mlflow_safelock.cli.command import CONTEXT_SETTINGS, Group, verbose_option
 from mlflow_safelock.cli.compare import compare
 from mlflow_safelock.cli.demo import demo
+from mlflow_safelock.cli.evaluate import evaluate
 from mlflow_safelock.cli.export import export
 from mlflow_safelock.cli.forge import forge
 from mlflow_safelock.cli.ledger import ledger
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 for _command in (
-    *(demo, forge, lock, compare, prepare, promote, export, undo),
+    *(demo, forge, lock, compare, evaluate, prepare, promote, export, undo),
     *(policy, audit, ledger, unlock, recipes, run),
 ):
     main.add_command(_command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -199,6 +199,20 @@ def output_file_option(help_text: str) -> Callable[[F], F]:
         metavar="PATH",
         help=help_text,
     )
+
+
+def lines_of(file: TextIO | None, option: str) -> list[str]:
+    """The lines of a file of texts that are not blank; none where no file is given.
+
+    Raises:
+        click.BadParameter: It is not UTF-8.
+    """
+    if file is None:
+        return []
+    try:
+        return [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{file.name} is not UTF-8 text.", param_hint=option) from error
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:

@@ -208,4 +208,6 @@ def _version_of(reference: str) -> RegisteredVersion | None:
             f"There is no version {reference}: {error.message}",
             next_step="Check the name and version, and --tracking-uri and --registry-uri.",
         ) from error
-    return RegisteredVersion(name, int(found.version), found.model_id)
+    # An SQL registry knows the logged model only as what the version was made from.
+    logged = re.fullmatch(r"models:/(m-[0-9a-f]+)", found.source or "")
+    return RegisteredVersion(name, int(found.version), found.model_id or (logged and logged[1]))
