@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from mlflow_safelock.cli.command import Command
+from mlflow_safelock.cli.guarded import destination_option, open_guarded, use_destination
 from mlflow_safelock.cli.options import (
     MlflowAddress,
     batch_size_option,
@@ -111,6 +112,13 @@ EXPERIMENT = "safelock-evaluations"
     help="MLflow experiment to log a run to.",
 )
 @click.option("--no-mlflow", is_flag=True, help="Log no run.")
+@click.option(
+    "--file",
+    "filed",
+    is_flag=True,
+    help="Put the result on record, in the guarded registry's ledger, as evidence for promotions of MODEL.",
+)
+@destination_option
 @model_options
 @format_option
 @mlflow_options
@@ -132,6 +140,8 @@ def evaluate(
     output: Path,
     experiment: str,
     no_mlflow: bool,
+    filed: bool,
+    artifacts_destination: str | None,
     loading: ModelLoading,
     form: str,
     mlflow_address: MlflowAddress,
@@ -141,6 +151,9 @@ def evaluate(
     MODEL is a local folder, a hub id, or an MLflow URI such as models:/name/3. Of a locked version the
     fine-tune behind it is measured without and with the lock that the version carries. Answers are greedy, so
     the lock is the only difference.
+
+    With --file, the result counts as evidence where a policy asks for it. That works on the registry's own
+    database (--registry-uri safelock+...), and only for the lock and strength that a promotion would apply.
 
     After an interruption the same command goes on where it was.
     """
@@ -168,9 +181,18 @@ def evaluate(
         batch_size=batch_size,
         answers=output.with_name(f"{output.stem}-answers"),
     )
+    store = None
+    if filed:
+        if subject.version is None or subject.lock is None:
+            raise click.UsageError("--file is for a version in the registry, under a lock.")
+        use_destination(artifacts_destination)
+        store = open_guarded(mlflow_address)
     with counting() as progress:
         found = measure(subject, suite, settings, progress=progress)
     output.write_text(found.to_json(), encoding="utf-8")
+    entry = None
+    if store is not None and subject.version is not None:
+        entry = store.file_evaluation(subject.version.name, subject.version.version, found.statement())
     run = None
     if not no_mlflow:
         from mlflow_safelock.evaluate.mlflow_run import log_evaluation
@@ -178,9 +200,11 @@ def evaluate(
         run = log_evaluation(found, experiment=experiment, version=subject.version)
     if form == "json":
         facts = found.model_dump(mode="json", exclude={"rows", "source"})
-        show_json({"output": str(output), "run": run, **facts})
+        show_json({"output": str(output), "run": run, "evidence": entry and entry.receipt, **facts})
         return
     _show(found)
+    if entry is not None:
+        show_lines("", f"On record as evidence {entry.receipt}: {entry.location}")
     show_lines("", f"Every answer is in {output}" + (f", and in the MLflow run {run}." if run else "."))
 
 

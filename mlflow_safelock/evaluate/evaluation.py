@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -9,7 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate.answers import AnswerKind
 from mlflow_safelock.lock import Digest, NonEmpty
-from mlflow_safelock.provenance import SourceFingerprint
+from mlflow_safelock.provenance import (
+    EvaluationStatement,
+    Measured,
+    MeasuredRate,
+    MeasuredSuite,
+    SourceFingerprint,
+)
 
 ArmName = Literal["unlocked", "locked"]
 
@@ -198,6 +205,39 @@ class Evaluation(_Part):
         """The arms that there are."""
         found: dict[ArmName, Arm] = {"unlocked": self.unlocked}
         return found if self.locked is None else {**found, "locked": self.locked}
+
+    def statement(self) -> EvaluationStatement:
+        """What a gate may rely on: the locked arm's counts, bound to files, lock, strength and prompts.
+
+        Raises:
+            EvaluationError: There is no locked arm, or the model came from no folder.
+        """
+        if self.lock is None or self.locked is None or self.source is None:
+            raise EvaluationError(
+                "An evaluation is evidence only of a model in files, under a lock.",
+                next_step="Measure a registered version with --lock.",
+            )
+        rates = {
+            name: MeasuredRate(count=figure.count, total=figure.total)
+            for name, figure in self.locked.figures.items()
+            if figure.count is not None
+        }
+        measured = Measured(
+            source=self.source,
+            lock=self.lock.digest,
+            alpha=self.lock.alpha,
+            suite=MeasuredSuite(name=self.suite.name, digest=self.suite.digest),
+            transform=self.generation.transform,
+            judge=self.judge.name,
+            rates=rates,
+            judge_failures=self.locked.judge_failures,
+            max_new_tokens=self.generation.max_new_tokens,
+            system_prompt=self.generation.system_prompt,
+            result=f"sha256:{hashlib.sha256(self.to_json().encode()).hexdigest()}",
+            created=self.created,
+            tools=self.tools,
+        )
+        return EvaluationStatement.about(self.model, measured)
 
     def to_json(self) -> str:
         """The evaluation as indented JSON."""

@@ -65,6 +65,7 @@ class LedgerEntry(BaseModel):
     Attributes:
         event: ``promoted`` (locked), ``rejected``, ``passed`` (let through unlocked, as the policy says),
             ``unlocked`` (the lock was taken off), ``renamed`` (a promotion goes on under another name),
+            ``evaluated`` (it was measured; the receipt is the digest of the statement at the location),
             ``revoked`` (a lock may not be applied any more; model and version are the lock's), or
             ``policy`` (another policy came into force; there is no model, and the version is 0).
         time: ISO 8601 in UTC.
@@ -86,7 +87,7 @@ class LedgerEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    event: Literal["promoted", "rejected", "passed", "unlocked", "renamed", "revoked", "policy"]
+    event: Literal["promoted", "rejected", "passed", "unlocked", "renamed", "evaluated", "revoked", "policy"]
     time: NonEmpty
     workspace: NonEmpty
     model: NonEmpty
@@ -179,6 +180,16 @@ def revocation_of(session: Session, digest: str) -> LedgerEntry | None:
     return None if row is None else _entry(row)
 
 
+def evaluations_of(session: Session, original: str) -> list[LedgerEntry]:
+    """Every evaluation on record of the fine-tune at ``original``, newest row first."""
+    rows = session.execute(
+        sa.select(TABLE)
+        .where(TABLE.c.location_key == _key(original), TABLE.c.event == "evaluated")
+        .order_by(TABLE.c.sequence.desc())
+    )
+    return [_entry(row) for row in rows]
+
+
 def last_policy(session: Session) -> str | None:
     """Digest of the policy that came into force last, as far as the ledger knows."""
     row = session.execute(
@@ -262,7 +273,12 @@ def _broken(sequence: int, what: str) -> BrokenLedgerError:
 
 
 def _key_in(values: dict[str, Any]) -> str | None:
-    """What a row is looked up by: a promotion by its locked model's place, a revocation by its lock."""
+    """What a row is looked up by: a promotion by its locked model's place, a revocation by its lock.
+
+    An evaluation by its fine-tune's place, which stays what it is when models are renamed or copied.
+    """
+    if values["event"] == "evaluated" and values["original_location"]:
+        return _key(values["original_location"])
     if values["event"] == "revoked" and values["lock"]:
         return _key(values["lock"]["digest"])
     return _key(values["location"]) if values["location"] else None

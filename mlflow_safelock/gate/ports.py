@@ -18,9 +18,9 @@ from mlflow_safelock.provenance import ArtifactReader
 
 @dataclass(frozen=True)
 class Target:
-    """Where a version is being promoted to: a stage or an alias; or that it is being prepared or read."""
+    """Where a version is promoted to, a stage or an alias; or that it is prepared, read or measured."""
 
-    kind: Literal["stage", "alias", "prepare", "read"]
+    kind: Literal["stage", "alias", "prepare", "read", "evaluate"]
     name: str
 
     def __str__(self) -> str:
@@ -95,6 +95,9 @@ class Registry(Protocol):
 
     def revocation_of(self, digest: str) -> LedgerEntry | None:
         """The revocation of the lock with a digest; ``None`` where it stands."""
+
+    def evaluations_of(self, original: str) -> Sequence[LedgerEntry]:
+        """Every evaluation on record of the fine-tune at a place, newest first."""
 
     def lease(self, work: Work) -> AbstractContextManager[Lease]:
         """Wait until nobody else is at work on a version, and be who is.
