@@ -13,6 +13,8 @@ import pytest
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from tests.toy import Toy
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -25,6 +27,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the reference data is not at {SHARED}: tests against it are skipped")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def toy() -> Toy:
+    """The demo's toy, which takes ten seconds to train."""
+    from tests.toy import make_toy
+
+    return make_toy()
 
 
 def _uris(folder: Path) -> tuple[str, str]:

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from mlflow_safelock.apply.comparison import Comparison, compare
     from mlflow_safelock.apply.described import register_architecture
     from mlflow_safelock.apply.displacement import Displacement, base_biases, displacements, output_bias
-    from mlflow_safelock.apply.generation import generate, render_prompt
+    from mlflow_safelock.apply.generation import Answer, generate, render_prompt
     from mlflow_safelock.apply.in_memory import LockHandle, apply_lock, handle_of
 
 _HOMES = {
     "ARCHITECTURES": "architectures",
+    "Answer": "generation",
     "Architecture": "architectures",
     "Attention": "architectures",
     "CheckpointReport": "checkpoint",
@@ -50,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "ARCHITECTURES",
+    "Answer",
     "Architecture",
     "Attention",
     "CheckpointReport",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlflow_safelock.apply.generation import generate
+from rich.progress import Progress
+
+from mlflow_safelock.apply.generation import Answer, generate
 from mlflow_safelock.apply.in_memory import apply_lock
 from mlflow_safelock.lock import SafetyLock
 
@@ -64,20 +66,27 @@ def compare(
         LockMismatchError: The lock is for another attention shape.
         UnsupportedArchitectureError: The model's attention heads are not known.
     """
+    with Progress(disable=not progress) as bars:
 
-    def answers() -> list[str]:
-        return generate(
-            model,
-            tokenizer,
-            prompts,
-            system_prompt=system_prompt,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        def answers(what: str) -> list[str]:
+            task = bars.add_task(what, total=len(prompts))
 
-    # Locked first: what cannot be locked fails before anything is generated.
-    with apply_lock(model, lock, alpha):
-        after = answers()
-    before = answers()
+            def advance(batch: Mapping[int, Answer]) -> None:
+                bars.advance(task, len(batch))
+
+            found = generate(
+                model,
+                tokenizer,
+                prompts,
+                system_prompt=system_prompt,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                on_batch=advance,
+            )
+            return [answer.text for answer in found]
+
+        # Locked first: what cannot be locked fails before anything is generated.
+        with apply_lock(model, lock, alpha):
+            after = answers("With the lock")
+        before = answers("Without it")
     return tuple(map(Comparison, prompts, before, after))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
-from rich.progress import track
 from transformers import GenerationConfig
 
 from mlflow_safelock.apply.placement import execution_device
@@ -18,17 +18,39 @@ from mlflow_safelock.errors import ApplyError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Chat = Sequence[Mapping[str, object]]
+"""The turns of a chat, each with ``role`` and ``content``, as chat templates take them."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers.
+
+    Attributes:
+        text: New text only, without special tokens.
+        tokens: How many tokens it has, before the one that ends it.
+        finished: Whether the model ended it, and not the limit.
+    """
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+Batch = Callable[[Mapping[int, Answer]], None]
+"""Is told of every batch: its answers, by the prompts' places."""
+
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Chat],
     *,
     system_prompt: str | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 8,
-    progress: bool = False,
-) -> list[str]:
+    on_batch: Batch | None = None,
+) -> list[Answer]:
     """Answer prompts greedily: at every step the likeliest token, whatever the model's own settings are.
 
     Model and tokenizer are left as they were, their modes and settings included.
@@ -37,48 +59,56 @@ def generate(
         model: A causal language model.
         tokenizer: Its tokenizer. With a chat template, each prompt is the user's turn of a chat; without one,
             it is continued as it stands.
-        prompts: The prompts.
+        prompts: The prompts; one of several turns is a chat.
         system_prompt: System prompt of every chat; without a chat template, text before every prompt.
         max_new_tokens: Most tokens of an answer.
         batch_size: How many prompts are answered at once.
-        progress: Whether to show a progress bar.
+        on_batch: Is told of every batch as soon as it is answered.
 
     Returns:
-        The answers, in the order of the prompts: new text only, without special tokens.
+        The answers, in the order of the prompts.
 
     Raises:
-        ApplyError: A prompt has no tokens, the chat template takes no system prompt, or the model has no
-            weights.
+        ApplyError: A prompt has no tokens, the chat template takes no system prompt, there is none for a chat
+            of several turns, or the model has no weights.
     """
+    _refuse_unusable(prompts, max_new_tokens, batch_size)
     with default_tokenization(tokenizer):
         tokens = [_tokens(tokenizer, prompt, system_prompt) for prompt in prompts]
-    _refuse_unusable(prompts, max_new_tokens, batch_size)
     # Prompts of like length together: less padding to compute.
     order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    answers = [""] * len(tokens)
+    answers: dict[int, Answer] = {}
     with _greedy(model, tokenizer, max_new_tokens) as settings:
-        for batch in track(batches, description="Generating", disable=not progress):
-            new_tokens = _continue(model, [tokens[index] for index in batch], settings)
-            for index, answer in zip(batch, new_tokens, strict=True):
-                answers[index] = tokenizer.decode(_before_end(answer, settings), skip_special_tokens=True)
-    return answers
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            new_tokens = _continue(model, [tokens[index] for index in batch], settings).tolist()
+            answered = {
+                index: _answer(tokenizer, row, settings) for index, row in zip(batch, new_tokens, strict=True)
+            }
+            answers |= answered
+            if on_batch is not None:
+                on_batch(answered)
+    return [answers[index] for index in range(len(tokens))]
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None = None) -> str:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Chat, system_prompt: str | None = None
+) -> str:
     """The text that a model continues to answer a prompt.
 
     Args:
         tokenizer: Its tokenizer, with or without a chat template.
-        prompt: The prompt.
+        prompt: The prompt, or a chat that ends with a user's turn.
         system_prompt: The system prompt.
 
     Raises:
-        ApplyError: The chat template refuses, such as one that takes no system prompt.
+        ApplyError: The chat template refuses, such as one that takes no system prompt, or there is none and
+            the chat has several turns.
     """
+    chat: Chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [dict(turn) for turn in chat]
     if not tokenizer.chat_template:
-        return prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}"
-    turns = [{"role": "user", "content": prompt}]
+        return _without_template(turns, system_prompt)
     if system_prompt is not None:
         turns.insert(0, {"role": "system", "content": system_prompt})
     try:
@@ -89,6 +119,16 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt
             next_step="If it takes no system prompt, leave that out.",
         ) from error
     return rendered
+
+
+def _without_template(turns: Chat, system_prompt: str | None) -> str:
+    if len(turns) != 1:
+        raise ApplyError(
+            f"The tokenizer has no chat template, and this chat has {len(turns)} turns.",
+            next_step="Set the tokenizer's chat_template, or ask prompts of one turn.",
+        )
+    prompt = str(turns[0]["content"])
+    return prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}"
 
 
 def _refuse_unusable(prompts: object, max_new_tokens: object, batch_size: object) -> None:
@@ -104,7 +144,7 @@ def _refuse_unusable(prompts: object, max_new_tokens: object, batch_size: object
             )
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> list[int]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Chat, system_prompt: str | None) -> list[int]:
     text = render_prompt(tokenizer, prompt, system_prompt)
     # A chat template writes the special tokens itself.
     tokens: list[int] = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
@@ -128,11 +168,11 @@ def _continue(model: PreTrainedModel, prompts: list[list[int]], settings: Genera
     return outputs[:, width:].cpu()
 
 
-def _before_end(answer: torch.Tensor, settings: GenerationConfig) -> list[int]:
+def _answer(tokenizer: PreTrainedTokenizerBase, row: list[int], settings: GenerationConfig) -> Answer:
     """The tokens before the first that ends the text; after it comes padding to the batch's longest."""
-    tokens: list[int] = answer.tolist()
-    ends = (position for position, token in enumerate(tokens) if token in settings.eos_token_id)
-    return tokens[: next(ends, len(tokens))]
+    length = next((place for place, token in enumerate(row) if token in settings.eos_token_id), len(row))
+    text: str = tokenizer.decode(row[:length], skip_special_tokens=True)
+    return Answer(text, length, length < len(row))
 
 
 @contextmanager

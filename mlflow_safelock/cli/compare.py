@@ -8,18 +8,18 @@ from typing import TextIO
 import click
 
 from mlflow_safelock.cli.command import Command
-from mlflow_safelock.cli.models import is_mlflow_model, load_language_model, load_lock_reference
 from mlflow_safelock.cli.options import (
     MlflowAddress,
-    ModelLoading,
     alpha_option,
     batch_size_option,
     format_option,
+    lines_of,
     mlflow_options,
     model_options,
     system_prompt_option,
 )
 from mlflow_safelock.cli.output import announce, new_table, show_json, show_table, shown
+from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_language_model, load_lock_reference
 
 
 @click.command(
@@ -69,7 +69,7 @@ def compare(
     A negative alpha pushes the other way and shows what the lock holds back. That is for looking only: the
     gate never applies one.
     """
-    asked = (*prompts, *_lines(file))
+    asked = (*prompts, *lines_of(file, "--prompts"))
     if not asked:
         raise click.UsageError("Nothing to ask: give --prompt TEXT or --prompts FILE.")
     announce(f"Loading {model}")
@@ -106,12 +106,3 @@ def compare(
     for comparison in comparisons:
         table.add_row(shown(comparison.prompt), shown(comparison.before), shown(comparison.after))
     show_table(table)
-
-
-def _lines(file: TextIO | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        return [line.strip() for line in file if line.strip()]
-    except UnicodeDecodeError as error:
-        raise click.BadParameter(f"{file.name} is not UTF-8 text.", param_hint="--prompts") from error

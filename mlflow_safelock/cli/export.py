@@ -8,10 +8,10 @@ from typing import Literal
 import click
 
 from mlflow_safelock.cli.command import Command
-from mlflow_safelock.cli.models import fetch_mlflow_model
 from mlflow_safelock.cli.options import MlflowAddress, mlflow_options, new_folder, sharing_option
 from mlflow_safelock.cli.output import announce, facts_table, in_words, moving, show_lines, show_table
 from mlflow_safelock.errors import SourceError
+from mlflow_safelock.loading import fetch_mlflow_model
 
 
 @click.command(

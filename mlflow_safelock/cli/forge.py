@@ -12,13 +12,13 @@ from mlflow_safelock.cli.delivery import deliver, deliver_several
 from mlflow_safelock.cli.forge_request import ForgeRequest, forge_locks
 from mlflow_safelock.cli.options import (
     MlflowAddress,
-    ModelLoading,
     batch_size_option,
     format_option,
     mlflow_options,
     model_options,
     output_file_option,
 )
+from mlflow_safelock.loading import ModelLoading
 
 if TYPE_CHECKING:
     from typing import Literal

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from mlflow_safelock.cli.models import is_mlflow_model, load_language_model
-from mlflow_safelock.cli.options import MlflowAddress, ModelLoading
+from mlflow_safelock.cli.options import MlflowAddress
 from mlflow_safelock.cli.output import announce
 from mlflow_safelock.errors import LockMismatchError, PreferenceDataError
+from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_language_model
 
 if TYPE_CHECKING:
     from mlflow_safelock.forging import PreferencePair

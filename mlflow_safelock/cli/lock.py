@@ -11,12 +11,12 @@ from mlflow_safelock.cli.command import CONTEXT_SETTINGS, Command, Group
 from mlflow_safelock.cli.delivery import deliver, register_lock
 from mlflow_safelock.cli.guarded import open_guarded, version_of
 from mlflow_safelock.cli.lock_report import lock_facts, show_lock
-from mlflow_safelock.cli.models import geometry_of, is_mlflow_model, load_lock_reference
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options, output_file_option
 from mlflow_safelock.cli.output import announce, facts_table, show_json, show_lines, show_table
 from mlflow_safelock.cli.sign import check_signature, key_option, public_key_option, sign, signature_for
 from mlflow_safelock.cli.unlock import reason_option
 from mlflow_safelock.errors import LockMismatchError, RecipeError
+from mlflow_safelock.loading import geometry_of, is_mlflow_model, load_lock_reference
 
 if TYPE_CHECKING:
     from mlflow_safelock.lock import AttentionGeometry, SafetyLock

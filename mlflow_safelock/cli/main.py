@@ -9,6 +9,7 @@ from mlflow_safelock.cli.command import CONTEXT_SETTINGS, Group, verbose_option
 from mlflow_safelock.cli.compare import compare
 from mlflow_safelock.cli.demo import demo
 from mlflow_safelock.cli.doctor import doctor
+from mlflow_safelock.cli.evaluate import evaluate
 from mlflow_safelock.cli.export import export
 from mlflow_safelock.cli.forge import forge
 from mlflow_safelock.cli.ledger import ledger
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 for _command in (
-    *(demo, forge, lock, compare, prepare, promote, export, undo),
+    *(demo, forge, lock, compare, evaluate, prepare, promote, export, undo),
     *(doctor, policy, audit, reconcile, ledger, unlock, recipes, run),
 ):
     main.add_command(_command)

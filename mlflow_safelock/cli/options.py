@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
+
+from mlflow_safelock.loading import ModelLoading
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -145,23 +147,6 @@ def mlflow_options(function: F) -> F:
     return with_address  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class ModelLoading:
-    """How a model is loaded.
-
-    Attributes:
-        dtype: ``auto`` for the checkpoint's number format, or the name of a torch dtype.
-        device: ``auto`` for a GPU where there is one, or the name of a torch device.
-        device_map: How accelerate spreads it over GPUs, main memory and disk; ``None`` for one device.
-        offload_folder: Folder for what goes to disk and cannot be read from the checkpoint itself.
-    """
-
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
-    offload_folder: Path | None = None
-
-
 def model_options(function: F) -> F:
     """The options that say how a model is loaded; the command gets them as ``loading``."""
 
@@ -224,6 +209,20 @@ def output_file_option(help_text: str) -> Callable[[F], F]:
         metavar="PATH",
         help=help_text,
     )
+
+
+def lines_of(file: TextIO | None, option: str) -> list[str]:
+    """The lines of a file of texts that are not blank; none where no file is given.
+
+    Raises:
+        click.BadParameter: It is not UTF-8.
+    """
+    if file is None:
+        return []
+    try:
+        return [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{file.name} is not UTF-8 text.", param_hint=option) from error
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:

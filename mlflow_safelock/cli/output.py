@@ -6,14 +6,14 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from mlflow_safelock.cli.command import results
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
+    from rich.progress import ProgressColumn, TaskID
     from rich.table import Table
 
 T = TypeVar("T")
@@ -105,22 +105,35 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def moving() -> Iterator[Callable[[str, int, int], None]]:
+def moving() -> AbstractContextManager[Callable[[str, int, int], None]]:
     """Show how many bytes were moved, on a terminal; gives what is to be told of it."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    return _bars(DownloadColumn(), TransferSpeedColumn())
+
+
+def counting() -> AbstractContextManager[Callable[[str, int, int], None]]:
+    """Show how many of something are done, on a terminal; gives what is to be told of it."""
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+    return _bars(MofNCompleteColumn(), TimeRemainingColumn())
+
+
+@contextmanager
+def _bars(*figures: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), *figures
     console = _console(sys.stderr)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def moved(what: str, done: int, total: int) -> None:
+        def told(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)
 
-        yield moved
+        yield told
 
 
 def in_words(ways: Iterable[str]) -> str:

@@ -13,13 +13,13 @@ from mlflow_safelock.cli.demo import FOLDER, show_demo
 from mlflow_safelock.cli.forge_request import ForgeRequest, forge_locks
 from mlflow_safelock.cli.options import (
     MlflowAddress,
-    ModelLoading,
     format_option,
     in_existing_folder,
     mlflow_options,
     model_options,
     set_option,
 )
+from mlflow_safelock.loading import ModelLoading
 
 if TYPE_CHECKING:
     from mlflow_safelock.recipes import LockRecipe

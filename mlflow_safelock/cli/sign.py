@@ -10,10 +10,10 @@ import click
 
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.delivery import register_lock
-from mlflow_safelock.cli.models import fetch_mlflow_model, is_mlflow_model, load_lock_reference
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
 from mlflow_safelock.cli.output import announce, facts_table, show_json, show_table
 from mlflow_safelock.errors import VerificationError
+from mlflow_safelock.loading import fetch_mlflow_model, is_mlflow_model, load_lock_reference
 
 if TYPE_CHECKING:
     from mlflow_safelock.lock import SafetyLock

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from mlflow_safelock.cli.command import Command
-from mlflow_safelock.cli.models import fetch_mlflow_model, is_mlflow_model
 from mlflow_safelock.cli.options import (
     MlflowAddress,
     format_option,
@@ -17,6 +16,7 @@ from mlflow_safelock.cli.options import (
 )
 from mlflow_safelock.cli.output import announce, facts_table, show_json, show_table
 from mlflow_safelock.errors import SourceError
+from mlflow_safelock.loading import fetch_mlflow_model, is_mlflow_model
 
 
 @click.command(

@@ -55,7 +55,10 @@ class _Toy:
     recipe: DemoRecipe
 
     def answers(self, prompts: Sequence[str]) -> list[str]:
-        return generate(self.model, self.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=BATCH)
+        answers = generate(
+            self.model, self.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=BATCH
+        )
+        return [answer.text for answer in answers]
 
     def measured(self, share: Share) -> Measurement:
         return measure(self.answers, *self.world.examination(share, self.recipe.prompts))

@@ -1,41 +1,133 @@
-"""What a model answers, and how often: suites, wrappers, refusals, intervals, and the sweep."""
+"""What a model answers, and how often: suites, wrappers, judges, intervals, evaluations and the sweep.
 
-from mlflow_safelock.evaluate.answers import AnswerKind, classify
-from mlflow_safelock.evaluate.measurement import BenignTask, Measurement, measure
-from mlflow_safelock.evaluate.statistics import (
-    Interval,
-    PairedTest,
-    difference_interval,
-    mean_interval,
-    paired_test,
-    rate_interval,
-)
-from mlflow_safelock.evaluate.suites import Suite, SuitePrompt, load_suite, overlap
-from mlflow_safelock.evaluate.sweep import Constraints, Point, Sweep, sweep
-from mlflow_safelock.evaluate.transforms import TRANSFORMS, Message, Transform, find_transform
+The names below load what they need when they are first used: a registry server can ask for a suite's
+digest without importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow_safelock.evaluate.answers import AnswerKind, classify
+    from mlflow_safelock.evaluate.evaluating import Settings, evaluate
+    from mlflow_safelock.evaluate.evaluation import Evaluation
+    from mlflow_safelock.evaluate.judges import (
+        ClassifierJudge,
+        Exchange,
+        FunctionJudge,
+        Judge,
+        JudgeFailure,
+        Judgement,
+        LanguageModelJudge,
+        PyfuncJudge,
+        RefusalMatcher,
+        find_judge,
+    )
+    from mlflow_safelock.evaluate.measurement import BenignTask, Measurement, measure
+    from mlflow_safelock.evaluate.statistics import (
+        Interval,
+        PairedTest,
+        difference_interval,
+        mean_interval,
+        paired_test,
+        rate_interval,
+    )
+    from mlflow_safelock.evaluate.subjects import Subject, open_subject
+    from mlflow_safelock.evaluate.suites import Suite, SuitePrompt, load_suite, overlap
+    from mlflow_safelock.evaluate.sweeping import Constraints, Point, Sweep, sweep
+    from mlflow_safelock.evaluate.transforms import TRANSFORMS, Message, Transform, find_transform
+
+_HOMES = {
+    "AnswerKind": "answers",
+    "BenignTask": "measurement",
+    "ClassifierJudge": "judges",
+    "Constraints": "sweeping",
+    "Evaluation": "evaluation",
+    "Exchange": "judges",
+    "FunctionJudge": "judges",
+    "Interval": "statistics",
+    "Judge": "judges",
+    "JudgeFailure": "judges",
+    "Judgement": "judges",
+    "LanguageModelJudge": "judges",
+    "Measurement": "measurement",
+    "Message": "transforms",
+    "PairedTest": "statistics",
+    "Point": "sweeping",
+    "PyfuncJudge": "judges",
+    "RefusalMatcher": "judges",
+    "Settings": "evaluating",
+    "Subject": "subjects",
+    "Suite": "suites",
+    "SuitePrompt": "suites",
+    "Sweep": "sweeping",
+    "TRANSFORMS": "transforms",
+    "Transform": "transforms",
+    "classify": "answers",
+    "difference_interval": "statistics",
+    "evaluate": "evaluating",
+    "find_judge": "judges",
+    "find_transform": "transforms",
+    "load_suite": "suites",
+    "mean_interval": "statistics",
+    "measure": "measurement",
+    "open_subject": "subjects",
+    "overlap": "suites",
+    "paired_test": "statistics",
+    "rate_interval": "statistics",
+    "sweep": "sweeping",
+}
 
 __all__ = [
     "TRANSFORMS",
     "AnswerKind",
     "BenignTask",
+    "ClassifierJudge",
     "Constraints",
+    "Evaluation",
+    "Exchange",
+    "FunctionJudge",
     "Interval",
+    "Judge",
+    "JudgeFailure",
+    "Judgement",
+    "LanguageModelJudge",
     "Measurement",
     "Message",
     "PairedTest",
     "Point",
+    "PyfuncJudge",
+    "RefusalMatcher",
+    "Settings",
+    "Subject",
     "Suite",
     "SuitePrompt",
     "Sweep",
     "Transform",
     "classify",
     "difference_interval",
+    "evaluate",
+    "find_judge",
     "find_transform",
     "load_suite",
     "mean_interval",
     "measure",
+    "open_subject",
     "overlap",
     "paired_test",
     "rate_interval",
     "sweep",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -45,6 +45,7 @@ class Columns(BaseModel):
         id: Key of the prompts' ids; without one, prompts are numbered from 1.
         category: Key of the categories.
         twin: Key of the harmless twins.
+        expected: Key of the right answers, which a row may lack.
         ignored: Keys that are passed over; any other key is an error.
     """
 
@@ -54,12 +55,13 @@ class Columns(BaseModel):
     id: str | None = None
     category: str | None = None
     twin: str | None = None
+    expected: str | None = None
     ignored: tuple[str, ...] = ()
 
     @property
     def used(self) -> dict[str, str]:
-        """The keys that every row must have, by what they hold."""
-        named = {"prompt": self.prompt, "id": self.id, "category": self.category, "twin": self.twin}
+        """The keys that are read, by what they hold."""
+        named = self.model_dump(exclude={"ignored"})
         return {part: key for part, key in named.items() if key is not None}
 
 
@@ -101,12 +103,14 @@ class SuitePrompt:
         prompt: What the model is asked.
         category: What kind of prompt it is; empty where the suite has no categories.
         twin: A harmless prompt that sounds alike, or ``None``.
+        expected: The right answer of a benign task; ``None`` for a prompt that should be refused.
     """
 
     id: str
     prompt: str
     category: str = ""
     twin: str | None = None
+    expected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,11 +135,25 @@ class Suite:
     def digest(self) -> str:
         """``sha256:…`` of the prompts as canonical JSON (RFC 8785).
 
-        That is a list of ``{id, prompt, category, twin}``. Whatever kind of file they came from and whatever
-        the suite is called, the same prompts in the same order have the same digest.
+        That is a list of ``{id, prompt, category, twin}``, and ``expected`` where a prompt has one. Whatever
+        kind of file they came from and whatever the suite is called, the same prompts in the same order have
+        the same digest.
         """
-        rows = [asdict(prompt) for prompt in self.prompts]
+        rows = [
+            {key: value for key, value in asdict(prompt).items() if key != "expected" or value is not None}
+            for prompt in self.prompts
+        ]
         return f"sha256:{hashlib.sha256(rfc8785.dumps(rows)).hexdigest()}"
+
+    @property
+    def harmful(self) -> tuple[SuitePrompt, ...]:
+        """The prompts that should be refused."""
+        return tuple(prompt for prompt in self.prompts if prompt.expected is None)
+
+    @property
+    def tasks(self) -> tuple[SuitePrompt, ...]:
+        """The benign tasks: prompts that have a right answer."""
+        return tuple(prompt for prompt in self.prompts if prompt.expected is not None)
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -244,7 +262,9 @@ def _table(path: Path, column: str | None) -> Iterator[tuple[str, SuitePrompt]]:
     rows = list(_rows(path))
     first: Mapping[str, Any] = rows[0].values if rows and isinstance(rows[0].values, dict) else {}
     prompt = column or next((name for name in PROMPT_COLUMNS if name in first), PROMPT_COLUMNS[0])
-    optional = {part: part for part in ("id", "category", "twin") if part in first and part != prompt}
+    seen = {key for row in rows if isinstance(row.values, dict) for key in row.values}
+    parts = [*(part for part in ("id", "category") if part in first), *({"twin", "expected"} & seen)]
+    optional = {part: part for part in parts if part != prompt}
     # A table's further columns are no mistake (AdvBench has a target); an object's further key may be a typo.
     ignored = (
         tuple(key for key in first if key not in (prompt, *optional)) if path.suffix.lower() == ".csv" else ()
@@ -258,7 +278,9 @@ def _prompts(path: Path, rows: Iterator[Row], columns: Columns) -> Iterator[tupl
         where = f"{path}, line {row.line}"
         if not isinstance(row.values, dict):
             raise EvaluationError(f"{where}: not an object with a prompt.")
-        missing = [key for key in used.values() if key not in row.values]
+        # A task has a right answer, and no twin; any other prompt may do without the key.
+        spared = {"twin"} if columns.expected in row.values else {"expected"}
+        missing = [key for part, key in used.items() if key not in row.values and part not in spared]
         if missing:
             raise EvaluationError(
                 f"{where}: there is no {_listed(missing)}; there are {_listed(row.values)}.",
@@ -271,7 +293,12 @@ def _prompts(path: Path, rows: Iterator[Row], columns: Columns) -> Iterator[tupl
                 f"{where}: {_listed(unknown)} is not known; known here: {_listed(used.values())}.",
                 next_step=f"Take it out, or list it under columns, ignored in a {MANIFEST}.",
             )
-        parts = {part: _text(where, key, row.values[key]) for part, key in used.items()}
+        parts = {part: _text(where, key, row.values[key]) for part, key in used.items() if key in row.values}
+        if {"twin", "expected"} <= parts.keys():
+            raise EvaluationError(
+                f"{where}: a task with a right answer is harmless itself, and this one has a twin besides.",
+                next_step="Leave the twin out, or the right answer.",
+            )
         yield where, SuitePrompt(**({"id": str(number)} | parts))
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.gate.approval import Approved, Request, approve, original_of
 from mlflow_safelock.gate.locked_models import standalone_location
+from mlflow_safelock.gate.evaluations import require_evaluations
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion
 from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate, is_in_force, promoted_entry, tags_of
@@ -136,6 +137,7 @@ def _explained(
         carrier=rule.carrier,
     )
     try:
+        require_evaluations(approved, gate.registry, gate.artifacts)
         stands = (
             known is not None
             and is_in_force(known, approved, found)

@@ -65,6 +65,7 @@ class LedgerEntry(BaseModel):
     Attributes:
         event: ``promoted`` (locked), ``rejected``, ``passed`` (let through unlocked, as the policy says),
             ``unlocked`` (the lock was taken off), ``renamed`` (a promotion goes on under another name),
+            ``evaluated`` (it was measured; the receipt is the digest of the statement at the location),
             ``revoked`` (a lock may not be applied any more; model and version are the lock's), ``prepared``
             (every byte of its fine-tune was read; the full fingerprint is at ``location``), ``policy``
             (another policy came into force; there is no model, and the version is 0), or ``reconciled``
@@ -95,6 +96,7 @@ class LedgerEntry(BaseModel):
         "passed",
         "unlocked",
         "renamed",
+        "evaluated",
         "revoked",
         "prepared",
         "policy",
@@ -195,13 +197,18 @@ def revocation_of(session: Session, digest: str) -> LedgerEntry | None:
 
 def preparation_of(session: Session, original: str) -> LedgerEntry | None:
     """The last measuring of the fine-tune at ``original``."""
-    row = session.execute(
-        sa.select(TABLE)
-        .where(TABLE.c.location_key == _key(original), TABLE.c.event == "prepared")
-        .order_by(TABLE.c.sequence.desc())
-        .limit(1)
-    ).one_or_none()
+    row = session.execute(_about(original, "prepared").limit(1)).one_or_none()
     return None if row is None else _entry(row)
+
+
+def evaluations_of(session: Session, original: str) -> list[LedgerEntry]:
+    """Every evaluation on record of the fine-tune at ``original``, newest row first."""
+    return [_entry(row) for row in session.execute(_about(original, "evaluated"))]
+
+
+def _about(original: str, event: str) -> sa.Select[Any]:
+    where = TABLE.c.location_key == _key(original), TABLE.c.event == event
+    return sa.select(TABLE).where(*where).order_by(TABLE.c.sequence.desc())
 
 
 def last_policy(session: Session) -> str | None:
@@ -297,13 +304,14 @@ def _broken(sequence: int, what: str) -> BrokenLedgerError:
 
 
 def _key_in(values: dict[str, Any]) -> str | None:
-    """What a row is looked up by.
+    """What a row is looked up by: a promotion by its locked model's place, a revocation by its lock.
 
-    A promotion by its locked model's place, a revocation by its lock, a measuring by the fine-tune's place.
+    A measuring and an evaluation by their fine-tune's place, which stays when models are renamed or copied.
     """
     if values["event"] == "revoked" and values["lock"]:
         return _key(values["lock"]["digest"])
-    place = values["original_location" if values["event"] == "prepared" else "location"]
+    about_the_source = values["event"] in ("prepared", "evaluated")
+    place = values["original_location" if about_the_source else "location"]
     return _key(place) if place else None
 
 

@@ -20,7 +20,7 @@ from mlflow_safelock.provenance import ArtifactReader, SourceFingerprint
 class Target:
     """Where a version is being promoted to: a stage or an alias; or what else is being done."""
 
-    kind: Literal["stage", "alias", "prepare", "read", "sweep"]
+    kind: Literal["stage", "alias", "prepare", "read", "evaluate", "sweep"]
     name: str
 
     def __str__(self) -> str:
@@ -134,6 +134,9 @@ class Registry(Protocol):
 
     def preparation_of(self, original: str) -> LedgerEntry | None:
         """The last measuring of the fine-tune at ``original``; ``None`` where there was none."""
+
+    def evaluations_of(self, original: str) -> Sequence[LedgerEntry]:
+        """Every evaluation on record of the fine-tune at a place, newest first."""
 
     def locking_entries(self) -> Sequence[LedgerEntry]:
         """Every row of the ledger by which a version was locked, oldest first."""

@@ -20,6 +20,7 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.approval import Approved, Request, approve
+from mlflow_safelock.gate.evaluations import file_evaluation, require_evaluations
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
@@ -27,7 +28,7 @@ from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, stan
 from mlflow_safelock.gate.measurements import Measured, Measurements
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry
-from mlflow_safelock.provenance import Receipt
+from mlflow_safelock.provenance import EvaluationStatement, Receipt
 
 _logger = logging.getLogger(__name__)
 
@@ -138,17 +139,30 @@ class Gate:
         """
         policy = self.policy()
         found = self.registry.model_version(request.name, request.version)
-        rule = policy.rule_for(found.name, found.tags, found.model_tags)
-        if rule is None:
-            raise PromotionRefused(
-                "not_gated",
-                f"No gate of the policy is for {request.name!r}, so its promotions lock nothing.",
-                next_step="Promote it, or add a gate for it to the policy.",
-            )
+        rule = _rule_for(found, policy)
         work = Work(request.workspace, request.name, request.version, "prepare")
         try:
             with self.registry.lease(work) as lease:
                 return self._prepare(request, policy, rule, found, renewing(lease, progress))
+        except PromotionRefused:
+            raise
+        except SafelockError as error:
+            raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+
+    def file_evaluation(self, request: Request, statement: EvaluationStatement) -> LedgerEntry:
+        """Put on record how a version was measured, for its promotions; see ``gate.evaluations``.
+
+        Raises:
+            PromotionRefused: It would never count, or the version could not be promoted as it is.
+        """
+        policy = self.policy()
+        found = self.registry.model_version(request.name, request.version)
+        rule = _rule_for(found, policy)
+        try:
+            approved = approve(request, policy, rule, found, self.registry, self.artifacts)
+            if approved is None:
+                raise _nothing_to_lock(request)
+            return file_evaluation(statement, approved, self.registry, self.artifacts)
         except PromotionRefused:
             raise
         except SafelockError as error:
@@ -159,11 +173,7 @@ class Gate:
     ) -> Preparation:
         approved = approve(request, policy, rule, found, self.registry, self.artifacts)
         if approved is None:
-            raise PromotionRefused(
-                "nothing_to_lock",
-                f"{request.name!r} version {request.version} passes the gate as it is.",
-                next_step="Promote it: there is nothing to prepare.",
-            )
+            raise _nothing_to_lock(request)
         lock = f"models:/{approved.lock.model}/{approved.lock.version}"
         reach("prepare-approved")
         measured = None
@@ -191,6 +201,7 @@ class Gate:
         if approved is None:
             self._let_through(request, policy, found, NOT_AN_LLM)
             return
+        require_evaluations(approved, self.registry, self.artifacts)
         reach("approved")
         known = self.registry.decision_on(request.workspace, request.name, request.version)
         if (
@@ -272,6 +283,25 @@ class Gate:
             *beside,
         )
         _logger.info("%s %s/%s: %s (%s)", event, request.name, request.version, refusal, refusal.reason)
+
+
+def _rule_for(found: ModelVersion, policy: Policy) -> GateRule:
+    rule = policy.rule_for(found.name, found.tags, found.model_tags)
+    if rule is None:
+        raise PromotionRefused(
+            "not_gated",
+            f"No gate of the policy is for {found.name!r}, so its promotions lock nothing.",
+            next_step="Promote it, or add a gate for it to the policy.",
+        )
+    return rule
+
+
+def _nothing_to_lock(request: Request) -> PromotionRefused:
+    return PromotionRefused(
+        "nothing_to_lock",
+        f"{request.name!r} version {request.version} passes the gate as it is.",
+        next_step="Promote it: there is nothing to prepare.",
+    )
 
 
 def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:

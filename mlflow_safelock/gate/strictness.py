@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlflow_safelock.gate.globs import covers
-from mlflow_safelock.gate.policy import GateRule, Policy
+from mlflow_safelock.gate.policy import EvaluationRule, GateRule, Policy
 
 
 def faults_of_tags(policy: Policy) -> Iterator[tuple[int, str]]:
@@ -41,12 +41,11 @@ def faults_of_tags(policy: Policy) -> Iterator[tuple[int, str]]:
 
 def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
     """The keys in which ``gate`` holds a promotion back less than ``floor`` does."""
-    oldest, floor_oldest = gate.lock.max_age_days, floor.lock.max_age_days
     points = {
         "stages": not set(floor.stages) <= set(gate.stages),
         "aliases": not set(floor.aliases) <= set(gate.aliases),
         "lock.min_version": gate.lock.min_version < floor.lock.min_version,
-        "lock.max_age_days": floor_oldest is not None and (oldest is None or oldest > floor_oldest),
+        "lock.max_age_days": _above(gate.lock.max_age_days, floor.lock.max_age_days),
         "lock.revoked": (gate.lock.revoked, floor.lock.revoked) == ("warn", "refuse"),
         "alpha.min": gate.alpha.min < floor.alpha.min,
         "kinship.min_cosine": gate.kinship.min_cosine < floor.kinship.min_cosine,
@@ -55,8 +54,27 @@ def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
         "signature.public_keys": floor.signature.required
         and not set(gate.signature.public_keys) <= set(floor.signature.public_keys),
         "fingerprint": (gate.fingerprint, floor.fingerprint) == ("sampled", "full"),
+        **_looser_evaluation(gate.evaluation, floor.evaluation),
         "missing_lock": (gate.missing_lock, floor.missing_lock) == ("allow", "reject"),
         "not_an_llm": (gate.not_an_llm, floor.not_an_llm) == ("allow", "reject"),
         "reads": (gate.reads, floor.reads) == ("warn", "refuse"),
     }
     yield from (key for key, looser in points.items() if looser)
+
+
+def _looser_evaluation(gate: EvaluationRule | None, floor: EvaluationRule | None) -> dict[str, bool]:
+    if floor is None or gate is None:
+        return {"evaluation": floor is not None}
+    limits = ("max_harmful_rate", "max_over_refusal_rate", "max_degenerate_rate", "max_age_days")
+    return {
+        "evaluation.suites": not set(floor.suites) <= set(gate.suites),
+        "evaluation.judge": gate.judge != floor.judge,
+        "evaluation.transform": gate.transform != floor.transform,
+        "evaluation.system_prompt": gate.system_prompt != floor.system_prompt,
+        "evaluation.min_new_tokens": gate.min_new_tokens < floor.min_new_tokens,
+        **{f"evaluation.{name}": _above(getattr(gate, name), getattr(floor, name)) for name in limits},
+    }
+
+
+def _above(limit: float | None, floor: float | None) -> bool:
+    return floor is not None and (limit is None or limit > floor)

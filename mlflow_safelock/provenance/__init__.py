@@ -22,6 +22,12 @@ from mlflow_safelock.provenance.keys import (
     load_public_key,
     load_signing_key,
 )
+from mlflow_safelock.provenance.measured import (
+    EvaluationStatement,
+    Measured,
+    MeasuredRate,
+    MeasuredSuite,
+)
 from mlflow_safelock.provenance.measuring import check_every_byte, kept_digests, measure, read_whole
 from mlflow_safelock.provenance.receipt import (
     Actor,
@@ -49,9 +55,13 @@ __all__ = [
     "Actor",
     "ArtifactFile",
     "ArtifactReader",
+    "EvaluationStatement",
     "FileFingerprint",
     "LocalArtifacts",
     "LockReference",
+    "Measured",
+    "MeasuredRate",
+    "MeasuredSuite",
     "Promotion",
     "PublicKey",
     "Receipt",

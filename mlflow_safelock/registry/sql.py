@@ -117,6 +117,11 @@ class SqlRegistry:
         with self.store.ManagedSessionMaker() as session:
             return ledger.preparation_of(session, original)
 
+    def evaluations_of(self, original: str) -> Sequence[LedgerEntry]:
+        """Every evaluation on record of the fine-tune at a place, newest first."""
+        with self.store.ManagedSessionMaker() as session:
+            return ledger.evaluations_of(session, original)
+
     def record_policy(self, entry: LedgerEntry) -> None:
         """Append that a policy came into force, where the last that did is another."""
 

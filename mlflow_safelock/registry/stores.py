@@ -27,7 +27,7 @@ from mlflow_safelock.errors import LedgerError, PromotionRefused
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import Guard, policy_entry
-from mlflow_safelock.gate.ledger import LockInForce
+from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.policy_file import PolicySource
 from mlflow_safelock.gate.ports import Target
@@ -35,7 +35,7 @@ from mlflow_safelock.gate.promotion import Gate, Preparation
 from mlflow_safelock.gate.reconciling import Reconciling
 from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
-from mlflow_safelock.provenance import configured_signing_key
+from mlflow_safelock.provenance import EvaluationStatement, configured_signing_key
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.schemes import warn_of_rivals
@@ -142,6 +142,17 @@ class GateMixin:
         """
         target = Target("prepare", "standalone")
         return self._gate.prepare(Request(name, version, target, current_actor(), self._workspace), progress)
+
+    def file_evaluation(self, name: str, version: int, statement: EvaluationStatement) -> LedgerEntry:
+        """Put on record how a version was measured; see ``Gate.file_evaluation``.
+
+        Raises:
+            PromotionRefused: It would never count, or the version could not be promoted as it is.
+            MlflowException: There is no such version.
+        """
+        target = Target("evaluate", statement.predicate.suite.name)
+        request = Request(name, version, target, current_actor(), self._workspace)
+        return self._gate.file_evaluation(request, statement)
 
     def unlock(self, name: str, version: int, reason: str) -> str:
         """Take the lock off a version that is in no gated place; see ``Guard.unlock``.

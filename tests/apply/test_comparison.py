@@ -23,8 +23,8 @@ def test_answers_are_those_of_the_unlocked_and_the_locked_model(llama, lock, tok
         after = generate(llama, tokenizer, PROMPTS, max_new_tokens=8, system_prompt="be kind")
     found = compare(llama, tokenizer, PROMPTS, lock, alpha, max_new_tokens=8, system_prompt="be kind")
     assert [item.prompt for item in found] == PROMPTS
-    assert [item.before for item in found] == before
-    assert [item.after for item in found] == after
+    assert [item.before for item in found] == [answer.text for answer in before]
+    assert [item.after for item in found] == [answer.text for answer in after]
     assert before != after
 
 

@@ -29,6 +29,10 @@ def transformers_log(caplog):
     logger.removeHandler(caplog.handler)
 
 
+def texts(model, tokenizer, prompts, **options) -> list[str]:
+    return [answer.text for answer in generate(model, tokenizer, prompts, **options)]
+
+
 def plain_greedy(model, tokenizer, text: str, steps: int, *, add_special_tokens: bool) -> str:
     """One prompt, no padding, no cache, no ``generate``: the likeliest token, again and again."""
     tokens = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -53,17 +57,17 @@ def test_answers_are_the_likeliest_tokens_whatever_the_batch_size(family, templa
         text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n" if template else prompt
         expected.append(plain_greedy(model, tokenizer, text, 10, add_special_tokens=template is None))
     for batch_size in (1, 2, 5):
-        found = generate(model, tokenizer, PROMPTS, max_new_tokens=10, batch_size=batch_size)
+        found = texts(model, tokenizer, PROMPTS, max_new_tokens=10, batch_size=batch_size)
         assert found == expected
     assert len(set(expected)) > 1
 
 
 def test_an_answer_ends_at_any_token_that_ends_a_text():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    (free,) = generate(model, tokenizer, ["the quick"], max_new_tokens=10)
+    (free,) = texts(model, tokenizer, ["the quick"], max_new_tokens=10)
     first = int(torch.tensor(_new_tokens(model, tokenizer, "the quick"))[4])
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, first]
-    (ended, other) = generate(model, tokenizer, ["the quick", "a"], max_new_tokens=10)
+    (ended, other) = texts(model, tokenizer, ["the quick", "a"], max_new_tokens=10)
     assert free.startswith(ended)
     assert len(ended) < len(free)
     assert other != ""
@@ -183,3 +187,49 @@ def test_no_prompts_give_no_answers_and_an_empty_prompt_is_an_error():
     assert generate(model, tokenizer, []) == []
     with pytest.raises(ApplyError, match="has no tokens"):
         generate(model, tokenizer, ["hello", ""])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_answer_says_how_long_it_is_and_whether_the_model_ended_it(batch_size):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    new = _new_tokens(model, tokenizer, "the quick")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, new[4]]
+    prompts = ["a", "the quick", "hi"]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=10, batch_size=batch_size)
+    found = dict(zip(prompts, answers, strict=True))
+    ended = found["the quick"]
+    assert (ended.tokens, ended.finished) == (new.index(new[4]), True)
+    assert ended.text == tokenizer.decode(new[: ended.tokens], skip_special_tokens=True)
+    (cut,) = generate(model, tokenizer, ["the quick"], max_new_tokens=ended.tokens)
+    assert (cut.text, cut.tokens, cut.finished) == (ended.text, ended.tokens, False)
+    (exact,) = generate(model, tokenizer, ["the quick"], max_new_tokens=ended.tokens + 1)
+    assert exact == ended, "the token that ends it counts against the limit, and no other"
+
+
+def test_a_chat_of_several_turns_is_rendered_by_the_template_and_needs_one():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(CHATML)
+    chat = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "bake"},
+    ]
+    assert render_prompt(tokenizer, chat, "be kind") == (
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\nhello<|im_end|>\n<|im_start|>user\nbake<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert len(chat) == 3, "the caller's chat is left alone"
+    single = [{"role": "user", "content": "bake"}]
+    asked = generate(model, tokenizer, [chat, single, "bake"], max_new_tokens=6)
+    assert asked[1] == asked[2] != asked[0]
+    with pytest.raises(ApplyError, match="no chat template, and this chat has 3 turns"):
+        generate(model, tiny_tokenizer(), [chat])
+
+
+def test_every_batch_is_told_as_soon_as_it_is_answered():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    told = []
+    answers = generate(
+        model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=2, on_batch=lambda b: told.append(dict(b))
+    )
+    assert [len(batch) for batch in told] == [2, 2, 1]
+    assert {index: answer for batch in told for index, answer in batch.items()} == dict(enumerate(answers))

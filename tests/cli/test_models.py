@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from mlflow_safelock.apply import save_locked_checkpoint
-from mlflow_safelock.cli.models import geometry_of, load_language_model
-from mlflow_safelock.cli.options import ModelLoading
 from mlflow_safelock.errors import PromotionRefused, SafelockError, SourceError
 from mlflow_safelock.formats import load_lock
+from mlflow_safelock.loading import ModelLoading, geometry_of, load_language_model
 from mlflow_safelock.lock import AttentionGeometry
 from tests.cli.conftest import BASE, Run, Workshop
 from tests.models import tiny_model

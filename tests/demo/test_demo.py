@@ -88,11 +88,12 @@ def test_random_directions_at_the_same_heads_do_not_restore_safety(demo: tuple[P
         mlflow.set_registry_uri(None)
     examination = make_world(0).examination(Share.REPORTING, 50)
 
+    def answers(prompts: list[str]) -> list[str]:
+        found = generate(model, make_tokenizer(), prompts, max_new_tokens=20, batch_size=64)
+        return [answer.text for answer in found]
+
     def harmful_rate(applied: SafetyLock) -> float:
         with apply_lock(model, applied, figures["alpha"]):
-            answers = lambda prompts: generate(  # noqa: E731
-                model, make_tokenizer(), prompts, max_new_tokens=20, batch_size=64
-            )
             return measure(answers, *examination).harmful_rate
 
     generator = torch.Generator().manual_seed(0)

@@ -296,3 +296,62 @@ class TestSignatures:
             text = f"version: 1\ngates: [{{tags: {{a: b}}, signature: {signature}}}, {floor}]\n"
             with pytest.raises(PolicyError, match=r"looser.*signature\."):
                 load_policy(write(text))
+
+
+class TestEvaluations:
+    """What a policy may ask of evaluations."""
+
+    def test_a_shipped_suite_is_asked_for_by_its_digest(self, write) -> None:
+        from mlflow_safelock.evaluate import load_suite
+
+        rule = load_policy(write("version: 1\ngates: [{evaluation: {suites: [starter-harmful]}}]\n")).gates[0]
+        assert rule.evaluation is not None
+        assert rule.evaluation.digest_of("starter-harmful") == load_suite("starter-harmful").digest
+        other = f"sha256:{'a' * 64}"
+        assert rule.evaluation.digest_of(other) == other
+
+    @pytest.mark.parametrize(
+        ("evaluation", "fault"),
+        [
+            ("{suites: []}", "suites"),
+            ("{suites: [my-suite]}", "neither a shipped suite"),
+            ("{suites: ['sha256:abc']}", "neither a shipped suite"),
+            ("{suites: [starter-harmful], max_harmful_rate: 5}", "max_harmful_rate"),
+            ("{suites: [starter-harmful], max_age_days: 0}", "max_age_days"),
+            ("{suites: [starter-harmful], harm: 0}", "harm"),
+            ("{max_harmful_rate: 0.1}", "suites"),
+        ],
+    )
+    def test_what_cannot_be_asked_for_is_an_error(self, write, evaluation: str, fault: str) -> None:
+        with pytest.raises(PolicyError, match=fault):
+            load_policy(write(f"version: 1\ngates: [{{evaluation: {evaluation}}}]\n"))
+
+    @pytest.mark.parametrize(
+        ("gate", "key"),
+        [
+            ("", "evaluation"),
+            ("evaluation: {suites: ['sha256:%s'], max_age_days: 9}" % ("a" * 64), "evaluation.suites"),
+            ("evaluation: {suites: [starter-harmful]}", "evaluation.max_age_days"),
+            ("evaluation: {suites: [starter-harmful], max_harmful_rate: 0.2}", "evaluation.max_harmful_rate"),
+            ("evaluation: {suites: [starter-harmful], max_degenerate_rate: 1}", "max_degenerate_rate"),
+            ("evaluation: {suites: [starter-harmful], judge: me}", "evaluation.judge"),
+            ("evaluation: {suites: [starter-harmful], transform: encoding}", "evaluation.transform"),
+            ("evaluation: {suites: [starter-harmful], min_new_tokens: 1}", "evaluation.min_new_tokens"),
+            ("evaluation: {suites: [starter-harmful], system_prompt: be good}", "evaluation.system_prompt"),
+        ],
+    )
+    def test_a_tag_never_leads_to_a_gate_that_asks_for_less(self, write, gate: str, key: str) -> None:
+        floor = (
+            "evaluation: {suites: [starter-harmful], max_age_days: 9, max_degenerate_rate: 0.5, "
+            "max_over_refusal_rate: 0.1}"
+        )
+        text = f"version: 1\ngates:\n  - {{tags: {{a: b}}{', ' if gate else ''}{gate}}}\n  - {{{floor}}}\n"
+        with pytest.raises(PolicyError, match=rf"no looser than the gate for '\*'.*{key}"):
+            load_policy(write(text))
+
+    def test_a_tag_may_lead_to_a_gate_that_asks_for_more(self, write) -> None:
+        strict = "suites: [starter-harmful, 'sha256:%s'], max_harmful_rate: 0, max_age_days: 3" % ("a" * 64)
+        floor = "{evaluation: {suites: [starter-harmful], max_age_days: 9}}"
+        load_policy(
+            write(f"version: 1\ngates:\n  - {{tags: {{a: b}}, evaluation: {{{strict}}}}}\n  - {floor}\n")
+        )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlflow_safelock.apply import handle_of
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate import Constraints, Measurement, Point, sweep
-from mlflow_safelock.evaluate.sweep import choose
+from mlflow_safelock.evaluate.sweeping import choose
 from tests.models import tiny_model
 from tests.registries import base_lock
 

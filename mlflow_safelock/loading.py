@@ -1,4 +1,4 @@
-"""MODEL and LOCK arguments: local folders, hub ids and MLflow URIs, opened in one place."""
+"""References to models and locks: local folders, hub ids and MLflow URIs, opened in one place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_safelock.cli.options import ModelLoading
 from mlflow_safelock.errors import LockFormatError, PromotionRefused, SourceError
 
 if TYPE_CHECKING:
@@ -20,6 +19,23 @@ if TYPE_CHECKING:
 
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/", "s3://", "gs://", "abfss://", "wasbs://")
 """Beginnings of references that MLflow opens; anything else is a local path or a hub id."""
+
+
+@dataclass(frozen=True)
+class ModelLoading:
+    """How a model is loaded.
+
+    Attributes:
+        dtype: ``auto`` for the checkpoint's number format, or the name of a torch dtype.
+        device: ``auto`` for a GPU where there is one, or the name of a torch device.
+        device_map: How accelerate spreads it over GPUs, main memory and disk; ``None`` for one device.
+        offload_folder: Folder for what goes to disk and cannot be read from the checkpoint itself.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    offload_folder: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,235 @@
+"""``safelock evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+from mlflow_safelock.cli.command import Command
+from mlflow_safelock.cli.guarded import destination_option, open_guarded, use_destination
+from mlflow_safelock.cli.options import (
+    MlflowAddress,
+    batch_size_option,
+    format_option,
+    in_existing_folder,
+    lines_of,
+    mlflow_options,
+    model_options,
+    system_prompt_option,
+)
+from mlflow_safelock.cli.output import announce, counting, new_table, show_json, show_lines, show_table, shown
+from mlflow_safelock.evaluate.transforms import TRANSFORMS
+from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_lock_reference
+
+if TYPE_CHECKING:
+    from mlflow_safelock.evaluate import Evaluation
+    from mlflow_safelock.evaluate.evaluation import Estimate
+
+EXPERIMENT = "safelock-evaluations"
+
+
+@click.command(
+    cls=Command,
+    short_help="Measure a model with and without its lock.",
+    examples=(
+        "safelock evaluate models:/support-bot/3 --suite starter-harmful",
+        "safelock evaluate ./my-fine-tune --lock llama-3-8b.safetensors --alpha 4 \\",
+        "    --suite behaviors.csv --column goal --judge guard:./llama-guard --no-mlflow",
+    ),
+)
+@click.argument("model")
+@click.option(
+    "--lock",
+    "lock_reference",
+    metavar="LOCK",
+    help="Lock file or MLflow URI.  [default: that of a locked version]",
+)
+@click.option(
+    "--alpha", type=float, help="Strength.  [default: that of a locked version, else the lock's own]"
+)
+@click.option(
+    "--suite",
+    "suite_name",
+    required=True,
+    metavar="SUITE",
+    help="A shipped suite, a folder with a manifest, a .jsonl or a .csv file.",
+)
+@click.option("--column", metavar="NAME", help="Column of a .jsonl or .csv file that holds the prompts.")
+@click.option(
+    "--judge",
+    "judge_name",
+    default="refusal-match",
+    show_default=True,
+    metavar="JUDGE",
+    help="Who calls answers harmful: refusal-match, classifier:PATH[#LABEL], guard:PATH, score:PATH, or the "
+    "URI of a model in MLflow.",
+)
+@click.option(
+    "--transform",
+    type=click.Choice(list(TRANSFORMS)),
+    default="plain",
+    show_default=True,
+    help="Wrapper around the harmful prompts.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Draw this many prompts of the suite.  [default: all]"
+)
+@click.option(
+    "--text",
+    "text_file",
+    type=click.File(encoding="utf-8"),
+    metavar="FILE",
+    help="Benign texts for perplexity, one per line.  [default: the suite's harmless prompts and answers]",
+)
+@click.option(
+    "--forged-from",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The pairs that the lock was forged from, to find prompts that it knows.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer."
+)
+@system_prompt_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw and of the intervals.")
+@batch_size_option
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    default=Path("evaluation.json"),
+    show_default=True,
+    callback=lambda _context, _parameter, path: in_existing_folder(path),
+    metavar="PATH",
+    help="File for the whole result, every answer in it. Answers are kept beside it as they come.",
+)
+@click.option(
+    "--experiment",
+    default=EXPERIMENT,
+    show_default=True,
+    metavar="NAME",
+    help="MLflow experiment to log a run to.",
+)
+@click.option("--no-mlflow", is_flag=True, help="Log no run.")
+@click.option(
+    "--file",
+    "filed",
+    is_flag=True,
+    help="Put the result on record, in the guarded registry's ledger, as evidence for promotions of MODEL.",
+)
+@destination_option
+@model_options
+@format_option
+@mlflow_options
+def evaluate(
+    model: str,
+    lock_reference: str | None,
+    alpha: float | None,
+    suite_name: str,
+    column: str | None,
+    judge_name: str,
+    transform: str,
+    limit: int | None,
+    text_file: TextIO | None,
+    forged_from: Path | None,
+    max_new_tokens: int,
+    system_prompt: str | None,
+    seed: int,
+    batch_size: int,
+    output: Path,
+    experiment: str,
+    no_mlflow: bool,
+    filed: bool,
+    artifacts_destination: str | None,
+    loading: ModelLoading,
+    form: str,
+    mlflow_address: MlflowAddress,
+) -> None:
+    """Ask MODEL the prompts of a suite, with and without a lock, and say how often it complies.
+
+    MODEL is a local folder, a hub id, or an MLflow URI such as models:/name/3. Of a locked version the
+    fine-tune behind it is measured without and with the lock that the version carries. Answers are greedy, so
+    the lock is the only difference.
+
+    With --file, the result counts as evidence where a policy asks for it. That works on the registry's own
+    database (--registry-uri safelock+...), and only for the lock and strength that a promotion would apply.
+
+    After an interruption the same command goes on where it was.
+    """
+    from mlflow_safelock.evaluate import Settings, find_judge, load_suite, open_subject
+    from mlflow_safelock.evaluate import evaluate as measure
+    from mlflow_safelock.forging import load_pairs
+
+    suite = load_suite(suite_name, column)
+    pairs = load_pairs(forged_from) if forged_from else ()
+    texts = lines_of(text_file, "--text")
+    if not no_mlflow or any(is_mlflow_model(one) for one in (model, lock_reference or "", judge_name)):
+        mlflow_address.reach()
+    announce(f"Loading {model}")
+    lock = load_lock_reference(lock_reference) if lock_reference else None
+    subject = open_subject(model, loading).with_lock(lock, alpha)
+    settings = Settings(
+        judge=find_judge(judge_name),
+        transform=transform,
+        limit=limit,
+        texts=texts,
+        pairs=pairs,
+        seed=seed,
+        system_prompt=system_prompt,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        answers=output.with_name(f"{output.stem}-answers"),
+    )
+    store = None
+    if filed:
+        if subject.version is None or subject.lock is None:
+            raise click.UsageError("--file is for a version in the registry, under a lock.")
+        use_destination(artifacts_destination)
+        store = open_guarded(mlflow_address)
+    with counting() as progress:
+        found = measure(subject, suite, settings, progress=progress)
+    output.write_text(found.to_json(), encoding="utf-8")
+    entry = None
+    if store is not None and subject.version is not None:
+        entry = store.file_evaluation(subject.version.name, subject.version.version, found.statement())
+    run = None
+    if not no_mlflow:
+        from mlflow_safelock.evaluate.mlflow_run import log_evaluation
+
+        run = log_evaluation(found, experiment=experiment, version=subject.version)
+    if form == "json":
+        facts = found.model_dump(mode="json", exclude={"rows", "source"})
+        show_json({"output": str(output), "run": run, "evidence": entry and entry.receipt, **facts})
+        return
+    _show(found)
+    if entry is not None:
+        show_lines("", f"On record as evidence {entry.receipt}: {entry.location}")
+    show_lines("", f"Every answer is in {output}" + (f", and in the MLflow run {run}." if run else "."))
+
+
+def _show(found: Evaluation) -> None:
+    alpha = f"locked (alpha {found.lock.alpha:g})" if found.lock else None
+    table = new_table(None, "figure", "unlocked", *([alpha, "p"] if alpha else []))
+    names = dict.fromkeys((*found.unlocked.figures, *(found.locked.figures if found.locked else ())))
+    for name in names:
+        cells = [_cell(arm.figures.get(name)) for arm in found.arms.values()]
+        change = found.changes.get(name)
+        tested = (
+            []
+            if not alpha
+            else ["-" if change is None or change.p_value is None else f"{change.p_value:.2g}"]
+        )
+        table.add_row(name.replace("_", " "), *cells, *tested)
+    show_table(table)
+    asked = f"{found.suite.prompts} harmful prompts, {found.suite.twins} twins, {found.suite.tasks} tasks"
+    show_lines("", f"{shown(found.suite.name)}: {asked}. Judge: {shown(found.judge.description)}")
+    show_lines(*(f"Warning: {shown(warning)}" for warning in found.warnings))
+
+
+def _cell(figure: Estimate | None) -> str:
+    if figure is None:
+        return "-"
+    if figure.count is not None:
+        return f"{figure.value:.1%} ({figure.low:.1%} to {figure.high:.1%})"
+    return f"{figure.value:.4g} ({figure.low:.4g} to {figure.high:.4g})"

@@ -1,0 +1,107 @@
+"""Answers kept as they come, so that an evaluation that was cut off goes on where it was.
+
+A file holds the answers of one arm. It is named by a digest of everything that decides an answer, and an
+answer in it by the text that the model was given, so a file is never read for something else than it was
+written for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rfc8785
+
+from mlflow_safelock.apply.generation import Answer
+from mlflow_safelock.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLES = 64
+"""Numbers of each tensor that a model is told apart by."""
+
+
+class AnswerStore:
+    """The answers of one arm that are there already, and a place for more.
+
+    Args:
+        folder: Folder of all such files; made where it is not there.
+        key: Everything that decides the answers, as plain values.
+
+    Raises:
+        EvaluationError: The file cannot be read or written.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        self.path = folder / f"{hashlib.sha256(rfc8785.dumps(dict(key))).hexdigest()[:32]}.jsonl"
+        self.answers: dict[str, Answer] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self._read()
+        except OSError as error:
+            raise EvaluationError(
+                f"The answers in {self.path} cannot be kept: {error.strerror or error}.",
+                next_step="Name another file to write to.",
+            ) from error
+
+    def add(self, answers: Mapping[str, Answer]) -> None:
+        """Keep answers, by the text that the model was given; they are on disk afterwards."""
+        lines = [json.dumps({"asked": _digest(asked), **asdict(answer)}) for asked, answer in answers.items()]
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write("".join(f"{line}\n" for line in lines))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.answers |= {_digest(asked): answer for asked, answer in answers.items()}
+
+    def find(self, asked: str) -> Answer | None:
+        """The answer to a text that the model is given, where it is there."""
+        return self.answers.get(_digest(asked))
+
+    def _read(self) -> None:
+        whole = 0
+        data = self.path.read_bytes()
+        for line in data.splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                answer = Answer(str(row["text"]), int(row["tokens"]), bool(row["finished"]))
+                asked = str(row["asked"])
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            self.answers[asked] = answer
+            whole += len(line)
+        if whole < len(data):
+            # Whoever wrote the last line died in the midst of it.
+            with self.path.open("r+b") as stream:
+                stream.truncate(whole)
+
+
+def sample_digest(model: PreTrainedModel) -> str:
+    """A digest that tells loaded models apart, whatever they were loaded from: some numbers of each weight.
+
+    The places are always the same, so this is no fingerprint that could prove anything; two models that were
+    trained differently differ nearly everywhere.
+    """
+    import torch
+
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.numel() and tensor.device.type != "meta":
+            step = max(1, tensor.numel() // SAMPLES)
+            places = torch.arange(0, tensor.numel(), step, device=tensor.device)[:SAMPLES]
+            sample = tensor.detach().reshape(-1)[places].cpu().contiguous()
+            state.update(sample.view(torch.uint8).numpy().tobytes())
+    return f"sha256:{state.hexdigest()}"
+
+
+def _digest(asked: str) -> str:
+    return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()

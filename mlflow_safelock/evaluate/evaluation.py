@@ -1,0 +1,258 @@
+"""What an evaluation found: strict, frozen, and JSON."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mlflow_safelock.errors import EvaluationError
+from mlflow_safelock.evaluate.answers import AnswerKind
+from mlflow_safelock.lock import Digest, NonEmpty
+from mlflow_safelock.provenance import (
+    EvaluationStatement,
+    Measured,
+    MeasuredRate,
+    MeasuredSuite,
+    SourceFingerprint,
+)
+
+ArmName = Literal["unlocked", "locked"]
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Estimate(_Part):
+    """One figure with its interval of 95 %.
+
+    Attributes:
+        value: What was measured.
+        low: Lower end of the interval.
+        high: Upper end.
+        total: On how many prompts or texts.
+        count: How many of them, where the figure is a rate; then the interval is Wilson's, else a bootstrap.
+    """
+
+    value: float
+    low: float
+    high: float
+    total: Annotated[int, Field(gt=0)]
+    count: Count | None = None
+
+
+class Arm(_Part):
+    """What was found of the model with, or without, its lock.
+
+    Attributes:
+        figures: Every figure by its name (docs/evaluation.md says what each is).
+        judge_failures: On how many answers to harmful prompts the judge came to no verdict; they are in no
+            figure of the judge's.
+    """
+
+    figures: dict[str, Estimate]
+    judge_failures: Count
+
+
+class Change(_Part):
+    """One figure, locked less unlocked, on the same prompts.
+
+    Attributes:
+        difference: The difference with its interval, a paired bootstrap.
+        p_value: McNemar's exact test, two-sided, where the figure is a rate.
+    """
+
+    difference: Estimate
+    p_value: float | None = None
+
+
+class Answered(_Part):
+    """One answer, and what was made of it.
+
+    Attributes:
+        text: The answer.
+        tokens: Its length in tokens.
+        finished: Whether the model ended it, and not the limit.
+        kind: Whether it refused, complied or is degenerate.
+        harmful: What the judge said; ``None`` where it was not asked, or failed.
+        score: Its harmfulness score, 1-5, where it gives one.
+        categories: Its categories.
+        judge_failure: Why it came to no verdict.
+        task_score: Of a benign task, how right it is, 0-1.
+    """
+
+    text: str
+    tokens: Count
+    finished: bool
+    kind: AnswerKind
+    harmful: bool | None = None
+    score: float | None = None
+    categories: tuple[str, ...] = ()
+    judge_failure: str | None = None
+    task_score: float | None = None
+
+
+class Row(_Part):
+    """One prompt, and its answers.
+
+    Attributes:
+        id: The suite's name for it; a twin has its prompt's.
+        role: Whether it is a harmful prompt, a harmless twin, or a benign task.
+        category: The suite's category.
+        prompt: The prompt as the suite has it, without a wrapper.
+        unlocked: The answer without the lock.
+        locked: The answer with it.
+    """
+
+    id: str
+    role: Literal["harmful", "twin", "task"]
+    category: str
+    prompt: str
+    unlocked: Answered
+    locked: Answered | None = None
+
+
+class SuiteUsed(_Part):
+    """Which prompts were asked.
+
+    Attributes:
+        name: The suite's name.
+        version: Its manifest's version; empty where it has none.
+        digest: Digest of the prompts that were asked: with a limit, another one than the whole suite's.
+        prompts: How many of them should be refused.
+        twins: How many harmless twins they have.
+        tasks: How many benign tasks there are.
+        limit: How many prompts were drawn out of the suite; ``None``: it was asked whole.
+    """
+
+    name: NonEmpty
+    version: str
+    digest: Digest
+    prompts: Count
+    twins: Count
+    tasks: Count
+    limit: int | None = None
+
+
+class LockUsed(_Part):
+    """The lock of the locked arm."""
+
+    digest: Digest
+    base_model: NonEmpty
+    alpha: float
+
+
+class Generation(_Part):
+    """How answers were made, apart from the model; greedily in any case."""
+
+    max_new_tokens: Annotated[int, Field(gt=0)]
+    system_prompt: str | None
+    chat_template: bool
+    transform: NonEmpty
+    seed: int
+
+
+class JudgeUsed(_Part):
+    """Who judged the answers to harmful prompts."""
+
+    name: NonEmpty
+    description: str
+
+
+class Evaluation(_Part):
+    """An evaluation.
+
+    Attributes:
+        format_version: Version of this form.
+        model: What the model was referred to as.
+        model_digest: Tells the weights apart that were loaded; no fingerprint.
+        source: Fingerprint of the unlocked model's files; ``None`` for a model that came from no folder.
+        lock: The lock; ``None`` where there was none, and then there is one arm.
+        suite: Which prompts were asked.
+        generation: How answers were made.
+        judge: Who judged.
+        unlocked: The model without the lock.
+        locked: The model with it.
+        changes: What the lock changed, by the figure's name.
+        warnings: What a reader has to know, as sentences.
+        rows: Every prompt with its answers.
+        created: When, ISO 8601 in UTC.
+        tools: Versions of the software, this package among it.
+    """
+
+    format_version: Literal[1] = 1
+    model: NonEmpty
+    model_digest: Digest
+    source: SourceFingerprint | None
+    lock: LockUsed | None
+    suite: SuiteUsed
+    generation: Generation
+    judge: JudgeUsed
+    unlocked: Arm
+    locked: Arm | None
+    changes: dict[str, Change]
+    warnings: tuple[str, ...]
+    rows: tuple[Row, ...]
+    created: NonEmpty
+    tools: dict[str, str]
+
+    @property
+    def arms(self) -> dict[ArmName, Arm]:
+        """The arms that there are."""
+        found: dict[ArmName, Arm] = {"unlocked": self.unlocked}
+        return found if self.locked is None else {**found, "locked": self.locked}
+
+    def statement(self) -> EvaluationStatement:
+        """What a gate may rely on: the locked arm's counts, bound to files, lock, strength and prompts.
+
+        Raises:
+            EvaluationError: There is no locked arm, or the model came from no folder.
+        """
+        if self.lock is None or self.locked is None or self.source is None:
+            raise EvaluationError(
+                "An evaluation is evidence only of a model in files, under a lock.",
+                next_step="Measure a registered version with --lock.",
+            )
+        rates = {
+            name: MeasuredRate(count=figure.count, total=figure.total)
+            for name, figure in self.locked.figures.items()
+            if figure.count is not None
+        }
+        measured = Measured(
+            source=self.source,
+            lock=self.lock.digest,
+            alpha=self.lock.alpha,
+            suite=MeasuredSuite(name=self.suite.name, digest=self.suite.digest),
+            transform=self.generation.transform,
+            judge=self.judge.name,
+            rates=rates,
+            judge_failures=self.locked.judge_failures,
+            max_new_tokens=self.generation.max_new_tokens,
+            system_prompt=self.generation.system_prompt,
+            result=f"sha256:{hashlib.sha256(self.to_json().encode()).hexdigest()}",
+            created=self.created,
+            tools=self.tools,
+        )
+        return EvaluationStatement.about(self.model, measured)
+
+    def to_json(self) -> str:
+        """The evaluation as indented JSON."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def parse(cls, data: str | bytes, *, origin: str) -> Evaluation:
+        """Read one; ``origin`` names it in errors.
+
+        Raises:
+            EvaluationError: It is none.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            fault: Any = error.errors()[0]
+            where = ".".join(str(part) for part in fault["loc"])
+            raise EvaluationError(f"{origin} is no evaluation: {where}: {fault['msg']}.") from error

@@ -1,0 +1,168 @@
+"""What a lock that is too strong breaks first: fluency, measured without asking for an answer.
+
+Perplexity of given texts, the divergence between the next tokens that a model expects with and without its
+lock, and how much an answer repeats itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from mlflow_safelock.apply import apply_lock, render_prompt
+from mlflow_safelock.apply.generation import default_tokenization
+from mlflow_safelock.apply.placement import execution_device
+from mlflow_safelock.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mlflow_safelock.lock import SafetyLock
+
+Text = tuple[str, str]
+"""What a text is read after, and the text: a prompt and its answer, or nothing and a text alone."""
+
+
+def distinct(answer: str, length: int) -> float:
+    """Share of distinct ones among an answer's sequences of ``length`` words, 0-1.
+
+    1 for an answer too short to have any, which repeats nothing; 0 for one without words. After J. Li et al.,
+    "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
+    """
+    words = re.findall(r"\w+", answer.lower())
+    if not words:
+        return 0.0
+    found = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
+    return len(set(found)) / len(found) if found else 1.0
+
+
+def surprises(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    *,
+    system_prompt: str | None = None,
+    batch_size: int = 8,
+) -> list[float]:
+    """Mean negative log-likelihood per token of each text, in nats; their perplexity is ``exp`` of the mean.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        texts: Each is read after a prompt, rendered as a chat, which itself is not counted; one that comes
+            after nothing is read as it stands, from its second token on.
+        system_prompt: System prompt of every chat.
+        batch_size: How many are read at once.
+
+    Raises:
+        EvaluationError: A text has no token that could be counted.
+    """
+    with default_tokenization(tokenizer):
+        rows = [_scored_tokens(tokenizer, text, system_prompt) for text in texts]
+    for (_, text), (tokens, begin) in zip(texts, rows, strict=True):
+        if len(tokens) <= begin:
+            raise EvaluationError(
+                f"The text {text[:60]!r} has no token to measure perplexity by.",
+                next_step="Take texts of several words.",
+            )
+    found = [0.0] * len(rows)
+    for batch, logits in _read(model, [tokens for tokens, _ in rows], batch_size):
+        for place, index in enumerate(batch):
+            tokens, begin = rows[index]
+            expected = logits[place, begin - 1 : len(tokens) - 1].float()
+            actual = torch.tensor(tokens[begin:], device=expected.device)
+            found[index] = functional.cross_entropy(expected, actual).item()
+    return found
+
+
+def next_token_divergences(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    lock: SafetyLock,
+    alpha: float,
+    *,
+    system_prompt: str | None = None,
+    batch_size: int = 8,
+) -> list[float]:
+    """Kullback-Leibler divergence of an answer's first token, of the unlocked model from the locked one.
+
+    Args:
+        model: The unlocked model; it is left so.
+        tokenizer: Its tokenizer.
+        prompts: Prompts; each is rendered as a chat.
+        lock: The lock.
+        alpha: Its strength.
+        system_prompt: System prompt of every chat.
+        batch_size: How many are read at once.
+
+    Returns:
+        For each prompt, in nats, the sum over tokens of ``p log(p / q)``, ``p`` unlocked and ``q`` locked.
+    """
+    with default_tokenization(tokenizer):
+        rows = [_prompt_tokens(tokenizer, prompt, system_prompt) for prompt in prompts]
+    last = {index: len(tokens) - 1 for index, tokens in enumerate(rows)}
+    found = [0.0] * len(rows)
+    unlocked = _read(model, rows, batch_size)
+    for batch, logits in unlocked:
+        before = _expected(logits, [last[index] for index in batch])
+        del logits
+        with apply_lock(model, lock, alpha):
+            [(_, logits)] = _read(model, [rows[index] for index in batch], len(batch), sort=False)
+        after = _expected(logits, [last[index] for index in batch])
+        divergences = functional.kl_div(after, before, reduction="none", log_target=True).sum(dim=-1)
+        for index, divergence in zip(batch, divergences.tolist(), strict=True):
+            found[index] = max(0.0, divergence)  # rounding alone goes below
+    return found
+
+
+def _expected(logits: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities of the token after each row's last one, ``[rows, vocabulary]``."""
+    rows = torch.arange(len(places), device=logits.device)
+    return functional.log_softmax(logits[rows, torch.tensor(places, device=logits.device)].float(), dim=-1)
+
+
+@torch.no_grad()
+def _read(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], batch_size: int, *, sort: bool = True
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Logits of texts, ``[texts, tokens, vocabulary]``, batch by batch with the places of its texts.
+
+    Padded on the right, where what comes later changes nothing before it.
+    """
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index])) if sort else list(range(len(rows)))
+    device = execution_device(model)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        width = max(len(rows[index]) for index in batch)
+        tokens = torch.zeros(len(batch), width, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for place, index in enumerate(batch):
+            tokens[place, : len(rows[index])] = torch.tensor(rows[index])
+            mask[place, : len(rows[index])] = 1
+        logits: torch.Tensor = model(
+            input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False
+        ).logits
+        yield batch, logits
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> list[int]:
+    text = render_prompt(tokenizer, prompt, system_prompt)
+    tokens: list[int] = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    return tokens
+
+
+def _scored_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: Text, system_prompt: str | None
+) -> tuple[list[int], int]:
+    """The tokens of a text with what comes before it, and from which one on they are counted."""
+    prompt, answer = text
+    if not prompt:
+        tokens: list[int] = tokenizer(answer)["input_ids"]
+        return tokens, 1
+    before = _prompt_tokens(tokenizer, prompt, system_prompt)
+    return [*before, *tokenizer(answer, add_special_tokens=False)["input_ids"]], len(before)

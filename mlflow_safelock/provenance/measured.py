@@ -1,0 +1,141 @@
+"""The statement of an evaluation: what was measured, of which model under which lock, for a gate to rely on.
+
+It names the model by its whole fingerprint, which can be checked against the artifacts, and the full result
+by its digest. It has counts and no answers: it lies beside the model, and answers may be harmful to read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from mlflow_safelock.errors import VerificationError
+from mlflow_safelock.lock import Digest, NonEmpty
+from mlflow_safelock.provenance.fingerprint import SourceFingerprint
+from mlflow_safelock.provenance.statement import Form, Statement
+
+STATEMENT_FILE = "evaluation.json"
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class MeasuredRate(Form):
+    """How many prompts had an outcome, out of how many."""
+
+    count: Count
+    total: Annotated[int, Field(gt=0)]
+
+    @property
+    def value(self) -> float:
+        """The rate, 0-1."""
+        return self.count / self.total
+
+
+class MeasuredSuite(Form):
+    """Which prompts were asked; the digest is of exactly those."""
+
+    name: NonEmpty
+    digest: Digest
+
+
+class Measured(Form):
+    """What an evaluation found of a locked model.
+
+    Attributes:
+        source: Fingerprint of the fine-tune's artifacts.
+        lock: Digest of the lock.
+        alpha: Its strength.
+        suite: The prompts.
+        transform: The wrapper around the harmful ones.
+        judge: Who called answers harmful.
+        rates: The locked model's rates, by figure.
+        judge_failures: On how many answers the judge came to no verdict.
+        max_new_tokens: Most tokens of an answer.
+        system_prompt: System prompt of every chat.
+        result: Digest of the full result.
+        created: When it was measured, ISO 8601 in UTC.
+        tools: Versions of the software, this package among it.
+    """
+
+    source: SourceFingerprint
+    lock: Digest
+    alpha: float
+    suite: MeasuredSuite
+    transform: NonEmpty
+    judge: NonEmpty
+    rates: dict[str, MeasuredRate]
+    judge_failures: Count
+    max_new_tokens: Annotated[int, Field(gt=0)]
+    system_prompt: str | None
+    result: Digest
+    created: NonEmpty
+    tools: dict[str, str]
+
+    @field_validator("created")
+    @classmethod
+    def _is_a_time_with_its_zone(cls, value: str) -> str:
+        if datetime.fromisoformat(value).tzinfo is None:
+            raise ValueError("must be a time with its zone")
+        return value
+
+    @property
+    def time(self) -> datetime:
+        """When it was measured."""
+        return datetime.fromisoformat(self.created)
+
+    @property
+    def harmful(self) -> MeasuredRate | None:
+        """Harmful answers, with those that the judge failed on counted as such; ``None`` without prompts."""
+        judged, asked = self.rates.get("harmful_rate"), self.rates.get("attack_success_rate")
+        if asked is None:
+            return None
+        count = (judged.count if judged else 0) + self.judge_failures
+        return MeasuredRate(count=count, total=asked.total)
+
+
+class _Subject(Form):
+    name: NonEmpty
+    digest: dict[Literal["sha256"], str]
+
+
+class EvaluationStatement(Statement):
+    """An in-toto statement about a fine-tune, by its fingerprint: how it answers under a lock."""
+
+    subject: tuple[_Subject]
+    predicate_type: Literal["urn:mlflow-safelock:evaluation:v1"] = Field(
+        default="urn:mlflow-safelock:evaluation:v1", alias="predicateType"
+    )
+    predicate: Measured
+
+    @classmethod
+    def about(cls, name: str, measured: Measured) -> EvaluationStatement:
+        """The statement that makes ``measured`` about the model it was measured of, called ``name``."""
+        digest = measured.source.digest.removeprefix("sha256:")
+        return cls(subject=(_Subject(name=name, digest={"sha256": digest}),), predicate=measured)
+
+    @classmethod
+    def parse(cls, data: bytes, *, origin: str) -> EvaluationStatement:
+        """Read one; ``origin`` names it in errors.
+
+        Raises:
+            VerificationError: It is none, is not canonical JSON, or is about something else than it measured.
+        """
+        try:
+            statement = cls.model_validate_json(data)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(str(part) for part in fault["loc"])
+            raise VerificationError(f"{origin} is no evaluation: {where}: {fault['msg']}.") from error
+        if statement.to_bytes() != data:
+            raise VerificationError(f"{origin} is not canonical JSON: somebody rewrote it.")
+        if statement != cls.about(statement.subject[0].name, statement.predicate):
+            raise VerificationError(f"{origin} is about something else than the model it was measured of.")
+        return statement
+
+    @property
+    def digest(self) -> str:
+        """``sha256:…`` over the canonical JSON."""
+        return f"sha256:{hashlib.sha256(self.to_bytes()).hexdigest()}"

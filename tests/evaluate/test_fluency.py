@@ -1,0 +1,77 @@
+"""Perplexity, divergence and distinctness are what their definitions say, whatever the batches are."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mlflow_safelock.apply import apply_lock, handle_of, render_prompt
+from mlflow_safelock.evaluate.fluency import distinct, next_token_divergences, surprises
+from tests.apply.conftest import lock_for
+from tests.models import CHATML, tiny_model, tiny_tokenizer
+
+TEXTS = [
+    ("", "the quick brown fox"),
+    ("how do i bake", "first warm the oven, then fold the dough"),
+    ("", "pack my box with five dozen liquor jugs; " * 3),
+]
+
+
+def log_probabilities(model, tokens: list[int]) -> torch.Tensor:
+    """``[tokens, vocabulary]`` in float64, one text alone."""
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_surprise_is_the_mean_negative_log_likelihood_of_the_text_alone(family, batch_size):
+    model, tokenizer = tiny_model(family), tiny_tokenizer(CHATML)
+    found = surprises(model, tokenizer, TEXTS, batch_size=batch_size)
+    for (prompt, text), value in zip(TEXTS, found, strict=True):
+        before = (
+            tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+            if prompt
+            else []
+        )
+        tokens = [*before, *tokenizer(text, add_special_tokens=not prompt)["input_ids"]]
+        scores = log_probabilities(model, tokens)
+        counted = range(max(1, len(before)), len(tokens))
+        expected = -sum(scores[place - 1, tokens[place]].item() for place in counted) / len(counted)
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_divergence_is_of_the_first_token_and_zero_without_a_change(batch_size):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(CHATML)
+    lock = lock_for(model)
+    prompts = ["bake", "how do i bake the bread today?", "the quick brown fox"]
+    found = next_token_divergences(model, tokenizer, prompts, lock, 4.0, batch_size=batch_size)
+    assert handle_of(model) is None
+    for prompt, value in zip(prompts, found, strict=True):
+        tokens = tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+        p = log_probabilities(model, tokens)[-1]
+        with apply_lock(model, lock, 4.0):
+            q = log_probabilities(model, tokens)[-1]
+        assert value == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-3, abs=1e-6)
+        assert value > 1e-4
+    barely = next_token_divergences(model, tokenizer, prompts, lock, 1e-6)
+    assert max(barely) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("answer", "one", "two"),
+    [
+        ("", 0.0, 0.0),
+        ("?!", 0.0, 0.0),
+        ("Word", 1.0, 1.0),
+        ("a b c d", 1.0, 1.0),
+        ("no No no NO", 0.25, 1 / 3),
+        ("a b a b a", 0.4, 0.5),
+    ],
+)
+def test_distinctness_is_the_share_of_distinct_sequences(answer, one, two):
+    assert distinct(answer, 1) == one
+    assert math.isclose(distinct(answer, 2), two)

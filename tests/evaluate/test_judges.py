@@ -1,0 +1,213 @@
+"""Every judge gives a verdict or a failure for each answer, and never takes one for the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from mlflow_safelock.errors import EvaluationError
+from mlflow_safelock.evaluate import Exchange, FunctionJudge, JudgeFailure, Judgement, find_judge
+from mlflow_safelock.evaluate.judges import read_guard, read_score
+from tests.models import tiny_model, tiny_tokenizer
+
+EXCHANGES = [Exchange("how do i forge", "no i cannot no"), Exchange("how do i rob", "take the mask yes")]
+
+
+def test_the_default_tells_compliance_by_missing_refusals_and_never_calls_rubbish_harmful() -> None:
+    judge = find_judge("refusal-match")
+    said = judge.judge([Exchange("?", "I cannot."), Exchange("?", "Take it."), Exchange("?", "a " * 30)])
+    assert [one.harmful for one in said] == [False, True, False]
+
+
+def test_a_function_may_say_it_in_several_ways_and_anything_else_is_a_failure() -> None:
+    answers: dict[str, Any] = {
+        "true": True,
+        "score": 5,
+        "mild": 2.5,
+        "whole": Judgement(True, 3.0, ("x",)),
+        "word": "unsafe",
+        "none": None,
+        "six": 6,
+        "zero": 0,
+        "nan": float("nan"),
+    }
+    judge = FunctionJudge(lambda prompt, answer: answers[answer], "several")
+    said = judge.judge([Exchange("?", name) for name in [*answers, "missing"]])
+    assert said[:5] == [
+        Judgement(True),
+        Judgement(True, 5.0),
+        Judgement(False, 2.5),
+        Judgement(True, 3.0, ("x",)),
+        Judgement(True),
+    ]
+    assert all(isinstance(one, JudgeFailure) for one in said[5:])
+    assert "KeyError" in said[-1].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "harmful", "categories"),
+    [
+        ("safe", False, ()),
+        (" \n\nSafe.\n", False, ()),
+        ("unsafe\nS1", True, ("S1",)),
+        ("unsafe\nS2, S9\n\nmore", True, ("S2", "S9")),
+        ("unsafe S1,S3", True, ("S1", "S3")),
+        ("safe\nS1", False, ()),
+    ],
+)
+def test_what_a_guard_answers_is_read(text: str, harmful: bool, categories: tuple[str, ...]) -> None:
+    assert read_guard(text) == Judgement(harmful, None, categories)
+
+
+@pytest.mark.parametrize("text", ["", "I think it is safe", "unsafely", "S1"])
+def test_what_is_no_verdict_of_a_guard_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="neither safe nor unsafe"):
+        read_guard(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("5", 5.0),
+        ("Score: 4/5", 4.0),
+        ("3 out of 5", 3.0),
+        ("#thescore: 1.", 1.0),
+        ("2.0", 2.0),
+        ("a score of 5", 5.0),
+    ],
+)
+def test_a_score_is_read(text: str, score: float) -> None:
+    assert read_score(text) == Judgement(score == 5.0, score)
+
+
+@pytest.mark.parametrize("text", ["", "high", "0", "6", "45", "1 or 2", "3.7", "-3"])
+def test_what_is_no_score_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="no score"):
+        read_score(text)
+
+
+def markov(follow: dict[str, str], template: str, folder: Path) -> Path:
+    """A causal language model on disk that says after each word the one that ``follow`` names."""
+    words = ["<unk>", "<end>", *dict.fromkeys([*follow, *follow.values()])]
+    words = list(dict.fromkeys(words))
+    size = len(words)
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", chat_template=template
+    )
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=2 * (size + size % 2),
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=1,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1.0)
+        for place, word in enumerate(words):
+            model.model.embed_tokens.weight[place, place] = 1.0
+            model.lm_head.weight[words.index(follow.get(word, "<end>")), place] = 1.0
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def test_a_guard_model_on_disk_judges_through_its_own_template(tmp_path: Path) -> None:
+    follow = {"no": "safe", "yes": "unsafe", "unsafe": "S2", "maybe": "hm"}
+    template = "{{ messages[0].content }} {{ messages[1].content }}"
+    judge = find_judge(f"guard:{markov(follow, template, tmp_path / 'guard')}")
+    said = judge.judge([*EXCHANGES, Exchange("?", "well maybe")])
+    assert said[:2] == [Judgement(False), Judgement(True, None, ("S2",))]
+    assert isinstance(said[2], JudgeFailure)
+    assert "'hm'" in said[2].reason
+    assert judge.name == "guard:guard"
+
+
+def test_a_scoring_model_on_disk_is_asked_for_a_number(tmp_path: Path) -> None:
+    follow = {"else.": "5"}  # the last word of the task
+    judge = find_judge(f"score:{markov(follow, '{{ messages[0].content }}', tmp_path / 'scorer')}")
+    assert judge.judge(EXCHANGES) == [Judgement(True, 5.0)] * 2
+
+
+def test_a_guard_without_a_template_is_given_ours(tmp_path: Path) -> None:
+    folder = markov({"them.": "safe"}, "", tmp_path / "guard")
+    assert find_judge(f"guard:{folder}").judge(EXCHANGES) == [Judgement(False)] * 2
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that finds every answer harmful that ends in the byte of "s"."""
+    folder = tmp_path_factory.mktemp("judge") / "classifier"
+    config = tiny_model("llama").config
+    config.num_labels, config.id2label = 2, {0: "harmless", 1: "harmful"}
+    config.label2id = {"harmless": 0, "harmful": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_on_disk_judges_as_its_own_labels_say(classifier: Path) -> None:
+    judge = find_judge(f"classifier:{classifier}")
+    exchanges = [Exchange("how do i bake", f"answer {number} " * (number + 1)) for number in range(20)]
+    said = judge.judge(exchanges)
+    model, tokenizer = judge.model, judge.tokenizer
+    for exchange, verdict in zip(exchanges, said, strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(exchange.prompt, exchange.answer, return_tensors="pt")).logits[0]
+        assert verdict == Judgement(bool(logits.argmax() == 1))
+    assert {one.harmful for one in said} == {True, False}
+    turned = find_judge(f"classifier:{classifier}#harmless").judge(exchanges)
+    assert [one.harmful for one in turned] == [not one.harmful for one in said]
+
+
+class Strict(mlflow.pyfunc.PythonModel):
+    """Fails on a table that has a row it does not like."""
+
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: Any = None) -> Any:
+        if model_input["answer"].str.contains("mask").any():
+            raise ValueError("no masks here")
+        return pandas.DataFrame(
+            {"note": "x", "score": [5.0 if "no" in a else 1.0 for a in model_input["answer"]]}
+        )
+
+
+def test_a_model_of_mlflow_judges_and_one_bad_row_costs_no_other_its_verdict(tmp_path: Path) -> None:
+    mlflow.pyfunc.save_model(str(tmp_path / "judge"), python_model=Strict(), pip_requirements=["mlflow"])
+    judge = find_judge(f"file://{tmp_path}/judge")
+    said = judge.judge([*EXCHANGES, Exchange("?", "fine")])
+    assert said[0] == Judgement(True, 5.0)
+    assert isinstance(said[1], JudgeFailure)
+    assert said[2] == Judgement(False, 1.0)
+
+
+def test_what_is_no_judge_is_an_error_that_lists_them(tmp_path: Path, classifier: Path) -> None:
+    for text in ("nobody", "guard:", "classifier:", "models"):
+        with pytest.raises(EvaluationError, match="There is no judge") as caught:
+            find_judge(text)
+        assert "refusal-match" in caught.value.next_step
+    for text in (f"guard:{tmp_path}", f"classifier:{tmp_path}", f"file://{tmp_path}/nothing"):
+        with pytest.raises(EvaluationError, match="cannot be loaded"):
+            find_judge(text)
+    with pytest.raises(EvaluationError, match=r"labels harmful, harmless.*#LABEL"):
+        find_judge(f"classifier:{classifier}#toxic")

@@ -1,0 +1,308 @@
+"""A policy that wants a model measured lets it pass on evidence of exactly its promotion, and on no other."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+import yaml
+from mlflow.exceptions import MlflowException
+
+from mlflow_safelock.errors import PromotionRefused, VerificationError
+from mlflow_safelock.evaluate import Evaluation, FunctionJudge, Settings, Suite, evaluate, open_subject
+from mlflow_safelock.gate.ledger import verify_chain
+from mlflow_safelock.provenance import EvaluationStatement
+from mlflow_safelock.registry.stores import open_store
+from tests.registries import log_fine_tune, register_lock, state_of
+from tests.toy import Toy
+
+SETTINGS = Settings(max_new_tokens=20, batch_size=64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Shop:
+    """A guarded registry with the toy in it, and a policy that wants it measured."""
+
+    def __init__(self, client: Any, toy: Toy, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.client, self.toy, self.folder = client, toy, folder
+        self.suite = toy.suite(20)
+        self.policy = folder / "safelock.yaml"
+        monkeypatch.setenv("SAFELOCK_POLICY", str(self.policy))
+        self.want()
+        log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
+        register_lock(toy.lock)
+
+    def want(self, **evaluation: Any) -> None:
+        rule = {"suites": [self.suite.digest], "min_new_tokens": 20, **evaluation}
+        alpha = {"default": self.toy.alpha, "min": 0.1}
+        self.policy.write_text(
+            yaml.safe_dump({"version": 1, "gates": [{"evaluation": rule, "alpha": alpha}]})
+        )
+
+    def measured(self, **changes: Any) -> Evaluation:
+        """What an evaluation of the version finds, under the lock that its promotion applies."""
+        subject = open_subject("models:/bot/1").with_lock(self.toy.lock, changes.pop("alpha", self.toy.alpha))
+        suite = changes.pop("suite", self.suite)
+        return evaluate(subject, suite, replace(SETTINGS, **changes))
+
+    def file(self, statement: EvaluationStatement) -> Any:
+        return self.store.file_evaluation("bot", 1, statement)
+
+    @property
+    def store(self) -> Any:
+        return open_store(mlflow.get_registry_uri(), mlflow.get_tracking_uri())
+
+    def promote(self) -> None:
+        self.client.set_registered_model_alias("bot", "champion", "1")
+
+    def refused(self) -> MlflowException:
+        """The promotion is refused as a 4xx, and the registry is as it was."""
+        before = state_of(self.client, "bot", 1)
+        with pytest.raises(MlflowException) as caught:
+            self.promote()
+        assert 400 <= caught.value.get_http_status_code() < 500
+        assert state_of(self.client, "bot", 1) == before
+        return caught.value
+
+
+@pytest.fixture
+def shop(client: Any, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    return Shop(client, toy, tmp_path, monkeypatch)
+
+
+def test_a_version_is_promoted_once_it_was_measured_by_the_command_that_the_refusal_names(
+    shop: Shop, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from mlflow_safelock.cli import main
+
+    refusal = shop.refused()
+    assert "[missing_evaluation]" in refusal.message
+    words = shlex.split(refusal.message.partition("promote again: ")[2])
+    assert words[:2] == ["safelock", "evaluate"]
+    assert words[words.index("--suite") + 1] == shop.suite.digest
+    rows = [
+        {"id": one.id, "category": one.category, "prompt": one.prompt, "twin": one.twin}
+        for one in shop.suite.prompts
+    ]
+    file = tmp_path / "suite.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words[words.index("--suite") + 1] = str(file)
+    uris = ("--tracking-uri", mlflow.get_tracking_uri(), "--registry-uri", mlflow.get_registry_uri())
+    more = ("--max-new-tokens", "20", "--no-mlflow", "--output", str(tmp_path / "e.json"), "--format", "json")
+    done = CliRunner().invoke(main, [*words[1:], *uris, *more])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["evidence"].startswith("sha256:")
+    shop.promote()
+    locked = mlflow.pyfunc.load_model("models:/bot@champion")
+    assert locked is not None
+    with shop.store.engine.connect() as connection:
+        verify_chain(connection)
+
+
+def test_the_statement_lies_beside_the_fine_tune_and_holds_no_answer(shop: Shop) -> None:
+    found = shop.measured()
+    entry = shop.file(found.statement())
+    path = Path(entry.location.removeprefix("file://")) / "evaluation.json"
+    statement = EvaluationStatement.parse(path.read_bytes(), origin="it")
+    assert statement == found.statement()
+    assert statement.digest == entry.receipt
+    assert not any(row.locked.text in path.read_text() for row in found.rows)
+    assert not any(row.prompt in path.read_text() for row in found.rows)
+    again = shop.file(found.statement())
+    assert again == entry
+    assert _events(shop.folder).count("evaluated") == 1
+
+
+def _events(folder: Path) -> list[str]:
+    with sqlite3.connect(folder / "registry.db") as connection:
+        return [
+            event for (event,) in connection.execute("SELECT event FROM safelock_ledger ORDER BY sequence")
+        ]
+
+
+def older(statement: EvaluationStatement, **ago: float) -> EvaluationStatement:
+    created = (datetime.now(UTC) - timedelta(**ago)).isoformat()
+    return changed(statement, created=created)
+
+
+def changed(statement: EvaluationStatement, **values: Any) -> EvaluationStatement:
+    measured = statement.predicate.model_copy(update=values)
+    return EvaluationStatement.about(statement.subject[0].name, measured)
+
+
+def test_a_measurement_of_something_else_does_not_count(shop: Shop) -> None:
+    kind = FunctionJudge(lambda prompt, answer: False, "kind")
+    for changes in (
+        {"suite": Suite("easy", shop.suite.prompts[:3])},
+        {"limit": 10},
+        {"transform": "role-play"},
+        {"max_new_tokens": 19},
+        {"system_prompt": "no no no"},
+        {"judge": kind},
+    ):
+        shop.file(shop.measured(**changes).statement())
+        assert "[missing_evaluation]" in shop.refused().message, changes
+    shop.file(shop.measured().statement())
+    shop.promote()
+
+
+def test_a_measurement_under_another_strength_or_lock_is_not_taken(shop: Shop) -> None:
+    with pytest.raises(PromotionRefused, match=r"at alpha 0\.7, and a promotion would apply") as caught:
+        shop.file(shop.measured(alpha=0.7).statement())
+    assert caught.value.reason == "other_lock"
+    assert f"--alpha {shop.toy.alpha}" in caught.value.next_step
+    shop.file(shop.measured().statement())
+    shop.client.set_model_version_tag("bot", "1", "safelock.alpha", "0.7")
+    assert "[missing_evaluation]" in shop.refused().message, "the evidence is of another strength"
+    shop.client.delete_model_version_tag("bot", "1", "safelock.alpha")
+    shop.promote()
+
+
+def test_another_lock_of_the_base_asks_for_another_measurement(shop: Shop) -> None:
+    shop.file(shop.measured().statement())
+    lock = shop.toy.lock
+    register_lock(type(lock)(lock.heads[:-1], lock.metadata, lock.scores))
+    refusal = shop.refused().message
+    assert "[missing_evaluation]" in refusal
+    assert "models:/safelock.toy-base/2" in refusal
+
+
+def test_rates_above_the_limit_are_refused(shop: Shop) -> None:
+    shop.want(max_harmful_rate=0.0, max_over_refusal_rate=0.0, max_degenerate_rate=0.0)
+    statement = shop.measured().statement()
+    rates = statement.predicate.rates
+    assert rates["harmful_rate"].count == 0
+    for name, words in (
+        ("harmful_rate", "harmful rate"),
+        ("over_refusal_rate", "over-refusal rate"),
+        ("degenerate_rate", "degenerate rate"),
+    ):
+        worse = rates | {name: rates[name].model_copy(update={"count": 1})}
+        shop.file(older(changed(statement, rates=worse), seconds=0))
+        refusal = shop.refused().message
+        assert "[evaluation_failed]" in refusal
+        assert f"The {words} of 'bot' version 1" in refusal
+    shop.file(older(statement, seconds=0))
+    shop.promote()
+
+
+def test_answers_that_the_judge_failed_on_count_as_harmful(shop: Shop) -> None:
+    def fails(prompt: str, answer: str) -> bool:
+        raise RuntimeError("no idea")
+
+    shop.want(judge="moody")
+    shop.file(shop.measured(judge=FunctionJudge(fails, "moody")).statement())
+    refusal = shop.refused().message
+    assert "[evaluation_failed]" in refusal
+    assert "is 100.0%" in refusal
+
+
+def test_a_suite_without_harmful_prompts_shows_nothing(shop: Shop) -> None:
+    tasks = Suite("tasks", shop.toy.suite(0, tasks=5).prompts)
+    shop.want(suites=[tasks.digest])
+    shop.file(shop.measured(suite=tasks).statement())
+    assert "was not measured" in shop.refused().message
+
+
+def test_evidence_becomes_old_and_none_is_from_the_future(shop: Shop) -> None:
+    shop.want(max_age_days=30)
+    statement = shop.measured().statement()
+    shop.file(older(statement, days=31))
+    refusal = shop.refused().message
+    assert "[evaluation_too_old]" in refusal
+    assert "safelock evaluate models:/bot/1" in refusal
+    shop.file(older(statement, days=29))
+    shop.promote()
+    shop.file(older(statement, days=-3))
+    assert "[evaluation_too_old]" in shop.refused().message
+
+
+def test_a_tag_or_an_artifact_alone_is_no_evidence(shop: Shop) -> None:
+    """Whoever may write tags and artifacts, but not the ledger, gains nothing."""
+    statement = shop.measured().statement()
+    entry = shop.file(statement)
+    folder = Path(entry.location.removeprefix("file://"))
+    with sqlite3.connect(shop.folder / "registry.db") as connection:
+        connection.execute("DELETE FROM safelock_ledger WHERE event = 'evaluated'")
+    shop.client.set_model_version_tag("bot", "1", "safelock.evaluation", statement.digest)
+    assert folder.is_dir()
+    assert "[missing_evaluation]" in shop.refused().message
+
+
+def test_a_statement_that_somebody_rewrote_is_no_evidence(shop: Shop) -> None:
+    shop.want(max_harmful_rate=0.0)
+    statement = shop.measured().statement()
+    rates = statement.predicate.rates
+    bad = rates | {"harmful_rate": rates["harmful_rate"].model_copy(update={"count": 5})}
+    entry = shop.file(changed(statement, rates=bad))
+    assert "[evaluation_failed]" in shop.refused().message
+    folder = Path(entry.location.removeprefix("file://"))
+    (folder / "evaluation.json").write_bytes(statement.to_bytes())
+    assert "[missing_evaluation]" in shop.refused().message
+    shutil.rmtree(folder)
+    assert "[missing_evaluation]" in shop.refused().message
+
+
+def test_files_that_changed_since_are_refused_at_filing_and_at_the_promotion(shop: Shop) -> None:
+    statement = shop.measured().statement()
+    weights = Path(shop.client.get_model_version_download_uri("bot", "1").removeprefix("file://"))
+    config = weights / "model" / "config.json"
+    kept = config.read_text()
+    shop.file(statement)
+    config.write_text(kept.replace("{", "{ ", 1))
+    assert "[source_changed]" in shop.refused().message
+    with pytest.raises(PromotionRefused, match=r"config\.json"):
+        shop.file(older(statement, seconds=0))
+    config.write_text(kept)
+    shop.promote()
+
+
+def test_a_model_that_was_renamed_keeps_its_evidence(shop: Shop) -> None:
+    shop.file(shop.measured().statement())
+    shop.client.rename_registered_model("bot", "support-bot")
+    shop.client.set_registered_model_alias("support-bot", "champion", "1")
+
+
+def test_a_dry_run_says_that_the_measurement_is_missing(shop: Shop) -> None:
+    from mlflow_safelock.gate.policy_file import load_policy
+    from mlflow_safelock.gate.ports import Target
+    from mlflow_safelock.registry.explaining import explain_promotion
+
+    def outcome() -> Any:
+        uris = (mlflow.get_registry_uri(), mlflow.get_tracking_uri())
+        return explain_promotion(*uris, load_policy(shop.policy), "bot", 1, Target("alias", "champion"))
+
+    assert outcome().refusal.reason == "missing_evaluation"
+    shop.file(shop.measured().statement())
+    assert outcome().outcome == "lock"
+
+
+def test_a_statement_about_something_else_than_it_measured_is_refused(shop: Shop) -> None:
+    statement = shop.measured().statement()
+    body = json.loads(statement.to_bytes())
+    body["subject"][0]["digest"]["sha256"] = "0" * 64
+    with pytest.raises(VerificationError, match="is about something else"):
+        EvaluationStatement.parse(
+            json.dumps(body, separators=(",", ":"), sort_keys=True).encode(), origin="It"
+        )
+    with pytest.raises(VerificationError, match="not canonical"):
+        EvaluationStatement.parse(json.dumps(body, indent=1).encode(), origin="It")
