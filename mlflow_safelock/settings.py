@@ -25,6 +25,8 @@ class Settings(BaseSettings):
         signing_key_password: ``SAFELOCK_SIGNING_KEY_PASSWORD``, where that file is encrypted.
         public_keys: ``SAFELOCK_PUBLIC_KEYS``, paths of public keys with the system's separator (``:``)
             between them; where it is set, a receipt must be signed by one of them.
+        ledger: ``SAFELOCK_LEDGER``, database of the ledger where the registry is a server's
+            (``safelock+http://``); a sqlite file in the home directory where not set.
         auth: ``SAFELOCK_AUTH``, ``basic-auth`` to have MLflow's own authentication in front of the server.
     """
 
@@ -35,6 +37,7 @@ class Settings(BaseSettings):
     signing_key: Path | None = None
     signing_key_password: SecretStr | None = None
     public_keys: str | None = None
+    ledger: str | None = None
     auth: Literal["none", "basic-auth"] = "none"
 
     @field_validator("architectures", mode="before")

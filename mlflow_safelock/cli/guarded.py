@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow_safelock.gate.explanation import Explanation
     from mlflow_safelock.gate.policy import Policy
     from mlflow_safelock.gate.ports import Target
-    from mlflow_safelock.registry.stores import SafelockStore, SafelockWorkspaceStore
+    from mlflow_safelock.registry.stores import GuardedStore
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -114,13 +114,17 @@ def open_ledger(mlflow_address: MlflowAddress) -> sa.Engine:
         SourceError: The address is not one of a database.
         LedgerError: There is no ledger in it.
     """
+    import mlflow
     import sqlalchemy as sa
 
     from mlflow_safelock.gate.ledger import TABLE
-    from mlflow_safelock.registry.stores import connect
+    from mlflow_safelock.registry.stores import ledger_engine
 
-    uri = database_of(mlflow_address, "its ledger cannot be reached through a server")
-    engine: sa.Engine = connect(uri).engine
+    mlflow_address.connect()
+    address = str(mlflow.get_registry_uri())
+    if not address.startswith("safelock+http"):
+        address = database_of(mlflow_address, "its ledger cannot be reached through a server")
+    engine: sa.Engine = ledger_engine(address)
     if not sa.inspect(engine).has_table(TABLE.name):
         raise LedgerError(
             f"There is no ledger in the database {engine.url.render_as_string(hide_password=True)}.",
@@ -129,11 +133,11 @@ def open_ledger(mlflow_address: MlflowAddress) -> sa.Engine:
     return engine
 
 
-def open_guarded(mlflow_address: MlflowAddress) -> SafelockStore | SafelockWorkspaceStore:
-    """Open the registry's own database with the gate in front of it.
+def open_guarded(mlflow_address: MlflowAddress) -> GuardedStore:
+    """Open the registry with the gate in front of it: its own database, or a server from the client's side.
 
     Raises:
-        SourceError: The address is not one of a guarded database.
+        SourceError: The address is not one of a guarded registry.
         PolicyError: The policy file cannot be used.
     """
     import mlflow

@@ -202,7 +202,7 @@ def revoke(version: tuple[str, int], reason: str, form: str, mlflow_address: Mlf
 
     No promotion applies it from then on, under whatever version it is registered again. What runs it already
     goes on, with a warning in the log, or is refused, as the policy says (lock: revoked). It cannot be taken
-    back. This works on the registry's own database (--registry-uri safelock+...), not through a server.
+    back. This works on a registry that is guarded in this process (--registry-uri safelock+...).
     """
     name, number = version
     revoked = open_guarded(mlflow_address).revoke_lock(name, number, reason)

@@ -90,8 +90,9 @@ class MlflowAddress:
 
         self.connect()
         for uri in dict.fromkeys((mlflow.get_tracking_uri(), mlflow.get_registry_uri())):
-            if uri.startswith(("http://", "https://")):
-                _refuse_dead_server(uri)
+            server = uri.removeprefix("safelock+")
+            if server.startswith(("http://", "https://")):
+                _refuse_dead_server(server)
 
 
 def _refuse_dead_server(uri: str) -> None:

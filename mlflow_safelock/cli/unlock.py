@@ -28,8 +28,8 @@ def unlock(version: tuple[str, int], reason: str, form: str, mlflow_address: Mlf
     """Let the version at URI serve its fine-tune again, unlocked.
 
     It is refused while the version is in a gated stage or under a gated alias, or where the policy says
-    "unlock: deny". The ledger keeps who did it, and why. This works on the registry's own database
-    (--registry-uri safelock+...), not through a server.
+    "unlock: deny". The ledger keeps who did it, and why. This works on a registry that is guarded in this
+    process (--registry-uri safelock+...), not through its server.
     """
     name, number = version
     location = open_guarded(mlflow_address).unlock(name, number, reason)

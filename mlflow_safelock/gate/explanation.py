@@ -7,8 +7,8 @@ from typing import Literal
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.gate.approval import Approved, Request, approve, original_of
-from mlflow_safelock.gate.locked_models import standalone_location
 from mlflow_safelock.gate.evaluations import require_evaluations
+from mlflow_safelock.gate.locked_models import standalone_location
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion
 from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate, is_in_force, promoted_entry, tags_of

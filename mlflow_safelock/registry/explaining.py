@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -34,6 +35,10 @@ class RegistryWithoutLedger(SqlRegistry):
 
     def preparation_of(self, original: str) -> LedgerEntry | None:
         """None."""
+
+    def evaluations_of(self, original: str) -> Sequence[LedgerEntry]:
+        """None."""
+        return ()
 
 
 def explain_promotion(

@@ -1,4 +1,4 @@
-"""MLflow's SQL registry stores with the gate in front of promotions."""
+"""MLflow's registry stores with the gate in front of promotions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, TypeVar
 
+import sqlalchemy as sa
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.entities.model_registry.model_version_stages import get_canonical_stage
 from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
@@ -17,8 +18,10 @@ from mlflow.protos.databricks_pb2 import (
     RESOURCE_CONFLICT,
     ErrorCode,
 )
+from mlflow.store.model_registry.rest_store import RestStore
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
+from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
 from sqlalchemy.exc import OperationalError
 
@@ -30,7 +33,7 @@ from mlflow_safelock.gate.guard import Guard, policy_entry
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.policy_file import PolicySource
-from mlflow_safelock.gate.ports import Target
+from mlflow_safelock.gate.ports import Registry, Target
 from mlflow_safelock.gate.promotion import Gate, Preparation
 from mlflow_safelock.gate.reconciling import Reconciling
 from mlflow_safelock.gate.renaming import Renaming
@@ -38,8 +41,17 @@ from mlflow_safelock.gate.schema import bring_up_to_date
 from mlflow_safelock.provenance import EvaluationStatement, configured_signing_key
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
+from mlflow_safelock.registry.rest import SCHEMES as SERVER_SCHEMES
+from mlflow_safelock.registry.rest import (
+    LedgerDatabase,
+    RestRegistry,
+    active_workspace,
+    ledger_uri,
+    server_store,
+)
 from mlflow_safelock.registry.schemes import warn_of_rivals
-from mlflow_safelock.registry.sql import SqlRegistry, patiently
+from mlflow_safelock.registry.sql import SqlRegistry
+from mlflow_safelock.registry.sql_ledger import patiently
 
 _logger = logging.getLogger(__name__)
 
@@ -109,7 +121,7 @@ class GateMixin:
                 f"hand out {name!r} version {number}",
                 lambda: self._guard.check_read(name, number, self._workspace, current_actor()),
             )
-        return str(super().get_model_version_download_uri(name, version))  # type: ignore[misc]
+        return self._download_uri(name, version)
 
     def rename_registered_model(self, name: str, new_name: str) -> RegisteredModel:
         """MLflow's own renaming, where no unlocked version comes into a gated place by it."""
@@ -181,6 +193,9 @@ class GateMixin:
     def _workspace(self) -> str:
         return str(self._get_active_workspace())  # type: ignore[attr-defined]
 
+    def _download_uri(self, name: str, version: Any) -> str:
+        return str(super().get_model_version_download_uri(name, version))  # type: ignore[misc]
+
     def _pass_gate(self, name: str, version: Any, target: Target) -> None:
         number = _number(version)
         if number is None:
@@ -242,13 +257,63 @@ class SafelockWorkspaceStore(GateMixin, WorkspaceAwareSqlAlchemyStore):  # type:
     """MLflow's SQL registry store for servers with workspaces, gated."""
 
 
+class SafelockRestStore(GateMixin, RestStore):  # type: ignore[misc]
+    """MLflow's client of a registry server, with the gate on the client's side of it.
+
+    Attributes:
+        engine: The ledger's database.
+        registry: The registry with what this ledger says of it.
+    """
+
+    engine: sa.Engine
+    registry: RestRegistry
+
+    def _get_active_workspace(self) -> str:
+        return active_workspace()
+
+    def _download_uri(self, name: str, version: Any) -> str:
+        return self.registry.model_version(name, int(version)).location
+
+
+GuardedStore = SafelockStore | SafelockWorkspaceStore | SafelockRestStore
+
+
+def is_server(store_uri: str) -> bool:
+    """Whether a registry's address, with our prefix or without, is one of a server."""
+    return store_uri.removeprefix(SCHEME_PREFIX).startswith(SERVER_SCHEMES)
+
+
 def connect(store_uri: str) -> SafelockStore | SafelockWorkspaceStore:
     """The store for a database, without a gate yet, and without anything being written for one."""
     store_class = SafelockWorkspaceStore if MLFLOW_ENABLE_WORKSPACES.get() else SafelockStore
     return store_class(store_uri.removeprefix(SCHEME_PREFIX))
 
 
-def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | SafelockWorkspaceStore:
+def ledger_engine(store_uri: str) -> sa.Engine:
+    """The database that holds a registry's ledger: its own, or the clients' of a server."""
+    if is_server(store_uri):
+        return LedgerDatabase(ledger_uri(store_uri.removeprefix(SCHEME_PREFIX))).engine
+    engine: sa.Engine = connect(store_uri).engine
+    return engine
+
+
+def _registry_at(store_uri: str) -> tuple[GuardedStore, Registry]:
+    """The store at an address and what the gate sees of it, with the tables that a gate needs."""
+    if not is_server(store_uri):
+        store = connect(store_uri)
+        bring_up_to_date(store.engine)
+        return store, SqlRegistry(store)
+    server = store_uri.removeprefix(SCHEME_PREFIX)
+    database = LedgerDatabase(ledger_uri(server))
+    bring_up_to_date(database.engine)
+    rest_store = SafelockRestStore(lambda: get_default_host_creds(server))
+    rest_store.engine = database.engine
+    rest_store.registry = RestRegistry(server_store(server), database)
+    _logger.info("safelock is on this client's side of %s only; other clients are not held back", server)
+    return rest_store, rest_store.registry
+
+
+def open_store(store_uri: str, tracking_uri: str | None) -> GuardedStore:
     """Open the gated store for a ``safelock+…`` URI.
 
     Raises:
@@ -259,9 +324,7 @@ def open_store(store_uri: str, tracking_uri: str | None) -> SafelockStore | Safe
     source = PolicySource()
     policy = source()
     configured_signing_key()  # one that cannot be used is an error now, and not in every promotion
-    store = connect(store_uri)
-    bring_up_to_date(store.engine)
-    registry = SqlRegistry(store)
+    store, registry = _registry_at(store_uri)
     store.policy_source = source
     store._gate = Gate(source, registry, RegistryArtifacts(tracking_uri))
     store._guard = Guard(store._gate)

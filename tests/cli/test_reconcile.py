@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from sklearn.linear_model import LinearRegression
 
 from mlflow_safelock.gate.ledger import verify_chain
-from mlflow_safelock.registry import sql
+from mlflow_safelock.registry import sql, sql_ledger
 from tests.cli.conftest import Run
 from tests.registries import (
     base_lock,
@@ -269,7 +269,7 @@ class TestWhatTheGateRefuses:
         slipped: dict[str, Any],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(sql, "LONGEST_WAIT", 0.2)
+        monkeypatch.setattr(sql_ledger, "LONGEST_WAIT", 0.2)
         hold(sql.SqlRegistry(client._get_registry_client().store), "elsewhere/pid:[1]|1|1|abc")
         (row,) = run("reconcile", "--demote", *gated, "--format", "json").json
         assert (row["done"], row["refusal"]["reason"]) == (None, "conflict")

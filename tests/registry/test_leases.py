@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate import leases
 from mlflow_safelock.gate.leases import Work
-from mlflow_safelock.registry import sql
+from mlflow_safelock.registry import sql, sql_ledger
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from tests.registries import base_lock, log_fine_tune, register_lock
 from tests.registry.test_guard import store_of
@@ -78,7 +78,7 @@ def test_other_versions_and_other_work_do_not_wait(registry: sql.SqlRegistry) ->
 def test_who_waits_too_long_is_refused_and_told_for_whom(
     registry: sql.SqlRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sql, "LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(sql_ledger, "LONGEST_WAIT", 0.2)
     with (
         registry.lease(WORK),
         pytest.raises(PromotionRefused, match="is still being worked on by process") as info,
@@ -91,7 +91,7 @@ def test_who_waits_too_long_is_refused_and_told_for_whom(
 def test_the_lease_of_a_process_that_is_gone_is_free_at_once(
     registry: sql.SqlRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sql, "LONGEST_WAIT", 1.0)
+    monkeypatch.setattr(sql_ledger, "LONGEST_WAIT", 1.0)
     made = "from mlflow_safelock.gate.leases import new_holder; print(new_holder())"
     holder = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True, check=True).stdout
     hold(registry, holder.strip())
@@ -104,7 +104,7 @@ def test_the_lease_of_a_process_that_is_gone_is_free_at_once(
 def test_the_lease_of_another_machine_is_free_once_it_has_expired(
     registry: sql.SqlRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sql, "LONGEST_WAIT", 3.0)
+    monkeypatch.setattr(sql_ledger, "LONGEST_WAIT", 3.0)
     hold(registry, "elsewhere/pid:[1]|1|1|abc", seconds=1.0)
     begun = time.monotonic()
     with registry.lease(WORK):
@@ -148,7 +148,7 @@ def test_a_version_that_somebody_is_at_work_on_for_too_long_is_a_conflict_with_a
 ) -> None:
     version = log_fine_tune("bot")
     register_lock(base_lock())
-    monkeypatch.setattr(sql, "LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(sql_ledger, "LONGEST_WAIT", 0.2)
     hold(sql.SqlRegistry(store_of(client)), "elsewhere/pid:[1]|1|1|abc")
     with pytest.raises(MlflowException, match=r"\[conflict\].*still being worked on") as info:
         stage(client, version)

@@ -1,0 +1,195 @@
+"""The gate on the client's side of a registry server that cannot be changed.
+
+Such a server keeps handing out what was registered, so nothing can be redirected there. What a version is
+served as stands in a ledger of the clients' own: whoever reads through this store and that ledger gets the
+locked model, or a refusal. Whoever goes to the server past it does not, so this is advice and no gate.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from mlflow.entities.model_registry import ModelVersionTag
+from mlflow.entities.model_registry.model_version_status import ModelVersionStatus
+from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import (
+    _get_managed_session_maker,
+    create_sqlalchemy_engine_with_retry,
+)
+from mlflow.store.model_registry.rest_store import RestStore
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.workspace_context import get_request_workspace
+from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
+from sqlalchemy.orm import sessionmaker
+
+from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate.failpoints import reach
+from mlflow_safelock.gate.ports import ModelVersion, Redirection, Withdrawal
+from mlflow_safelock.registry.sql_ledger import SqlLedger, finish
+from mlflow_safelock.settings import read_settings
+
+_logger = logging.getLogger(__name__)
+
+SCHEMES = ("http://", "https://")
+
+READY = ModelVersionStatus.to_string(ModelVersionStatus.READY)
+
+
+def ledger_uri(server: str) -> str:
+    """Where the ledger for a server is: ``SAFELOCK_LEDGER``, else a sqlite file of this user's.
+
+    Args:
+        server: The server's address, without the prefix ``safelock+``.
+    """
+    configured = read_settings().ledger
+    if configured is not None:
+        return configured
+    name = "".join(character if character.isalnum() else "-" for character in server).strip("-")
+    folder = Path.home() / ".safelock"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return f"sqlite:///{folder / name}.db"
+
+
+class LedgerDatabase:
+    """A database that holds a ledger and nothing of MLflow's.
+
+    Args:
+        uri: Its address, as SQLAlchemy takes it.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.engine: sa.Engine = create_sqlalchemy_engine_with_retry(uri)
+        self._sessions: Callable[..., AbstractContextManager[Any]] = _get_managed_session_maker(
+            sessionmaker(bind=self.engine), self.engine.dialect.name
+        )
+
+    def session(self, *, read_only: bool) -> AbstractContextManager[Any]:
+        """A session as MLflow makes them for its own database."""
+        return self._sessions(read_only=read_only)
+
+
+@dataclass(frozen=True)
+class RestRegistry(SqlLedger):
+    """A registry behind a server, with what is decided about it in another database.
+
+    Attributes:
+        store: MLflow's own client of the server.
+        database: The ledger's.
+    """
+
+    store: RestStore
+    database: LedgerDatabase
+
+    def _session(self, *, read_only: bool = True) -> AbstractContextManager[Any]:
+        return self.database.session(read_only=read_only)
+
+    def model_version(self, name: str, version: int) -> ModelVersion:
+        """One version, at the place that it was last decided to be served from, else at the server's."""
+        found = self._at_the_server(name, version)
+        return self._from_ledger(partial(_as_decided, found))
+
+    def model_versions(self, name: str) -> Sequence[ModelVersion]:
+        """All ready versions of a registered model, oldest first; none where there is no such model."""
+        found: list[Any] = []
+        token: str | None = None
+        while True:
+            page = self.store.search_model_versions(f"name='{name}'", page_token=token)
+            found += [version for version in page if version.status == READY]
+            token = page.token
+            if not token:
+                break
+        return [
+            self.model_version(name, number) for number in sorted(int(version.version) for version in found)
+        ]
+
+    def newest_withdrawn(self, name: str) -> int:
+        """Number of the newest lock that was ever applied from a registered model, where it is gone; or 0.
+
+        A server does not tell of deleted versions; the ledger tells which there were.
+        """
+        applied = [
+            entry.lock.version
+            for entry in self.locking_entries()
+            if entry.lock is not None and entry.lock.model == name
+        ]
+        there = {version.version for version in self.model_versions(name)} if applied else set()
+        return max((number for number in applied if number not in there), default=0)
+
+    def redirect(self, redirection: Redirection) -> bool:
+        """Put on record what a version is served as; then tag it, which is for people and decides nothing."""
+        at_the_server = self._at_the_server(redirection.name, redirection.version)
+
+        def work(session: Any) -> bool:
+            reach("transaction-begun")
+            if _as_decided(at_the_server, session).location != redirection.expected_location:
+                return False
+            finish(session, redirection)
+            return True
+
+        done = self._end_with(redirection.lease, work)
+        if done:
+            self._tag(redirection)
+        return done
+
+    def withdraw(self, withdrawal: Withdrawal) -> bool:
+        """Refused: it is not one step, at a server and in another database."""
+        raise PromotionRefused(
+            "not_at_a_server",
+            f"{withdrawal.found.name!r} version {withdrawal.found.version} cannot be taken out of its places "
+            "and put on record at once, through a server.",
+            next_step="Run safelock reconcile where the registry's database can be reached.",
+        )
+
+    def _at_the_server(self, name: str, version: int) -> ModelVersion:
+        found = self.store.get_model_version(name, version)
+        model = self.store.get_registered_model(name)
+        return ModelVersion(
+            name=name,
+            version=int(found.version),
+            source=found.source,
+            location=str(self.store.get_model_version_download_uri(name, version)),
+            tags=dict(found.tags),
+            stage=found.current_stage,
+            aliases=tuple(
+                alias for alias, holder in dict(model.aliases).items() if int(holder) == int(found.version)
+            ),
+            model_tags=dict(model.tags),
+        )
+
+    def _tag(self, redirection: Redirection) -> None:
+        try:
+            for key, value in redirection.tags.items():
+                self.store.set_model_version_tag(
+                    redirection.name, redirection.version, ModelVersionTag(key, value)
+                )
+        except MlflowException as error:
+            _logger.warning("The server did not take the tags of a promotion: %s", error)
+
+
+def _as_decided(found: ModelVersion, session: Any) -> ModelVersion:
+    """A version as clients of this ledger see it."""
+    workspace = active_workspace()
+    decision = ledger.decision_on(session, workspace, found.name, found.version)
+    if decision is None or not decision.locks or decision.location is None:
+        return found
+    # Where the server hands out something else by now, what was decided is not about that.
+    is_about_it = decision.original_location == found.location
+    return replace(found, location=decision.location) if is_about_it else found
+
+
+def active_workspace() -> str:
+    """The workspace that a client works in."""
+    return str(get_request_workspace() or DEFAULT_WORKSPACE_NAME)
+
+
+def server_store(store_uri: str) -> RestStore:
+    """MLflow's own client of the server at an address without our prefix."""
+    return RestStore(lambda: get_default_host_creds(store_uri))

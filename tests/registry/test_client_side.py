@@ -1,0 +1,153 @@
+"""``safelock+http``: the gate on the client's side of a stock server, and what it cannot hold back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from mlflow_safelock.cli.main import main
+from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from tests.registries import base_lock, biases_of, fine_tune, log_fine_tune, register_lock
+from tests.registry.test_promotion import alias, stage
+from tests.servers import MlflowServer, mlflow_server
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("stock")
+    with mlflow_server(folder, registry_uri=f"sqlite:///{folder}/tracking.db") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("ledger") / "ledger.db"
+    with pytest.MonkeyPatch.context() as patch:  # for all: MLflow keeps the stores that it has opened
+        patch.setenv("SAFELOCK_LEDGER", f"sqlite:///{path}")
+        yield path
+
+
+@pytest.fixture
+def client(server: MlflowServer, ledger: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
+    """A client whose registry is the server with the gate before it."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    mlflow.set_tracking_uri(server.url)
+    mlflow.set_registry_uri(f"safelock+{server.url}")
+    mlflow.set_experiment("tests")
+    yield MlflowClient()
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
+
+
+@pytest.fixture
+def stock(server: MlflowServer) -> MlflowClient:
+    return MlflowClient(server.url, server.url)
+
+
+def loaded_biases(uri: str) -> object:
+    return biases_of(mlflow.pyfunc.load_model(uri)._model_impl.pipeline.model)
+
+
+def safelock(*arguments: str) -> str:
+    done = CliRunner().invoke(main, list(arguments))
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_promotion_is_refused_or_locks_and_is_served_locked_to_this_client(
+    client: MlflowClient, stock: MlflowClient, server: MlflowServer
+) -> None:
+    version = log_fine_tune("bot", fine_tune(base="org/bot"))
+    with pytest.raises(MlflowException, match="missing_lock"):
+        stage(client, version)
+    assert stock.get_model_version("bot", str(version)).current_stage == "None"
+    register_lock(base_lock(base="org/bot"))
+    stage(client, version)
+    alias(client, version)
+    found = stock.get_model_version("bot", str(version))
+    assert (found.current_stage, found.aliases) == ("Staging", ["champion"])
+    assert found.tags["safelock.base"] == "org/bot", "for people who look at the server"
+    for uri in ("models:/bot/Staging", "models:/bot@champion", f"models:/bot/{version}"):
+        assert loaded_biases(uri)
+    assert "-safelock/" in client.get_model_version_download_uri("bot", str(version))
+    unlocked = stock.get_model_version_download_uri("bot", str(version))
+    assert "-safelock/" not in unlocked, "a client past it is not held back, as the docs say"
+    assert "promoted" in safelock("ledger", "show", "--registry-uri", f"safelock+{server.url}")
+
+
+def test_what_others_put_into_a_gated_place_is_not_served_to_this_client(
+    client: MlflowClient, stock: MlflowClient
+) -> None:
+    version = log_fine_tune("slipped", fine_tune(base="org/slipped"))
+    register_lock(base_lock(base="org/slipped"))
+    stage(stock, version, "slipped")
+    stock.set_model_version_tag("slipped", str(version), "safelock.state", "locked")
+    with pytest.raises(MlflowException, match="not_locked"):
+        mlflow.pyfunc.load_model("models:/slipped/Staging")
+    stage(client, version, "slipped")
+    assert loaded_biases("models:/slipped/Staging")
+
+
+def test_who_shares_the_ledger_sees_what_was_decided_and_who_has_none_does_not(
+    client: MlflowClient, server: MlflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    version = log_fine_tune("shared", fine_tune(base="org/shared"))
+    register_lock(base_lock(base="org/shared"))
+    stage(client, version, "shared")
+    uri = f"safelock+{server.url}"
+    assert "-safelock/" in MlflowClient(registry_uri=uri).get_model_version_download_uri(
+        "shared", str(version)
+    )
+    monkeypatch.setenv("SAFELOCK_LEDGER", f"sqlite:///{tmp_path}/another.db")
+    mlflow.set_registry_uri(f"{uri}//")
+    with pytest.raises(MlflowException, match="not_locked"):
+        MlflowClient().get_model_version_download_uri("shared", str(version))
+
+
+def test_a_lock_comes_off_where_it_may_and_the_chain_holds(
+    client: MlflowClient, server: MlflowServer
+) -> None:
+    version = log_fine_tune("undone", fine_tune(base="org/undone"))
+    register_lock(base_lock(base="org/undone"))
+    stage(client, version, "undone")
+    registry = ("--registry-uri", f"safelock+{server.url}", "--tracking-uri", server.url)
+    done = CliRunner().invoke(main, ["unlock", f"models:/undone/{version}", "--reason", "test", *registry])
+    assert (done.exit_code, "where only locked models are" in done.output) == (1, True)
+    client.transition_model_version_stage("undone", str(version), "Archived")
+    assert loaded_biases(f"models:/undone/{version}"), "what was locked stays locked"
+    safelock("unlock", f"models:/undone/{version}", "--reason", "test", *registry)
+    assert not loaded_biases(f"models:/undone/{version}")
+    assert "The ledger holds" in safelock("ledger", "verify", "--registry-uri", f"safelock+{server.url}")
+
+
+def test_a_lock_that_was_taken_away_does_not_let_an_older_one_back(
+    client: MlflowClient, stock: MlflowClient
+) -> None:
+    version = log_fine_tune("fresh", fine_tune(base="org/fresh"))
+    register_lock(base_lock(base="org/fresh"))
+    newest = register_lock(base_lock(seed=1, base="org/fresh"))
+    stage(client, version, "fresh")
+    stock.delete_model_version(lock_model_name("org/fresh"), str(newest))
+    with pytest.raises(MlflowException, match="lock_withdrawn"):
+        alias(client, version, "fresh")
+
+
+def test_without_a_setting_the_ledger_is_this_users_and_one_for_each_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mlflow_safelock.registry.rest import ledger_uri
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SAFELOCK_LEDGER", raising=False)
+    one, other = (ledger_uri(f"https://{host}:5000/mlflow") for host in ("a.example", "b.example"))
+    assert one == f"sqlite:///{tmp_path}/.safelock/https---a-example-5000-mlflow.db"
+    assert other != one
+    assert (tmp_path / ".safelock").stat().st_mode & 0o777 == 0o700
