@@ -25,7 +25,7 @@ from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, standalone_location
 from mlflow_safelock.gate.measurements import Measured, Measurements
-from mlflow_safelock.gate.policy import GateRule, Policy
+from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry
 from mlflow_safelock.provenance import Receipt
 
@@ -270,13 +270,17 @@ class Gate:
 
 
 def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
-    """Whether what was decided last about this version is this very lock at this very strength."""
+    """Whether what was decided last about this version is this very lock at this very strength.
+
+    And whether as much was asked then about its tokenizer as is now, which no file can tell afterwards.
+    """
     return (
         known.locks
         and known.location == found.location
         and known.lock is not None
         and known.lock.digest == approved.lock.lock.digest
         and known.alpha == approved.alpha
+        and known.tokenizer in ACCEPTED_TOKENIZERS[approved.rule.tokenizer]
         and is_standalone(known.location) == (approved.rule.carrier == "standalone")
     )
 
@@ -304,6 +308,7 @@ def _promoted(approved: Approved, receipt: Receipt, location: str) -> LedgerEntr
         receipt=receipt.digest,
         kinship=approved.promotion.kinship,
         fingerprint=fingerprint.digest if fingerprint.is_full else None,
+        tokenizer=approved.tokenizer,
     )
 
 

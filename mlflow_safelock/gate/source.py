@@ -12,6 +12,7 @@ from typing import Any
 from mlflow_safelock.apply.architectures import Architecture, architecture_of, geometry_from_config
 from mlflow_safelock.errors import PromotionRefused, SourceError, UnsupportedArchitectureError
 from mlflow_safelock.flavors import overlay
+from mlflow_safelock.gate.stored_tokenizer import StoredTokenizer, find_tokenizer
 from mlflow_safelock.gate.stored_weights import StoredWeights, read_stored_weights
 from mlflow_safelock.lock import AttentionGeometry
 from mlflow_safelock.provenance import ArtifactReader
@@ -64,12 +65,14 @@ class LanguageModel:
         hints: What the model itself says that it was made from, most telling first.
         architecture: Where its heads are; ``None`` for an adapter alone.
         weights: Its weights; ``None`` for an adapter alone.
+        tokenizer: Its tokenizer; ``None`` where it was logged without one, as adapters are.
     """
 
     geometry: AttentionGeometry | None
     hints: tuple[BaseHint, ...]
     architecture: Architecture | None = None
     weights: StoredWeights | None = None
+    tokenizer: StoredTokenizer | None = None
 
     @property
     def said_bases(self) -> tuple[str, ...]:
@@ -149,7 +152,7 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
             "_name_or_path in config.json": config.get("_name_or_path"),
         }
     )
-    return LanguageModel(geometry, hints, architecture, weights)
+    return LanguageModel(geometry, hints, architecture, weights, find_tokenizer(reader, str(binary)))
 
 
 def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:
