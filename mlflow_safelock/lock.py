@@ -20,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from mlflow_safelock.errors import LockValidationError
 from mlflow_safelock.kinship import KinshipSketch
+from mlflow_safelock.vocabulary import VocabularyDigest
 
-FORMAT_VERSION = 1
-"""Version of the lock format that this package writes; older ones stay readable, newer ones are refused."""
+FORMAT_VERSION = 2
+"""Newest version of the lock format; older ones stay readable, newer ones are refused. A lock is written in
+the oldest version that can hold it, so that one without a tokenizer is what it always was."""
 
 UNIT_NORM_TOLERANCE = 1e-5
 """Largest accepted distance of a direction's Euclidean norm from one (float32 rounding stays far below)."""
@@ -78,7 +80,7 @@ class FrozenMapping(Mapping[str, str]):
 
 
 class LockMetadata(BaseModel):
-    """How a lock was made. Every field is always present; ``None`` says that it is not known.
+    """How a lock was made. Every field but ``tokenizer`` is always stored; ``None``: it is not known.
 
     Attributes:
         base_model: Identity of the base model, usually its hub id.
@@ -96,6 +98,7 @@ class LockMetadata(BaseModel):
         default_alpha: Strength that the lock's maker recommends.
         created: When it was forged, ISO 8601 in UTC.
         tools: Versions of the software that forged it.
+        tokenizer: What is known of the base's tokenizer.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -115,6 +118,7 @@ class LockMetadata(BaseModel):
     default_alpha: Annotated[float, Field(gt=0.0)]
     created: str | None
     tools: Mapping[str, str] | None
+    tokenizer: VocabularyDigest | None = None
 
     @field_validator("created")
     @classmethod
@@ -346,7 +350,10 @@ class SafetyLock:
 
 def canonical_metadata(metadata: LockMetadata) -> bytes:
     """The metadata, with the format version, as canonical JSON (RFC 8785): what is stored and digested."""
-    return rfc8785.dumps({"format_version": FORMAT_VERSION, **metadata.model_dump(mode="json")})
+    values = metadata.model_dump(mode="json")
+    if metadata.tokenizer is None:
+        del values["tokenizer"]
+    return rfc8785.dumps({"format_version": 1 if metadata.tokenizer is None else 2, **values})
 
 
 def _checked_scores(scores: npt.NDArray[np.float32], geometry: AttentionGeometry) -> npt.NDArray[np.float32]:

@@ -49,6 +49,7 @@ def _show(explained: Explanation) -> None:
         ("lock digest", explained.lock_digest),
         ("alpha", alpha),
         ("kinship", None if explained.kinship is None else f"{explained.kinship:.4f}"),
+        ("tokenizer", explained.tokenizer),
         ("carrier", explained.carrier),
     ]
     show_table(facts_table("Nothing was promoted", facts))

@@ -176,7 +176,7 @@ def enroll(
 
     PATH_OR_URI is a lock file, or an MLflow URI such as models:/safelock.org--base/1. Forged locks have a
     sketch; published ones have none. Only some hundred kilobytes and the locked columns of the weights are
-    read.
+    read. Where the folder has a tokenizer.json, a digest of the base's vocabulary is added, too.
     """
     from mlflow_safelock.forging import enroll as enrolled
 

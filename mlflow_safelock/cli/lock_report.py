@@ -98,7 +98,7 @@ def _score(lock: SafetyLock, layer: int, head: int) -> float | None:
 
 
 def _kept_of_the_base(lock: SafetyLock) -> str:
-    kept = {"sketch": lock.sketch, "unit biases": lock.unit_biases}
+    kept = {"sketch": lock.sketch, "unit biases": lock.unit_biases, "tokenizer": lock.metadata.tokenizer}
     return ", ".join(name for name, part in kept.items() if part is not None) or "nothing (lock enroll)"
 
 

@@ -1,4 +1,4 @@
-"""Adding to a lock what it lacks of its base's weights: a published one has no sketch and no unit biases."""
+"""Adding to a lock what it lacks of its base: a published one has no sketch, unit biases or tokenizer."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from mlflow_safelock.apply.checkpoint.columns import columns_of
 from mlflow_safelock.apply.checkpoint.source import CheckpointSource, read_source
 from mlflow_safelock.apply.displacement import Displacement, output_bias
 from mlflow_safelock.errors import LockMismatchError
+from mlflow_safelock.forging.base_tokenizer import tokenizer_in
 from mlflow_safelock.kinship import KinshipSketch, sampled_layers, sampled_offsets
 from mlflow_safelock.lock import LockedHead, SafetyLock
 
 
 def enroll(lock: SafetyLock, base: str | os.PathLike[str]) -> SafetyLock:
-    """Give a lock the kinship sketch and the unit biases of its base.
+    """Give a lock the kinship sketch and the unit biases of its base, and a digest of its tokenizer.
 
     Only the sampled runs and the locked columns of the weights are read, so a base of any size will do.
 
     Args:
-        lock: A lock; what it has of either is made anew.
-        base: Folder of the base model's weights, as ``save_pretrained`` writes it, unquantised.
+        lock: A lock; what it has of these is made anew.
+        base: Folder of the base model's weights, as ``save_pretrained`` writes it, unquantised. Where it has
+            a ``tokenizer.json``, that is the base's tokenizer; without one, what the lock says of it stays.
 
     Returns:
-        The same lock with both, and so with another digest.
+        The same lock with all that, and so with another digest.
 
     Raises:
         LockMismatchError: The base has another attention shape than the lock.
         CheckpointError: The folder is damaged, or holds weights of a kind that cannot be read.
         UnsupportedArchitectureError: It is of no known architecture.
         AlreadyLockedError: It was saved with a lock in it.
+        SourceError: Its tokenizer cannot be read.
     """
     source = read_source(Path(base))
     if source.geometry != lock.geometry:
@@ -45,6 +48,9 @@ def enroll(lock: SafetyLock, base: str | os.PathLike[str]) -> SafetyLock:
         )
     return replace(
         lock,
+        metadata=lock.metadata.model_copy(
+            update={"tokenizer": tokenizer_in(Path(base)) or lock.metadata.tokenizer}
+        ),
         unit_biases=np.stack([_unit_bias(source, locked) for locked in lock.heads]),
         sketch=_sketch(source),
     )

@@ -15,6 +15,7 @@ from mlflow_safelock.apply.config_entry import refuse_locked_config
 from mlflow_safelock.apply.placement import execution_device
 from mlflow_safelock.errors import ForgeError, PreferenceDataError
 from mlflow_safelock.forging.activations import collect_activations
+from mlflow_safelock.forging.base_tokenizer import digest_of_tokenizer
 from mlflow_safelock.forging.from_activations import probe_activations
 from mlflow_safelock.forging.making import forged_metadata
 from mlflow_safelock.forging.preferences import PreferencePair, dataset_digest
@@ -209,6 +210,7 @@ def probe_model(
         dataset_digest=dataset_digest(pairs),
         default_alpha=default_alpha,
         created=created,
+        tokenizer=digest_of_tokenizer(tokenizer),
     )
     collected = collect_activations(
         model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.gate.ledger import TokenizerFinding
 from mlflow_safelock.gate.locks import RegisteredLock, find_lock
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry, Target
@@ -48,6 +49,7 @@ class Approved:
         kinship: Cosine between the weights of fine-tune and base; ``None`` where it is not known.
         alpha: Its strength.
         hint: Who says what the base is.
+        tokenizer: Whether the fine-tune's tokenizer is its base's.
         measured: The fine-tune's full fingerprint, where the policy asks for one and it was found to hold.
     """
 
@@ -60,6 +62,7 @@ class Approved:
     kinship: float | None
     alpha: float
     hint: BaseHint
+    tokenizer: TokenizerFinding
     measured: SourceFingerprint | None = None
 
     @property
@@ -127,9 +130,17 @@ def approve(
             )
         return None
     chosen = find_lock(found, source, policy, rule, registry, artifacts)
-    lock, kinship = chosen.registered, chosen.kinship
     return Approved(
-        request, policy, rule, found, original, lock, kinship, alpha_for(found, rule), chosen.hint
+        request,
+        policy,
+        rule,
+        found,
+        original,
+        chosen.registered,
+        chosen.kinship,
+        alpha_for(found, rule),
+        chosen.hint,
+        chosen.tokenizer,
     )
 
 

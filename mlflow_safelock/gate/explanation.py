@@ -48,6 +48,7 @@ class Explanation:
         alpha: Its strength.
         alpha_from: Where that comes from.
         kinship: Cosine between the weights of fine-tune and base, -1 to 1; ``None`` where it is not known.
+        tokenizer: Whether the fine-tune's tokenizer is its base's: ``same``, ``unknown`` or ``ignored``.
         carrier: ``overlay`` or ``standalone``.
         writes: What would be written, and where.
         refusal: Why it would be refused.
@@ -68,6 +69,7 @@ class Explanation:
     alpha: float | None = None
     alpha_from: str | None = None
     kinship: float | None = None
+    tokenizer: str | None = None
     carrier: str | None = None
     writes: tuple[str, ...] = ()
     refusal: Refusal | None = None
@@ -134,6 +136,7 @@ def _explained(
         alpha=approved.alpha,
         alpha_from=f"the tag {ALPHA_TAG}" if ALPHA_TAG in found.tags else "the policy's default",
         kinship=approved.promotion.kinship,
+        tokenizer=approved.tokenizer,
         carrier=rule.carrier,
     )
     try:

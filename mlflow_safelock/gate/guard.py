@@ -17,7 +17,7 @@ from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
-from mlflow_safelock.gate.policy import GateRule, Policy
+from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Target
 from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate
 from mlflow_safelock.gate.source import examine
@@ -271,6 +271,7 @@ def _meets(rule: GateRule, decision: LedgerEntry) -> bool:
         decision.lock.version >= rule.lock.min_version
         and decision.alpha >= rule.alpha.min
         and (unknown or (decision.kinship or 0.0) >= rule.kinship.min_cosine)
+        and decision.tokenizer in ACCEPTED_TOKENIZERS[rule.tokenizer]
         and (rule.fingerprint == "sampled" or decision.fingerprint is not None)
     )
 

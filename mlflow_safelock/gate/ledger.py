@@ -44,6 +44,10 @@ TABLE = sa.Table(
 LOCKING = ("promoted", "renamed")
 """Events by which a version is locked."""
 
+TokenizerFinding = Literal["same", "unknown", "ignored"]
+"""Whether a fine-tune's tokenizer has all that the lock knows of its base's: it has; that cannot be told; or
+the policy did not ask."""
+
 DECISIONS = (*LOCKING, "passed", "unlocked")
 """Events that decide what a version serves."""
 
@@ -85,6 +89,7 @@ class LedgerEntry(BaseModel):
         location: Where the locked model is, or the full fingerprint.
         receipt: Digest of its receipt.
         kinship: Cosine between the fine-tune's weights and the base's; ``None`` where it is not known.
+        tokenizer: Whether the fine-tune's tokenizer is its base's; ``None`` in rows from before it was asked.
         fingerprint: Digest of the fine-tune's full fingerprint; ``None`` where only blocks were compared.
     """
 
@@ -118,6 +123,7 @@ class LedgerEntry(BaseModel):
     receipt: Digest | None
     kinship: float | None = None
     fingerprint: Digest | None = None
+    tokenizer: TokenizerFinding | None = None
 
     @property
     def locks(self) -> bool:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from mlflow_safelock.errors import LockError, PromotionRefused, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
+from mlflow_safelock.gate.ledger import TokenizerFinding
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry
 from mlflow_safelock.gate.source import BaseHint, LanguageModel
@@ -43,11 +44,13 @@ class ChosenLock:
         kinship: Cosine between the fine-tune's weights and those of the lock's base, -1 to 1; ``None`` where
             they cannot be compared.
         hint: Who says that the fine-tune was made from the lock's base.
+        tokenizer: Whether the fine-tune's tokenizer has what the lock knows of the base's.
     """
 
     registered: RegisteredLock
     kinship: float | None
     hint: BaseHint
+    tokenizer: TokenizerFinding
 
 
 def find_lock(
@@ -65,7 +68,8 @@ def find_lock(
 
     Raises:
         PromotionRefused: The base is unknown, or has no lock, one below the policy's floor, a damaged one,
-            one for another geometry, or the fine-tune's weights do not descend from it.
+            one for another geometry, or the fine-tune's weights do not descend from it, or its tokenizer is
+            another.
         SourceError: The fine-tune's weights cannot be read.
     """
     named = policy.base_of(version.name)
@@ -77,7 +81,8 @@ def find_lock(
             _check_freshness(found, rule, registry)
             if rule.signature.required:
                 _check_signature(found, rule, artifacts)
-            return ChosenLock(found, _checked_kinship(found, source, rule, version), hint)
+            kinship = _checked_kinship(found, source, rule, version)
+            return ChosenLock(found, kinship, hint, _checked_tokenizer(found, source, rule, version))
     if not hints:
         raise PromotionRefused(
             "unknown_base",
@@ -230,3 +235,33 @@ def _checked_kinship(
             next_step=f"Name the base that it was made from: the tag {BASE_TAG!r}, or 'bases' in the policy.",
         )
     return kinship
+
+
+def _checked_tokenizer(
+    found: RegisteredLock, source: LanguageModel, rule: GateRule, version: ModelVersion
+) -> TokenizerFinding:
+    if rule.tokenizer == "ignore":
+        return "ignored"
+    base, who = found.lock.metadata.tokenizer, f"{version.name!r} version {version.version}"
+    same = None if base is None or source.tokenizer is None else source.tokenizer.extends(base)
+    if same is None:
+        if rule.tokenizer == "require":
+            why = (
+                f"the lock {found.title} holds no digest of it" if base is None else "its own cannot be read"
+            )
+            raise PromotionRefused(
+                "tokenizer_unknown",
+                f"Whether {who} has the tokenizer of {found.lock.base_model!r} cannot be told: {why}.",
+                next_step="Give the lock one (safelock lock enroll), log the fine-tune with a "
+                "tokenizer.json, or set 'tokenizer: check' in the policy's gate for it.",
+            )
+        return "unknown"
+    if not same:
+        raise PromotionRefused(
+            "other_tokenizer",
+            f"{who} has another tokenizer than {found.lock.base_model!r}: tokens of the base's vocabulary "
+            "have other numbers there, are missing, or are merged in another order.",
+            next_step=f"Name the base that it was made from: the tag {BASE_TAG!r}, or 'bases' in the policy. "
+            "If it got another vocabulary on purpose, set 'tokenizer: ignore' in the policy's gate for it.",
+        )
+    return "same"

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mlflow_safelock.errors import KeyFileError
 from mlflow_safelock.evaluate.suites import SHIPPED, load_suite
 from mlflow_safelock.gate.globs import Glob, matches
+from mlflow_safelock.gate.ledger import TokenizerFinding
 from mlflow_safelock.gate.ports import ModelVersion, Target
 from mlflow_safelock.kinship import MIN_KINSHIP
 from mlflow_safelock.provenance import PublicKey
@@ -77,6 +78,14 @@ class KinshipRule(_Section):
 
     min_cosine: Annotated[float, Field(gt=0.0, le=1.0)] = MIN_KINSHIP
     unknown: Literal["reject", "allow"] = "allow"
+
+
+ACCEPTED_TOKENIZERS: Mapping[str, tuple[TokenizerFinding | None, ...]] = {
+    "ignore": ("same", "unknown", "ignored", None),
+    "check": ("same", "unknown", None),
+    "require": ("same",),
+}
+"""What may have been found of a tokenizer, by what a gate asks for; ``None`` is of older promotions."""
 
 
 class SignatureRule(_Section):
@@ -164,6 +173,8 @@ class GateRule(_Section):
         lock: Which locks are good enough.
         alpha: Strength.
         kinship: How alike the fine-tune must be to its base.
+        tokenizer: Whether the fine-tune's tokenizer must have the base's tokens: ``check``, where both can be
+            known; ``require``, which refuses one that cannot; or ``ignore``.
         signature: Who must stand behind the lock.
         fingerprint: What is compared of a fine-tune: ``sampled``, blocks that are drawn when it is promoted,
             or ``full``, every byte, which is measured before the promotion and compared when it is loaded.
@@ -184,6 +195,7 @@ class GateRule(_Section):
     lock: LockRule = LockRule()
     alpha: AlphaRange = AlphaRange()
     kinship: KinshipRule = KinshipRule()
+    tokenizer: Literal["ignore", "check", "require"] = "check"
     signature: SignatureRule = SignatureRule()
     fingerprint: Literal["sampled", "full"] = "sampled"
     evaluation: EvaluationRule | None = None

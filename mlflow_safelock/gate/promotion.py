@@ -26,7 +26,7 @@ from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, standalone_location
 from mlflow_safelock.gate.measurements import Measured, Measurements
-from mlflow_safelock.gate.policy import GateRule, Policy
+from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry
 from mlflow_safelock.provenance import EvaluationStatement, Receipt
 
@@ -305,13 +305,17 @@ def _nothing_to_lock(request: Request) -> PromotionRefused:
 
 
 def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
-    """Whether what was decided last about this version is this very lock at this very strength."""
+    """Whether what was decided last about this version is this very lock at this very strength.
+
+    And whether as much was asked then about its tokenizer as is now, which no file can tell afterwards.
+    """
     return (
         known.locks
         and known.location == found.location
         and known.lock is not None
         and known.lock.digest == approved.lock.lock.digest
         and known.alpha == approved.alpha
+        and known.tokenizer in ACCEPTED_TOKENIZERS[approved.rule.tokenizer]
         and is_standalone(known.location) == (approved.rule.carrier == "standalone")
     )
 
@@ -340,6 +344,7 @@ def promoted_entry(approved: Approved, receipt: Receipt, location: str) -> Ledge
         receipt=receipt.digest,
         kinship=approved.promotion.kinship,
         fingerprint=fingerprint.digest if fingerprint.is_full else None,
+        tokenizer=approved.tokenizer,
     )
 
 

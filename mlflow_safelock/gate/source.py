@@ -13,6 +13,7 @@ from mlflow_safelock.apply.architectures import Architecture, architecture_of, g
 from mlflow_safelock.errors import PromotionRefused, SourceError, UnsupportedArchitectureError
 from mlflow_safelock.flavors import overlay
 from mlflow_safelock.gate.adapter import Adapter, read_adapter
+from mlflow_safelock.gate.stored_tokenizer import StoredTokenizer, find_tokenizer
 from mlflow_safelock.gate.stored_weights import StoredWeights, read_stored_weights
 from mlflow_safelock.lock import AttentionGeometry
 from mlflow_safelock.provenance import ArtifactReader
@@ -66,6 +67,7 @@ class LanguageModel:
         architecture: Where its heads are; ``None`` for an adapter alone.
         weights: Its weights; ``None`` for an adapter alone.
         adapter: What an adapter alone tells of its base; ``None`` for others.
+        tokenizer: Its tokenizer; ``None`` where it was logged without one, as adapters are.
     """
 
     geometry: AttentionGeometry | None
@@ -73,6 +75,7 @@ class LanguageModel:
     architecture: Architecture | None = None
     weights: StoredWeights | None = None
     adapter: Adapter | None = None
+    tokenizer: StoredTokenizer | None = None
 
     @property
     def said_bases(self) -> tuple[str, ...]:
@@ -152,7 +155,7 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
             "_name_or_path in config.json": config.get("_name_or_path"),
         }
     )
-    return LanguageModel(geometry, hints, architecture, weights)
+    return LanguageModel(geometry, hints, architecture, weights, find_tokenizer(reader, str(binary)))
 
 
 def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:

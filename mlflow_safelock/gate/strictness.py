@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlflow_safelock.gate.globs import covers
-from mlflow_safelock.gate.policy import EvaluationRule, GateRule, Policy
+from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, EvaluationRule, GateRule, Policy
 
 
 def faults_of_tags(policy: Policy) -> Iterator[tuple[int, str]]:
@@ -50,6 +50,8 @@ def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
         "alpha.min": gate.alpha.min < floor.alpha.min,
         "kinship.min_cosine": gate.kinship.min_cosine < floor.kinship.min_cosine,
         "kinship.unknown": (gate.kinship.unknown, floor.kinship.unknown) == ("allow", "reject"),
+        "tokenizer": not set(ACCEPTED_TOKENIZERS[gate.tokenizer])
+        <= set(ACCEPTED_TOKENIZERS[floor.tokenizer]),
         "signature.required": floor.signature.required and not gate.signature.required,
         "signature.public_keys": floor.signature.required
         and not set(gate.signature.public_keys) <= set(floor.signature.public_keys),

@@ -84,11 +84,11 @@ class KeptOnDisk:
 
     def digest_of(self, file: ArtifactFile) -> str | None:
         """The digest of a file, where it was read and is the same since."""
-        return self._digests.get(_state_of(file) or "")
+        return self._digests.get(state_of(file) or "")
 
     def keep(self, file: ArtifactFile, digest: str) -> None:
         """Keep the digest of a file that was read to its end."""
-        state = _state_of(file)
+        state = state_of(file)
         if state is None:
             return
         try:
@@ -104,7 +104,7 @@ class KeptOnDisk:
         self._file.unlink(missing_ok=True)
 
 
-def _state_of(file: ArtifactFile) -> str | None:
+def state_of(file: ArtifactFile) -> str | None:
     """What changes whenever a file does; ``None`` where there is nothing of that kind."""
     if file.checksum is None and file.changed is None:
         return None

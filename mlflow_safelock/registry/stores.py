@@ -64,6 +64,7 @@ ERROR_CODES = {
     "failed": RESOURCE_CONFLICT,
     "geometry_mismatch": RESOURCE_CONFLICT,
     "not_a_descendant": RESOURCE_CONFLICT,
+    "other_tokenizer": RESOURCE_CONFLICT,
     "already_locked": RESOURCE_CONFLICT,
     "source_changed": RESOURCE_CONFLICT,
     "damaged_lock": INVALID_PARAMETER_VALUE,

@@ -13,6 +13,7 @@ import pytest
 from mlflow_safelock.flavors.meta_safetylock import load_model, lock_model_name
 from mlflow_safelock.forging import PairKeys, dataset_digest, forge, load_pairs, starter_preference_pairs
 from mlflow_safelock.formats import load_lock
+from mlflow_safelock.vocabulary import Vocabulary
 from tests.cli.conftest import BASE, Run, Workshop
 from tests.registries import fine_tune, log_fine_tune
 
@@ -66,6 +67,11 @@ def test_it_writes_the_lock_that_the_library_forges(
     )
     assert done.exit_code == 0, done.stderr
     written = load_lock(output)
+    tokenizer_file = (workshop.model / "tokenizer.json").read_bytes()
+    vocabulary, known = Vocabulary.parse(tokenizer_file, origin="It"), written.metadata.tokenizer
+    assert known is not None
+    assert vocabulary is not None
+    assert vocabulary.extends(known)
     pairs = load_pairs(data, PairKeys(question="ask", safe="good", unsafe="bad"))
     expected = forge(
         AutoModelForCausalLM.from_pretrained(workshop.model),

@@ -245,22 +245,26 @@ def test_verify_fails_on_a_damaged_file(run: Run, workshop: Workshop, tmp_path: 
 
 def test_enroll_adds_what_a_published_lock_lacks(run: Run, tmp_path: Path) -> None:
     from mlflow_safelock.apply import attention_of
-    from tests.models import random_lock, tiny_model
+    from mlflow_safelock.forging.base_tokenizer import digest_of_tokenizer
+    from tests.models import random_lock, tiny_model, tiny_tokenizer
 
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
     save_lock(random_lock(attention_of(model).geometry, base_model=BASE), tmp_path / "bare.safetensors")
     output = tmp_path / "full.safetensors"
     done = run(
         "lock", "enroll", tmp_path / "bare.safetensors", "--base", tmp_path / "base", "--output", output
     )
     assert done.exit_code == 0, done.stderr
-    assert "sketch, unit biases" in done.stdout
+    assert "sketch, unit biases, tokenizer" in done.stdout
     lock = load_lock(output)
     assert lock.sketch is not None
     assert lock.unit_biases is not None
     bare = load_lock(tmp_path / "bare.safetensors")
-    assert replace(lock, sketch=None, unit_biases=None) == bare != lock
+    assert lock.metadata.tokenizer == digest_of_tokenizer(tiny_tokenizer())
+    metadata = lock.metadata.model_copy(update={"tokenizer": None})
+    assert replace(lock, sketch=None, unit_biases=None, metadata=metadata) == bare != lock
 
 
 def test_enroll_refuses_a_base_of_another_shape(run: Run, tmp_path: Path) -> None:

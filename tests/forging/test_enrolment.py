@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from mlflow_safelock.apply import attention_of
-from mlflow_safelock.errors import CheckpointError, LockMismatchError
+from mlflow_safelock.errors import CheckpointError, LockMismatchError, SourceError
 from mlflow_safelock.forging import enroll
+from mlflow_safelock.forging.base_tokenizer import digest_of_tokenizer
 from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
 from mlflow_safelock.kinship import cosine
-from tests.models import random_lock, tiny_model
+from tests.models import random_lock, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
@@ -34,6 +35,19 @@ def test_it_is_what_the_loaded_base_would_have_given(family: str, dtype: torch.d
     assert np.array_equal(found.values, expected.values)
     assert cosine(found, expected.values) == pytest.approx(1.0)
     np.testing.assert_allclose(lock.unit_biases, unit_biases_of(attention, lock.heads), rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_known_of_a_tokenizer_stays_where_the_folder_has_none(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    lock = enroll(random_lock(attention_of(model).geometry), tmp_path)
+    assert lock.metadata.tokenizer == digest_of_tokenizer(tiny_tokenizer())
+    (tmp_path / "tokenizer.json").unlink()
+    assert enroll(lock, tmp_path) == lock
+    (tmp_path / "tokenizer.json").write_text("nonsense")
+    with pytest.raises(SourceError, match=r"tokenizer\.json"):
+        enroll(lock, tmp_path)
 
 
 def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ old ones. They were written from the locks below by ``save_lock`` of the version
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 
 from mlflow_safelock.formats import load_lock, lock_to_bytes
 from mlflow_safelock.kinship import KinshipSketch
-from mlflow_safelock.lock import FORMAT_VERSION, AttentionGeometry, LockedHead, LockMetadata, SafetyLock
+from mlflow_safelock.lock import AttentionGeometry, LockedHead, LockMetadata, SafetyLock
+from mlflow_safelock.vocabulary import VocabularyDigest
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -84,7 +86,16 @@ def published() -> SafetyLock:
     return SafetyLock((LockedHead(79, 63, np.array([0, 1, 0], dtype=np.float32), 0.375),), metadata)
 
 
-V1 = {
+def with_tokenizer() -> SafetyLock:
+    """What is known of the base's tokenizer as well, which is written as version 2."""
+    lock = sketched()
+    known = VocabularyDigest(
+        ids=((3, 128_000), (128_256, 128_257)), merges=280_147, digest="sha256:" + "fedcba9876543210" * 4
+    )
+    return replace(lock, metadata=lock.metadata.model_copy(update={"tokenizer": known}))
+
+
+RELEASED = {
     "v1-forged.safetensors": (
         forged,
         "sha256:b12593f33e7562de63bec569f30d0db61a91ebc6f7a27993e3af27cdefd0a3a5",
@@ -100,23 +111,28 @@ V1 = {
         "sha256:0473cbf9f6ee3945df2727183a9d348225994e3025c5a2bf7e6a0cf3ee2b2632",
         "4662b3c2a9f6b1bcaa3980032539ec3c1d4d55eba2849707680103e918759a4c",
     ),
+    "v2-tokenizer.safetensors": (
+        with_tokenizer,
+        "sha256:cb5d491faa952d168e3b206c412af2a2f8eac0b3f0218feae5db751426907fee",
+        "367df5c3c9f3d59f38899cbb8d67699da6a9414a2f708628b3fdc4193bfe2a42",
+    ),
 }
 
 
 def test_every_golden_file_is_read_here():
-    assert {path.name for path in GOLDEN.iterdir()} == V1.keys()
+    assert {path.name for path in GOLDEN.iterdir()} == RELEASED.keys()
 
 
-@pytest.mark.parametrize("name", V1)
-class TestVersion1:
+@pytest.mark.parametrize("name", RELEASED)
+class TestReleasedVersions:
     def test_file_is_the_one_that_was_released(self, name):
-        assert hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() == V1[name][2]
+        assert hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() == RELEASED[name][2]
 
     def test_file_is_read_with_its_digest(self, name):
-        assert load_lock(GOLDEN / name).digest == V1[name][1]
+        assert load_lock(GOLDEN / name).digest == RELEASED[name][1]
 
     def test_file_says_what_was_written(self, name):
-        lock, written = load_lock(GOLDEN / name), V1[name][0]()
+        lock, written = load_lock(GOLDEN / name), RELEASED[name][0]()
         assert lock == written
         assert lock.metadata == written.metadata
         for one, other in zip(lock.heads, written.heads, strict=True):
@@ -124,6 +140,5 @@ class TestVersion1:
             assert one.direction.tobytes() == other.direction.tobytes()
         assert (lock.scores is None) == (written.scores is None)
 
-    @pytest.mark.skipif(FORMAT_VERSION != 1, reason="a newer format is written now")
     def test_the_same_lock_is_still_written_the_same(self, name):
-        assert lock_to_bytes(V1[name][0]()) == (GOLDEN / name).read_bytes()
+        assert lock_to_bytes(RELEASED[name][0]()) == (GOLDEN / name).read_bytes()

@@ -165,13 +165,13 @@ class TestHostileMetadata:
         with pytest.raises(LockFormatError, match="'note'"):
             lock_from_bytes(parts.to_bytes())
 
-    @pytest.mark.parametrize("version", [2, 3, 10**6])
+    @pytest.mark.parametrize("version", [3, 4, 10**6])
     def test_newer_format_asks_for_an_upgrade(self, version):
         parts = LockFile.of().with_lock_metadata(format_version=version, colour="from the future")
         parts.metadata["signature"] = "also from the future"
         parts.with_tensors({"ranks": np.zeros(4, dtype=np.float32)})
         with pytest.raises(
-            LockFormatError, match=f"lock format {version}, .* up to 1.*upgrade mlflow-safelock"
+            LockFormatError, match=f"lock format {version}, .* up to 2.*upgrade mlflow-safelock"
         ):
             lock_from_bytes(parts.to_bytes())
 

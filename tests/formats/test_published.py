@@ -120,6 +120,7 @@ class TestRealFiles:
             "default_alpha": 6.0,
             "created": None,
             "tools": None,
+            "tokenizer": None,
         }
         assert lock.scores is None
         assert import_published_lock(path, base_model=recipe.base.model).digest == lock.digest

@@ -197,6 +197,7 @@ gates:
             ("kinship: {min_cosine: 0.4}", "kinship.min_cosine"),
             ("kinship: {unknown: allow}", "kinship.unknown"),
             ("fingerprint: sampled", "fingerprint"),
+            ("tokenizer: ignore", "tokenizer"),
             ("missing_lock: allow", "missing_lock"),
             ("not_an_llm: allow", "not_an_llm"),
             ("reads: warn", "reads"),
