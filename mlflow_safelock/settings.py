@@ -23,6 +23,7 @@ class Settings(BaseSettings):
         signing_key_password: ``SAFELOCK_SIGNING_KEY_PASSWORD``, where that file is encrypted.
         public_keys: ``SAFELOCK_PUBLIC_KEYS``, paths of public keys with the system's separator (``:``)
             between them; where it is set, a receipt must be signed by one of them.
+        webhook_secret: ``SAFELOCK_WEBHOOK_SECRET``, the secret of the webhook that a watcher listens to.
         auth: ``SAFELOCK_AUTH``, ``basic-auth`` to have MLflow's own authentication in front of the server.
     """
 
@@ -33,9 +34,10 @@ class Settings(BaseSettings):
     signing_key: Path | None = None
     signing_key_password: SecretStr | None = None
     public_keys: str | None = None
+    webhook_secret: SecretStr | None = None
     auth: Literal["none", "basic-auth"] = "none"
 
-    @field_validator("architectures", mode="before")
+    @field_validator("architectures", "webhook_secret", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return value or None
