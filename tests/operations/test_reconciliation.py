@@ -153,6 +153,20 @@ class TestRaces:
         found = stock.get_model_version("bot", "1")
         assert (found.current_stage, found.aliases) == ("Archived", ["champion"])
 
+    def test_what_was_promoted_under_its_new_name_meanwhile_stays_as_that_promotion_has_it(
+        self, client: MlflowClient, slipped: tuple[MlflowClient, Reconciling]
+    ) -> None:
+        stock, reconciling = slipped
+        client.transition_model_version_stage("bot", "1", "Staging")
+        stock.rename_registered_model("bot", "helper")
+        difference = reconciling.examine("helper", 1, "default", ACTOR)
+        assert difference is not None
+        assert difference.remedy.done == "renamed"
+        client.transition_model_version_stage("helper", "1", "Staging")
+        location = client.get_model_version_download_uri("helper", "1")
+        assert reconciling.repair(difference, ("lock",)).done is None
+        assert client.get_model_version_download_uri("helper", "1") == location
+
     def test_a_row_that_is_edited_again_meanwhile_is_not_put_back_over(
         self, client: MlflowClient, slipped: tuple[MlflowClient, Reconciling], tmp_path: Path
     ) -> None:
