@@ -67,7 +67,7 @@ def beside(client: MlflowClient) -> Path:
 def test_what_no_version_and_no_row_needs_goes_and_everything_else_stays(
     run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], beside: Path
 ) -> None:
-    # Needed: version 1 now and before, a copy of a version that is deleted, a renamed model now and before.
+    # Needed: version 1 now and before, a copy of a version that is deleted, a model that was renamed twice now and before.
     stage(client, 1)
     new_version(client)
     stage(client, 2)
@@ -79,8 +79,11 @@ def test_what_no_version_and_no_row_needs_goes_and_everything_else_stays(
     stage(client, 1)
     stage(client, renamed, "old-name")
     client.rename_registered_model("old-name", "new-name")
+    register_lock(base_lock(seed=2))
+    stage(client, renamed, "new-name")
+    client.rename_registered_model("new-name", "third-name")
     needed = files_below(beside)
-    assert len({path.partition("/")[0] for path in needed}) == 5
+    assert len({path.partition("/")[0] for path in needed}) == 6
     # Nobody's: of deleted versions, and of runs that died.
     deleted = new_version(client)
     stage(client, deleted)
@@ -124,7 +127,7 @@ def test_what_no_version_and_no_row_needs_goes_and_everything_else_stays(
     after = files_below(tmp_path)
     assert before - after == {path for path in before if any(path.startswith(one) for one in gone)}
     assert needed <= files_below(beside)
-    for uri in ("models:/bot/1", "models:/copy/1", "models:/new-name/1"):
+    for uri in ("models:/bot/1", "models:/copy/1", "models:/third-name/1"):
         assert biases_of(mlflow.pyfunc.load_model(uri)._model_impl.pipeline.model)
     row = ledger_rows(tmp_path)[-1]
     assert (row["event"], row["reason"], row["target"]) == ("reconciled", "swept", "sweep:artifacts")
