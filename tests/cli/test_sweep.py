@@ -67,7 +67,7 @@ def beside(client: MlflowClient) -> Path:
 def test_what_no_version_and_no_row_needs_goes_and_everything_else_stays(
     run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], beside: Path
 ) -> None:
-    # Needed: version 1 now and before, a copy of a version that is deleted, a model that was renamed twice now and before.
+    # Needed: version 1, a copy of a version that is deleted, a model that was renamed twice; now and before.
     stage(client, 1)
     new_version(client)
     stage(client, 2)
