@@ -21,11 +21,13 @@ import pytest
 import requests
 from cryptography.fernet import Fernet
 from mlflow import MlflowClient
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.reconciling import Repair, Way
 from mlflow_safelock.operations.reconciliation import repairing
 from mlflow_safelock.operations.watching import Watcher
+from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.sql import SqlRegistry
 from mlflow_safelock.registry.stores import open_store
 from tests.operations.test_deliveries import BODY, signed
@@ -134,6 +136,7 @@ def test_a_webhook_has_what_stock_clients_set_locked_or_taken_out_and_sigterm_wa
         assert done == {"bot": "locked", "nobodys": "taken out"}
         assert client.get_model_version("nobodys", "1").aliases == []
         assert biases_of(mlflow.pyfunc.load_model("models:/bot/Staging")._model_impl.pipeline.model)
+        check_folders_through_the_server(client, tmp_path / "log")
 
         for headers in ({}, signed("another secret"), signed(next(iter(secret.values())), age=301)):
             assert requests.post(url, data=BODY, headers=headers, timeout=30).status_code == 401
@@ -163,6 +166,22 @@ def test_a_webhook_has_what_stock_clients_set_locked_or_taken_out_and_sigterm_wa
         ]
         assert "Stopped." in running.log.read_text()
     assert "Traceback" not in running.log.read_text()
+
+
+def check_folders_through_the_server(client: MlflowClient, file: Path) -> None:
+    """What a sweep sees and deletes where the artifacts are only reached through the server."""
+    artifacts = RegistryArtifacts()
+    original = client.get_model_version_download_uri("nobodys", "1")
+    assert original.startswith("mlflow-artifacts:/")
+    assert artifacts.locked_folders(original) == ()
+    location = client.get_model_version_download_uri("bot", "1")
+    (folder,) = artifacts.locked_folders(location.partition("-safelock/")[0])
+    assert (folder.location, folder.is_complete) == (location, True)
+    assert folder.size > 1000
+    copy = f"{location.rpartition('/')[0]}/{32 * '0'}"
+    get_artifact_repository(copy).log_artifact(str(file))
+    artifacts.delete_locked_folder(copy)
+    assert artifacts.locked_folders(location.partition("-safelock/")[0]) == (folder,)
 
 
 @dataclass
