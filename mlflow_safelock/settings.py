@@ -26,7 +26,8 @@ class Settings(BaseSettings):
         public_keys: ``SAFELOCK_PUBLIC_KEYS``, paths of public keys with the system's separator (``:``)
             between them; where it is set, a receipt must be signed by one of them.
         ledger: ``SAFELOCK_LEDGER``, database of the ledger where the registry is a server's
-            (``safelock+http://``); a sqlite file in the home directory where not set.
+            (``safelock+http://``), which may hold a password; a sqlite file in the home directory where not set.
+        webhook_secret: ``SAFELOCK_WEBHOOK_SECRET``, the secret of the webhook that a watcher listens to.
         auth: ``SAFELOCK_AUTH``, ``basic-auth`` to have MLflow's own authentication in front of the server.
     """
 
@@ -37,10 +38,11 @@ class Settings(BaseSettings):
     signing_key: Path | None = None
     signing_key_password: SecretStr | None = None
     public_keys: str | None = None
-    ledger: str | None = None
+    ledger: SecretStr | None = None
+    webhook_secret: SecretStr | None = None
     auth: Literal["none", "basic-auth"] = "none"
 
-    @field_validator("architectures", mode="before")
+    @field_validator("architectures", "ledger", "webhook_secret", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return value or None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,7 +12,9 @@ from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.guarded import database_of, destination_option, open_guarded, use_destination
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
 from mlflow_safelock.cli.output import counted, new_table, show_json, show_lines, show_table, shown, working
+from mlflow_safelock.cli.repairs import facts_of
 from mlflow_safelock.cli.sweep import sweep_artifacts
+from mlflow_safelock.cli.watch import INTERVAL, address_of, watch_registry
 
 if TYPE_CHECKING:
     from mlflow_safelock.gate.reconciling import Repair, Way
@@ -28,6 +30,7 @@ _LEFT = "left as it is"
         "safelock reconcile --registry-uri safelock+postgresql://mlflow@db/mlflow",
         "safelock reconcile --lock --demote --registry-uri safelock+postgresql://mlflow@db/mlflow \\",
         "    --artifacts-destination s3://bucket/mlflow",
+        "safelock reconcile --watch --interval 10 --lock --demote --registry-uri safelock+sqlite:///registry.db",
         "safelock reconcile --sweep --registry-uri safelock+sqlite:///registry.db",
     ),
 )
@@ -35,6 +38,19 @@ _LEFT = "left as it is"
 @click.option("--demote", is_flag=True, help="Take what is not locked out of its gated stage and aliases.")
 @click.option("--sweep", is_flag=True, help="List locked models in the artifact store that nobody needs.")
 @click.option("--yes", is_flag=True, help="With --sweep: delete them, without asking.")
+@click.option("--watch", is_flag=True, help="Do it again and again, until SIGTERM or Ctrl-C.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="With --watch: time between two passes.  [default: 30]",
+)
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    callback=lambda _context, _parameter, address: address and address_of(address),
+    help="With --watch: take MLflow's webhooks there, each of which begins a pass.",
+)
 @click.option(
     "--model",
     "models",
@@ -49,6 +65,9 @@ def reconcile(
     demote: bool,
     sweep: bool,
     yes: bool,
+    watch: bool,
+    interval: float | None,
+    listen: tuple[str, int] | None,
     models: str | None,
     artifacts_destination: str | None,
     form: str,
@@ -65,13 +84,19 @@ def reconcile(
     With --sweep it lists the locked models beside fine-tunes that no version and no row of the ledger needs,
     with the bytes that they take, and deletes them with --yes, or once you say so on a terminal.
 
+    With --watch it is the companion of a server that has no gate: it looks again and again, and tells what it
+    did, and once what it leaves. SIGTERM ends it after the pass that is under way. With --listen a delivery
+    of an MLflow webhook, signed with the secret in SAFELOCK_WEBHOOK_SECRET, begins a pass at once.
+
     This works on the registry's own database and artifacts, not through a server, with the policy that
     SAFELOCK_POLICY names. Repairs and sweeping need --registry-uri safelock+...
     """
-    if sweep and (lock or demote or models):
+    if sweep and (lock or demote or watch or models):
         raise click.UsageError("--sweep goes by itself: what is needed is asked of all versions.")
     if yes and not sweep:
         raise click.UsageError("--yes is for --sweep.")
+    if (interval is not None or listen is not None) and not watch:
+        raise click.UsageError("--interval and --listen are for --watch.")
     if sweep:
         use_destination(artifacts_destination)
         sweep_artifacts(mlflow_address, form, delete=yes)
@@ -80,9 +105,12 @@ def reconcile(
     use_destination(artifacts_destination)
     with working("Opening the registry"):
         reconciliation = _reconciliation(mlflow_address, models, writes=bool(ways))
+    if watch:
+        watch_registry(reconciliation, ways, interval or INTERVAL, listen, form)
+        return
     repairs = counted(reconciliation.repairs(ways), "Versions that did not pass the gate")
     if form == "json":
-        show_json([_facts(repair) for repair in repairs])
+        show_json([facts_of(repair) for repair in repairs])
     else:
         _show(repairs, ways)
     left = sum(repair.done is None for repair in repairs)
@@ -109,33 +137,6 @@ def _reconciliation(mlflow_address: MlflowAddress, models: str | None, *, writes
     return reading_only(uri, mlflow.get_tracking_uri(), PolicySource()(), models)
 
 
-def _facts(repair: Repair) -> dict[str, Any]:
-    difference, refusal = repair.difference, repair.refusal or repair.difference.remedy.refusal
-    request = difference.request
-    return {
-        "workspace": request.workspace,
-        "model": request.name,
-        "version": request.version,
-        "places": [str(place) for place in difference.places],
-        "found": f"It {difference.what}",
-        "lock": f"It would be {difference.remedy.words}",
-        "demote": _demotion(repair),
-        "done": repair.done,
-        "refusal": refusal
-        and {"reason": refusal.reason, "cause": refusal.cause, "next_step": refusal.next_step},
-    }
-
-
-def _demotion(repair: Repair) -> str:
-    """What --demote alone would do."""
-    difference = repair.difference
-    if difference.remedy.done in ("let through", "renamed"):
-        return f"It would be {difference.remedy.words}"
-    if difference.is_served:
-        return "Nothing: it serves what it should"
-    return f"It would be taken out of {' and '.join(map(str, difference.places))}"
-
-
 def _show(repairs: Sequence[Repair], ways: Sequence[Way]) -> None:
     if not repairs:
         show_lines("Every version in a gated place is as the ledger has it.")
@@ -151,7 +152,7 @@ def _show(repairs: Sequence[Repair], ways: Sequence[Way]) -> None:
     show_table(table)
     show_lines("")
     for repair in repairs:
-        facts, request = _facts(repair), repair.difference.request
+        facts, request = facts_of(repair), repair.difference.request
         lines = [facts["found"]]
         if not ways:
             lines += [f"--lock: {facts['lock']}", f"--demote: {facts['demote']}"]

@@ -26,7 +26,7 @@ class Claims:
 
     Attributes:
         locations: Places of locked models that stay.
-        living: The living versions that were made of a fine-tune, by its place.
+        living: The living versions that are made of a fine-tune now, or were locked from it, by its place.
     """
 
     locations: frozenset[str]
@@ -49,14 +49,17 @@ class Claims:
             place: Where a URI really lies.
         """
         named = {uri for version in versions.values() for uri in (version.location, version.source)}
-        lives = _identities(versions, locking)
-        named |= {entry.location for entry in locking if entry.location and _identity(entry) in lives}
-        living: dict[str, list[Identity]] = {}
+        living: dict[str, set[Identity]] = {}
         for identity, original in originals.items():
-            living.setdefault(place(original), []).append(identity)
+            living.setdefault(place(original), set()).add(identity)
+        lives = _identities(versions, locking)
+        for entry in locking:
+            if _identity(entry) in lives and entry.location and entry.original_location:
+                named.add(entry.location)
+                living.setdefault(place(entry.original_location), set()).add(_identity(entry))
         return cls(
             frozenset(place(uri) for uri in named if uri),
-            {original: tuple(identities) for original, identities in living.items()},
+            {original: tuple(sorted(identities)) for original, identities in living.items()},
         )
 
     def why_orphaned(

@@ -38,7 +38,7 @@ class ModelVersion:
         location: Where it is downloaded from now.
         tags: Tags, which anybody can set.
         stage: The stage that it is in; ``None`` as a word where it is in none.
-        aliases: The aliases that point to it.
+        aliases: The aliases that point to it, sorted.
         model_tags: Tags of the registered model, which anybody can set as well.
     """
 

@@ -228,21 +228,20 @@ class Reconciling:
 
     def _put_on_record(self, difference: Difference, former: str, policy: Policy) -> None:
         request = difference.request
-        decision = self.registry.decision_on(request.workspace, former, request.version)
-        if decision is None:
-            raise _changed(request)
-        message = _message(difference, f"The registered model was called {former!r}.")
-        self.registry.record(
-            decision_under(decision, request.name, former, request.actor),
-            reconciled_entry(request, policy, "renamed", message),
-        )
+        with self.registry.lease(Work(request.workspace, request.name, request.version)):
+            decision = self.registry.decision_on(request.workspace, former, request.version)
+            if decision is None or self._is_another_by_now(difference):
+                raise _changed(request)
+            message = _message(difference, f"The registered model was called {former!r}.")
+            self.registry.record(
+                decision_under(decision, request.name, former, request.actor),
+                reconciled_entry(request, policy, "renamed", message),
+            )
 
     def _put_back(self, difference: Difference, back: ModelVersion, policy: Policy) -> None:
         request, found = difference.request, difference.found
         with self.registry.lease(Work(request.workspace, request.name, request.version)) as lease:
-            if self.registry.decision_on(request.workspace, request.name, request.version) != (
-                difference.decision
-            ):
+            if self._is_another_by_now(difference):
                 raise _changed(request)
             message = _message(difference, f"It was {_going_back(found, back)}.")
             done = self.registry.redirect(
@@ -263,9 +262,7 @@ class Reconciling:
         """Take a version out of its gated places, unless somebody put it right meanwhile."""
         request, policy, found = difference.request, self.gate.policy(), difference.found
         with self.registry.lease(Work(request.workspace, request.name, request.version)) as lease:
-            if self.registry.model_version(request.name, request.version) != found or (
-                self._decision(request) != difference.decision
-            ):
+            if self._is_another_by_now(difference):
                 raise _changed(request)
             left = " and ".join(map(str, difference.places))
             why = f" The gate refused to lock it [{refusal.reason}]: {refusal.cause}" if refusal else ""
@@ -282,12 +279,15 @@ class Reconciling:
         if not done:
             raise _changed(request)
 
-    def _decision(self, request: Request) -> LedgerEntry | None:
-        """What was decided last; nothing where that cannot be read."""
+    def _is_another_by_now(self, difference: Difference) -> bool:
+        """Whether a version, or what was decided about it, changed since it was examined."""
+        request = difference.request
         try:
-            return self.registry.decision_on(request.workspace, request.name, request.version)
+            decision = self.registry.decision_on(request.workspace, request.name, request.version)
         except LedgerError:
-            return None
+            decision = None  # as it was when it was examined
+        found = self.registry.model_version(request.name, request.version)
+        return decision != difference.decision or found != difference.found
 
 
 def _as_the_ledger_has_it(found: ModelVersion, decision: LedgerEntry | None) -> ModelVersion | None:

@@ -155,7 +155,8 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
             "_name_or_path in config.json": config.get("_name_or_path"),
         }
     )
-    return LanguageModel(geometry, hints, architecture, weights, find_tokenizer(reader, str(binary)))
+    tokenizer = find_tokenizer(reader, str(binary))
+    return LanguageModel(geometry, hints, architecture, weights, tokenizer=tokenizer)
 
 
 def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:

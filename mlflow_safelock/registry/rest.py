@@ -51,7 +51,7 @@ def ledger_uri(server: str) -> str:
     """
     configured = read_settings().ledger
     if configured is not None:
-        return configured
+        return configured.get_secret_value()
     name = "".join(character if character.isalnum() else "-" for character in server).strip("-")
     folder = Path.home() / ".safelock"
     folder.mkdir(mode=0o700, exist_ok=True)

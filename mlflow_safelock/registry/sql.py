@@ -162,9 +162,11 @@ def _view(row: Any) -> ModelVersion:
         tags={tag.key: tag.value for tag in row.model_version_tags},
         stage=row.current_stage,
         aliases=tuple(
-            alias.alias
-            for alias in row.registered_model.registered_model_aliases
-            if alias.version == row.version
+            sorted(
+                alias.alias
+                for alias in row.registered_model.registered_model_aliases
+                if alias.version == row.version
+            )
         ),
         model_tags={tag.key: tag.value for tag in row.registered_model.registered_model_tags},
     )

@@ -316,3 +316,25 @@ def test_repairs_want_a_guarded_registry_and_no_database_is_made_by_looking(
     assert run("reconcile", "--registry-uri", "http://127.0.0.1:1").exit_code == 1
     assert run("reconcile", "--registry-uri", f"sqlite:///{tmp_path}/none.db").exit_code == 1
     assert not (tmp_path / "none.db").exists()
+
+
+def test_watching_has_options_of_its_own_and_listening_wants_a_secret(
+    run: Run, client: MlflowClient, gated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for options in (
+        *(
+            ("--interval", "5"),
+            ("--listen", "127.0.0.1:0"),
+            ("--watch", "--sweep"),
+            ("--watch", "--interval", "0"),
+        ),
+        *(("--watch", "--listen", address) for address in ("8765", "host:", ":1", "host:70000", "host:x")),
+    ):
+        assert run("reconcile", *options, *gated).exit_code == 2, options
+    for secret in (None, ""):
+        monkeypatch.delenv("SAFELOCK_WEBHOOK_SECRET", raising=False)
+        if secret is not None:
+            monkeypatch.setenv("SAFELOCK_WEBHOOK_SECRET", secret)
+        done = run("reconcile", "--watch", "--listen", "127.0.0.1:0", *gated)
+        assert done.exit_code == 1
+        assert "SAFELOCK_WEBHOOK_SECRET" in done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from mlflow import MlflowClient
 
 from mlflow_safelock.gate import leases
 from mlflow_safelock.gate.leases import Work
+from mlflow_safelock.gate.ports import LockedFolder
+from mlflow_safelock.operations.sweeping import Sweeping
+from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.sql import SqlRegistry
 from tests.cli.conftest import Run
 from tests.registries import base_lock, biases_of, files_below, log_fine_tune, register_lock
@@ -62,7 +67,7 @@ def beside(client: MlflowClient) -> Path:
 def test_what_no_version_and_no_row_needs_goes_and_everything_else_stays(
     run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], beside: Path
 ) -> None:
-    # Needed: version 1 now and before, a copy of a version that is deleted, a renamed model now and before.
+    # Needed: version 1, a copy of a version that is deleted, a model that was renamed twice; now and before.
     stage(client, 1)
     new_version(client)
     stage(client, 2)
@@ -74,8 +79,11 @@ def test_what_no_version_and_no_row_needs_goes_and_everything_else_stays(
     stage(client, 1)
     stage(client, renamed, "old-name")
     client.rename_registered_model("old-name", "new-name")
+    register_lock(base_lock(seed=2))
+    stage(client, renamed, "new-name")
+    client.rename_registered_model("new-name", "third-name")
     needed = files_below(beside)
-    assert len({path.partition("/")[0] for path in needed}) == 5
+    assert len({path.partition("/")[0] for path in needed}) == 6
     # Nobody's: of deleted versions, and of runs that died.
     deleted = new_version(client)
     stage(client, deleted)
@@ -119,7 +127,7 @@ def test_what_no_version_and_no_row_needs_goes_and_everything_else_stays(
     after = files_below(tmp_path)
     assert before - after == {path for path in before if any(path.startswith(one) for one in gone)}
     assert needed <= files_below(beside)
-    for uri in ("models:/bot/1", "models:/copy/1", "models:/new-name/1"):
+    for uri in ("models:/bot/1", "models:/copy/1", "models:/third-name/1"):
         assert biases_of(mlflow.pyfunc.load_model(uri)._model_impl.pipeline.model)
     row = ledger_rows(tmp_path)[-1]
     assert (row["event"], row["reason"], row["target"]) == ("reconciled", "swept", "sweep:artifacts")
@@ -130,18 +138,43 @@ def test_what_no_version_and_no_row_needs_goes_and_everything_else_stays(
 def test_what_somebody_is_at_work_on_stays(
     run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], beside: Path
 ) -> None:
+    stage(client, 1)
+    needed = files_below(beside)
+    register_lock(base_lock(seed=1))
     killed(tmp_path, "overlay-published", STAGE, "bot", "1", "Staging")
     before = files_below(beside)
-    assert before
+    assert before > needed
     registry = SqlRegistry(client._get_registry_client().store)
     for work in (Work("default", "bot", 1), Work("default", "bot", 1, "prepare")):
         with registry.lease(work):
             assert run("reconcile", "--sweep", "--yes", *gated, "--format", "json").json == []
+    # Though its row leads somewhere else: whoever is at work locks it from where it was.
+    edit_row(tmp_path, "UPDATE model_versions SET storage_location='/elsewhere' WHERE name='bot'")
+    with registry.lease(Work("default", "bot", 1)):
+        assert run("reconcile", "--sweep", "--yes", *gated, "--format", "json").json == []
     assert files_below(beside) == before
     assert run("reconcile", "--sweep", "--yes", *gated).exit_code == 0
-    assert files_below(beside) == set()
+    assert files_below(beside) == needed
     with registry.store.engine.connect() as connection:
         assert not list(connection.execute(leases.TABLE.select()))
+
+
+def test_what_is_promoted_while_the_folders_are_listed_is_no_orphan(
+    client: MlflowClient, tmp_path: Path, beside: Path
+) -> None:
+    class Meanwhile(RegistryArtifacts):
+        """A store that takes so long to list that a promotion begins and ends in the meantime."""
+
+        def locked_folders(self, original: str) -> Sequence[LockedFolder]:
+            stage(client, 1)
+            found = super().locked_folders(original)
+            assert found or original != str(beside).removesuffix("-safelock")
+            return found
+
+    gate = client._get_registry_client().store.reconciling.gate
+    sweeping = Sweeping(f"sqlite:///{tmp_path}/registry.db", replace(gate, artifacts=Meanwhile()))
+    assert sweeping.orphans() == ()
+    assert files_below(beside)
 
 
 def test_prepared_standalone_models_of_living_versions_stay(

@@ -14,9 +14,12 @@ from mlflow import MlflowClient
 from mlflow.utils.workspace_context import WorkspaceContext
 
 from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate.reconciling import Reconciling, Way
 from mlflow_safelock.operations.reconciliation import Reconciliation, repairing
+from mlflow_safelock.provenance import Actor
 from mlflow_safelock.registry.stores import open_store
 from tests.registries import base_lock, biases_of, log_fine_tune, register_lock
+from tests.registry.test_guard import edit_row
 from tests.servers import postgresql
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
@@ -53,8 +56,8 @@ def test_on_postgresql_a_registry_that_only_stock_clients_use_is_put_right(place
         stock.transition_model_version_stage("bot", "1", "Staging")
         stock.set_registered_model_alias("bot", "champion", "2")
 
-        def done(*ways: str) -> dict[int, str | None]:
-            repairs = reconciliation.repairs(ways)  # type: ignore[arg-type]
+        def done(*ways: Way) -> dict[int, str | None]:
+            repairs = reconciliation.repairs(ways)
             return {repair.difference.request.version: repair.done for repair in repairs}
 
         assert done() == {1: None, 2: None}
@@ -109,3 +112,76 @@ def test_every_workspace_is_put_right_and_nothing_is_mixed_up(
     for workspace, stage in (("team-a", "Staging"), ("team-b", "None")):
         with WorkspaceContext(workspace):
             assert store.get_model_version("bot", "1").current_stage == stage
+
+
+class TestRaces:
+    """What others do between the look and the repair."""
+
+    @pytest.fixture
+    def slipped(self, client: MlflowClient, tmp_path: Path) -> tuple[MlflowClient, Reconciling]:
+        """A stock client, and what reconciles version 1 of "bot", which is in Staging past the gate."""
+        log_fine_tune("bot")
+        register_lock(base_lock())
+        stock = MlflowClient(f"sqlite:///{tmp_path}/tracking.db", f"sqlite:///{tmp_path}/registry.db")
+        stock.transition_model_version_stage("bot", "1", "Staging")
+        return stock, client._get_registry_client().store.reconciling
+
+    @pytest.mark.parametrize("ways", [("demote",), ("lock",), ("lock", "demote")])
+    def test_what_was_promoted_meanwhile_stays_where_it_is(
+        self, client: MlflowClient, slipped: tuple[MlflowClient, Reconciling], ways: tuple[Way, ...]
+    ) -> None:
+        stock, reconciling = slipped
+        difference = reconciling.examine("bot", 1, "default", ACTOR)
+        assert difference is not None
+        client.transition_model_version_stage("bot", "1", "Staging")
+        location = stock.get_model_version_download_uri("bot", "1")
+        reconciling.repair(difference, ways)
+        assert stock.get_model_version("bot", "1").current_stage == "Staging"
+        assert stock.get_model_version_download_uri("bot", "1") == location
+        assert reconciling.examine("bot", 1, "default", ACTOR) is None
+
+    def test_what_was_moved_meanwhile_is_not_taken_out_of_where_it_was(
+        self, slipped: tuple[MlflowClient, Reconciling]
+    ) -> None:
+        stock, reconciling = slipped
+        stock.set_registered_model_alias("bot", "champion", "1")
+        difference = reconciling.examine("bot", 1, "default", ACTOR)
+        assert difference is not None
+        stock.transition_model_version_stage("bot", "1", "Archived")
+        repair = reconciling.repair(difference, ("demote",))
+        assert (repair.done, repair.refusal and repair.refusal.reason) == (None, "conflict")
+        found = stock.get_model_version("bot", "1")
+        assert (found.current_stage, found.aliases) == ("Archived", ["champion"])
+
+    def test_what_was_promoted_under_its_new_name_meanwhile_stays_as_that_promotion_has_it(
+        self, client: MlflowClient, slipped: tuple[MlflowClient, Reconciling]
+    ) -> None:
+        stock, reconciling = slipped
+        client.transition_model_version_stage("bot", "1", "Staging")
+        stock.rename_registered_model("bot", "helper")
+        difference = reconciling.examine("helper", 1, "default", ACTOR)
+        assert difference is not None
+        assert difference.remedy.done == "renamed"
+        client.transition_model_version_stage("helper", "1", "Staging")
+        location = client.get_model_version_download_uri("helper", "1")
+        assert reconciling.repair(difference, ("lock",)).done is None
+        assert client.get_model_version_download_uri("helper", "1") == location
+
+    def test_a_row_that_is_edited_again_meanwhile_is_not_put_back_over(
+        self, client: MlflowClient, slipped: tuple[MlflowClient, Reconciling], tmp_path: Path
+    ) -> None:
+        _, reconciling = slipped
+        client.transition_model_version_stage("bot", "1", "Staging")
+        edit_row(tmp_path, EDIT, "/one")
+        difference = reconciling.examine("bot", 1, "default", ACTOR)
+        assert difference is not None
+        edit_row(tmp_path, EDIT, "/two")
+        repair = reconciling.repair(difference, ("lock",))
+        assert (repair.done, repair.refusal and repair.refusal.reason) == (None, "conflict")
+        again = reconciling.examine("bot", 1, "default", ACTOR)
+        assert again is not None
+        assert reconciling.repair(again, ("lock",)).done == "restored"
+
+
+ACTOR = Actor(name="somebody", verified=False)
+EDIT = "UPDATE model_versions SET storage_location=? WHERE name='bot' AND version=1"

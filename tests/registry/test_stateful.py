@@ -29,6 +29,8 @@ from mlflow.exceptions import MlflowException
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.flavors.overlay import read_overlay
 from mlflow_safelock.gate.ledger import verify_chain
+from mlflow_safelock.gate.reconciling import Way
+from mlflow_safelock.operations.reconciliation import repairing, sweeping
 from mlflow_safelock.provenance import LocalArtifacts, check_fingerprint
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.sql import SqlRegistry
@@ -234,6 +236,28 @@ class Registry(RuleBasedStateMachine):
             self.attempt(
                 lambda: self.refusable(self.store.revoke_lock, lock_model_name(BASE), newest, "a test")
             )
+
+    @rule(ways=st.sampled_from((("lock",), ("demote",), ("lock", "demote"))))
+    def reconcile(self, ways: tuple[Way, ...]) -> None:
+        registry = f"safelock+sqlite:///{self.folder}/registry.db"
+        repairs = list(repairing(self.store, registry, "bot*").repairs(ways))
+        for repair in repairs:
+            request = repair.difference.request
+            note(
+                f"{request.name} {request.version}: {repair.done}, {repair.refusal and repair.refusal.reason}"
+            )
+            if repair.done not in (None, "taken out"):
+                assert self.served(request.name, request.version) is not None
+        if "demote" in ways:
+            assert all(repair.done or repair.difference.is_served for repair in repairs)
+            assert all(self.served(*version) is not None for version in self.gated_versions())
+
+    @rule()
+    def sweep(self) -> None:
+        registry = f"safelock+sqlite:///{self.folder}/registry.db"
+        sweeper = sweeping(self.store, registry)
+        assert all(swept.kept is None for swept in sweeper.delete(sweeper.orphans()))
+        assert sweeper.orphans() == ()
 
     # What somebody does who can write to the database
 
