@@ -18,6 +18,7 @@ from mlflow_safelock.cli.prepare import prepare
 from mlflow_safelock.cli.promote import promote
 from mlflow_safelock.cli.recipes import recipes
 from mlflow_safelock.cli.run import run
+from mlflow_safelock.cli.sweep import sweep
 from mlflow_safelock.cli.undo import undo
 from mlflow_safelock.cli.unlock import unlock
 
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 for _command in (
-    *(demo, forge, lock, compare, evaluate, prepare, promote, export, undo),
+    *(demo, forge, lock, compare, evaluate, sweep, prepare, promote, export, undo),
     *(policy, audit, ledger, unlock, recipes, run),
 ):
     main.add_command(_command)

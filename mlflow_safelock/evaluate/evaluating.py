@@ -7,12 +7,12 @@ prompts in the same form go to both arms, and answers are greedy, so the lock is
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_safelock.apply import apply_lock, generate, render_prompt
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
@@ -47,6 +47,12 @@ from mlflow_safelock.evaluate.transforms import find_transform
 from mlflow_safelock.forging import PreferencePair, dataset_digest
 from mlflow_safelock.forging.starter import starter_preference_pairs
 from mlflow_safelock.provenance import tool_versions
+
+if TYPE_CHECKING:
+    from mlflow_safelock.lock import SafetyLock
+
+Under = Callable[["SafetyLock | None", "float | None"], Evaluation]
+"""Gives the evaluation of a model under a lock at a strength."""
 
 UNFINISHED = 0.1
 """Share of answers that the limit ended from which the result warns of it."""
@@ -85,8 +91,11 @@ class Settings:
     answers: Path | None = None
 
 
+USUAL = Settings()
+
+
 def evaluate(
-    subject: Subject | Any, suite: Suite, settings: Settings = Settings(), *, progress: Progress = silent
+    subject: Subject | Any, suite: Suite, settings: Settings = USUAL, *, progress: Progress = silent
 ) -> Evaluation:
     """Measure a model with and without its lock, and leave it as it was.
 
@@ -108,18 +117,38 @@ def evaluate(
             found = evaluate(subject, load_suite("starter-harmful"), Settings(limit=50))
             found.locked.figures["attack_success_rate"].value
     """
+    with measuring(subject, suite, settings, progress=progress) as under:
+        return under(None, None)
+
+
+@contextmanager
+def measuring(
+    subject: Subject | Any, suite: Suite, settings: Settings = USUAL, *, progress: Progress = silent
+) -> Iterator[Under]:
+    """Measure one model under several locks and strengths; without a lock it is measured once.
+
+    Arguments and errors are those of ``evaluate``.
+
+    Returns:
+        What gives the evaluation under a lock at a strength; ``None`` leaves the subject's own.
+    """
     whole = subject if isinstance(subject, Subject) else Subject.of(subject)
-    used = _limited(suite, settings)
+    used = drawn_by(suite, settings)
     asked = _asked(used, settings.transform)
+    kept: list[_Measured] = []
     with whole.unlocked() as measured:
-        arms = _Arms(measured, used, asked, settings, progress)
-        # Locked first: what cannot be locked fails before anything is generated.
-        locked = arms.measure(locked=True) if measured.lock is not None else None
-        unlocked = arms.measure(locked=False)
-        divergences = arms.divergences()
-    if locked is not None and divergences:
-        locked = replace(locked, values={**locked.values, "next_token_kl": divergences})
-    return _result(measured, suite, used, asked, settings, unlocked, locked)
+
+        def under(lock: SafetyLock | None, alpha: float | None) -> Evaluation:
+            arms = _Arms(measured.with_lock(lock, alpha), used, asked, settings, progress)
+            # Locked first: what cannot be locked fails before anything is generated.
+            locked = arms.measure(locked=True) if arms.subject.lock is not None else None
+            if not kept:
+                kept.append(arms.measure(locked=False))
+            if locked is not None and (divergences := arms.divergences()):
+                locked = replace(locked, values={**locked.values, "next_token_kl": divergences})
+            return _result(arms.subject, suite, used, asked, settings, kept[0], locked)
+
+        yield under
 
 
 @dataclass(frozen=True)
@@ -243,7 +272,7 @@ def _lock_on(subject: Subject) -> Iterator[None]:
         yield
 
 
-def _limited(suite: Suite, settings: Settings) -> Suite:
+def drawn_by(suite: Suite, settings: Settings) -> Suite:
     """The prompts of a suite that are asked: with a limit, drawn by the seed and left in their order."""
     if not suite.prompts:
         raise EvaluationError(

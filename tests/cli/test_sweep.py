@@ -1,0 +1,119 @@
+"""``safelock sweep`` finds a point, shows it, and proposes a policy that a gate takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlflow_safelock.formats import load_lock, save_lock
+from mlflow_safelock.gate.policy_file import load_policy
+from tests.cli.conftest import Run
+from tests.registries import log_fine_tune, register_lock
+from tests.toy import Toy
+
+LIMITS = ("--max-new-tokens", 20, "--batch-size", 64, "--max-utility-loss", 0.1, "--refine", 1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def arguments(toy: Toy, tmp_path: Path) -> tuple[Any, ...]:
+    toy.model.save_pretrained(tmp_path / "fine-tune")
+    toy.tokenizer.save_pretrained(tmp_path / "fine-tune")
+    save_lock(toy.lock, tmp_path / "lock.safetensors")
+    rows = [
+        {"id": one.id, "category": one.category, "prompt": one.prompt, "twin": one.twin}
+        for one in toy.suite(24).prompts
+    ]
+    (tmp_path / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (
+        *(tmp_path / "fine-tune", "--lock", tmp_path / "lock.safetensors"),
+        *("--suite", tmp_path / "suite.jsonl", "--output", tmp_path / "sweep.json", *LIMITS),
+    )
+
+
+def test_a_point_is_found_and_its_policy_locks_a_promotion(
+    run: Run,
+    client: Any,
+    toy: Toy,
+    arguments: tuple[Any, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, lock = tmp_path / "safelock.yaml", tmp_path / "chosen.safetensors"
+    more = ("--heads", "6,8", "--alphas", "0.2,1.1", "--write-policy", policy, "--write-lock", lock)
+    done = run("sweep", *arguments, *more, "--format", "json")
+    assert done.exit_code == 0, done.stderr
+    assert done.json == json.loads((tmp_path / "sweep.json").read_text())
+    chosen = done.json["chosen"]
+    assert done.json["satisfied"]
+    assert {point["heads"] for point in done.json["points"]} == {6, 8}
+    assert done.json["confirmed"]["lock"]["alpha"] == chosen["alpha"]
+    for name in ("sweep-pareto.png", "sweep-heat-map.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert load_lock(lock).digest == chosen["lock"]
+    rule = load_policy(policy).gates[0]
+    accepted = chosen["accepted_alphas"]
+    assert (rule.alpha.default, rule.alpha.min, rule.alpha.max) == (
+        chosen["alpha"],
+        min(accepted),
+        max(accepted),
+    )
+    monkeypatch.setenv("SAFELOCK_POLICY", str(policy))
+    log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
+    register_lock(load_lock(lock))
+    client.set_registered_model_alias("bot", "champion", "1")
+    assert client.get_model_version("bot", "1").tags["safelock.applied_alpha"] == f"{chosen['alpha']:g}"
+
+
+def test_the_table_shows_the_points_and_what_the_other_half_says(
+    run: Run, arguments: tuple[Any, ...]
+) -> None:
+    text = run("sweep", *arguments, "--alphas", "1.1").stdout
+    assert "Take 8 heads at alpha 1.1." in text
+    assert "On the other half of the suite: harmful 0.0%" in text
+    assert "unlocked: harmful 100.0%" in text
+
+
+def test_where_nothing_keeps_the_limits_no_policy_is_proposed(
+    run: Run, arguments: tuple[Any, ...], tmp_path: Path
+) -> None:
+    policy = tmp_path / "safelock.yaml"
+    done = run("sweep", *arguments, "--alphas", "0.1,0.4", "--write-policy", policy)
+    assert done.exit_code == 1
+    assert "No point keeps the limits; 8 heads at alpha 0.4 come nearest" in done.stderr
+    assert not policy.exists()
+    assert json.loads((tmp_path / "sweep.json").read_text())["satisfied"] is False
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "why"),
+    [
+        (("--alphas", "1,two"), 2, "not a list of numbers"),
+        (("--heads", "99"), 1, "has 8 heads, and 99"),
+        (("--alphas", "0"), 1, "not zero"),
+    ],
+)
+def test_what_cannot_be_swept_is_said(
+    run: Run, arguments: tuple[Any, ...], more: Any, code: int, why: str
+) -> None:
+    done = run("sweep", *arguments, *more)
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert why in done.stderr
+
+
+def test_without_a_lock_there_is_nothing_to_try(run: Run, arguments: tuple[Any, ...]) -> None:
+    done = run("sweep", arguments[0], *arguments[3:])
+    assert done.exit_code == 1
+    assert "--lock" in done.stderr
