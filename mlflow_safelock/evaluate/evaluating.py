@@ -137,16 +137,17 @@ def measuring(
     asked = _asked(used, settings.transform)
     kept: list[_Measured] = []
     with whole.unlocked() as measured:
+        digest = sample_digest(measured.model)
 
         def under(lock: SafetyLock | None, alpha: float | None) -> Evaluation:
-            arms = _Arms(measured.with_lock(lock, alpha), used, asked, settings, progress)
+            arms = _Arms(measured.with_lock(lock, alpha), digest, used, asked, settings, progress)
             # Locked first: what cannot be locked fails before anything is generated.
             locked = arms.measure(locked=True) if arms.subject.lock is not None else None
             if not kept:
                 kept.append(arms.measure(locked=False))
             if locked is not None and (divergences := arms.divergences()):
                 locked = replace(locked, values={**locked.values, "next_token_kl": divergences})
-            return _result(arms.subject, suite, used, asked, settings, kept[0], locked)
+            return _result(arms, suite, kept[0], locked)
 
         yield under
 
@@ -168,6 +169,7 @@ class _Arms:
     """Asks the same of a model with and without its lock."""
 
     subject: Subject
+    model_digest: str
     suite: Suite
     asked: tuple[Asked, ...]
     settings: Settings
@@ -254,7 +256,7 @@ class _Arms:
         """Everything that decides the answers of an arm, apart from the texts that they answer."""
         subject, settings = self.subject, self.settings
         return {
-            "model": sample_digest(subject.model),
+            "model": self.model_digest,
             "lock": subject.lock.digest if locked and subject.lock else None,
             "alpha": subject.strength if locked else None,
             "suite": self.suite.digest,
@@ -308,22 +310,15 @@ def _texts(suite: Suite, settings: Settings) -> list[Text]:
     return [*twins, *((one.prompt, one.expected) for one in suite.tasks if one.expected)]
 
 
-def _result(
-    subject: Subject,
-    suite: Suite,
-    used: Suite,
-    asked: Sequence[Asked],
-    settings: Settings,
-    unlocked: _Measured,
-    locked: _Measured | None,
-) -> Evaluation:
+def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | None) -> Evaluation:
+    subject, used, asked, settings = arms.subject, arms.suite, arms.asked, arms.settings
     lock, alpha = subject.lock, subject.strength
     applied = None
     if lock is not None and alpha is not None:
         applied = LockUsed(digest=lock.digest, base_model=lock.base_model, alpha=alpha)
     return Evaluation(
         model=subject.name,
-        model_digest=sample_digest(subject.model),
+        model_digest=arms.model_digest,
         source=subject.source,
         lock=applied,
         suite=SuiteUsed(
