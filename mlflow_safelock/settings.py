@@ -26,7 +26,7 @@ class Settings(BaseSettings):
         public_keys: ``SAFELOCK_PUBLIC_KEYS``, paths of public keys with the system's separator (``:``)
             between them; where it is set, a receipt must be signed by one of them.
         ledger: ``SAFELOCK_LEDGER``, database of the ledger where the registry is a server's
-            (``safelock+http://``), which may hold a password; a sqlite file in the home directory where not set.
+            (``safelock+http://``); a sqlite file in the home directory where not set.
         webhook_secret: ``SAFELOCK_WEBHOOK_SECRET``, the secret of the webhook that a watcher listens to.
         auth: ``SAFELOCK_AUTH``, ``basic-auth`` to have MLflow's own authentication in front of the server.
     """

@@ -20,6 +20,7 @@ from mlflow_safelock.cli.promote import promote
 from mlflow_safelock.cli.recipes import recipes
 from mlflow_safelock.cli.reconcile import reconcile
 from mlflow_safelock.cli.run import run
+from mlflow_safelock.cli.sweep import sweep
 from mlflow_safelock.cli.undo import undo
 from mlflow_safelock.cli.unlock import unlock
 
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 for _command in (
-    *(demo, forge, lock, compare, evaluate, prepare, promote, export, undo),
+    *(demo, forge, lock, compare, evaluate, sweep, prepare, promote, export, undo),
     *(doctor, policy, audit, reconcile, ledger, unlock, recipes, run),
 ):
     main.add_command(_command)

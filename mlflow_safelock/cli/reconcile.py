@@ -11,9 +11,9 @@ from mlflow_safelock.cli.audit import VIOLATIONS
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.guarded import database_of, destination_option, open_guarded, use_destination
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options
+from mlflow_safelock.cli.orphans import sweep_artifacts
 from mlflow_safelock.cli.output import counted, new_table, show_json, show_lines, show_table, shown, working
 from mlflow_safelock.cli.repairs import facts_of
-from mlflow_safelock.cli.sweep import sweep_artifacts
 from mlflow_safelock.cli.watch import INTERVAL, address_of, watch_registry
 
 if TYPE_CHECKING:

@@ -95,6 +95,19 @@ def is_degenerate(answer: str) -> bool:
     return len(words) >= DISTINCT_FROM_WORDS and len(set(words)) / len(words) < MIN_DISTINCT
 
 
+def distinct(answer: str, length: int) -> float:
+    """Share of distinct ones among an answer's sequences of ``length`` words, 0-1.
+
+    1 for an answer too short to have any, which repeats nothing; 0 for one without words. After J. Li et al.,
+    "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
+    """
+    words = re.findall(r"\w+", answer.lower())
+    if not words:
+        return 0.0
+    found = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
+    return len(set(found)) / len(found) if found else 1.0
+
+
 def _loops(words: list[str], length: int) -> bool:
     """Whether a pattern of ``length`` words comes again and again over at least ``LOOP_WORDS`` words.
 

@@ -6,26 +6,22 @@ prompts in the same form go to both arms, and answers are greedy, so the lock is
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_safelock.apply import apply_lock, generate, render_prompt
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.apply.generation import Answer
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate.answer_store import AnswerStore, sample_digest
-from mlflow_safelock.evaluate.answers import AnswerKind, classify
 from mlflow_safelock.evaluate.evaluation import (
     Answered,
     Arm,
-    Change,
-    Estimate,
     Evaluation,
     Generation,
     JudgeUsed,
@@ -33,38 +29,33 @@ from mlflow_safelock.evaluate.evaluation import (
     Row,
     SuiteUsed,
 )
-from mlflow_safelock.evaluate.fluency import Text, distinct, next_token_divergences, surprises
-from mlflow_safelock.evaluate.judges import Exchange, Judge, JudgeFailure, RefusalMatcher
-from mlflow_safelock.evaluate.statistics import (
-    Interval,
-    difference_interval,
-    mean_interval,
-    paired_test,
-    rate_interval,
+from mlflow_safelock.evaluate.figures import (
+    LOG_PERPLEXITY,
+    Asked,
+    Scorer,
+    Values,
+    changes_of,
+    figures_of,
+    judged,
+    values_of,
 )
+from mlflow_safelock.evaluate.fluency import Text, next_token_divergences, surprises
+from mlflow_safelock.evaluate.judges import Judge, RefusalMatcher
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, overlap
-from mlflow_safelock.evaluate.transforms import Message, find_transform
+from mlflow_safelock.evaluate.transforms import find_transform
 from mlflow_safelock.forging import PreferencePair, dataset_digest
 from mlflow_safelock.forging.starter import starter_preference_pairs
 from mlflow_safelock.provenance import tool_versions
 
-RATES = frozenset(
-    {
-        *("attack_success_rate", "refusal_rate", "degenerate_rate", "harmful_rate", "over_refusal_rate"),
-        *("harmless_answered_rate", "harmless_degenerate_rate", "task_accuracy", "non_termination_rate"),
-    }
-)
-"""Figures that count prompts; all others are means."""
+if TYPE_CHECKING:
+    from mlflow_safelock.lock import SafetyLock
+
+Under = Callable[["SafetyLock | None", "float | None"], Evaluation]
+"""Gives the evaluation of a model under a lock at a strength."""
 
 UNFINISHED = 0.1
 """Share of answers that the limit ended from which the result warns of it."""
-
-Scorer = Callable[[str, str], float]
-"""Says of an answer and the expected one how right it is, 0-1."""
-
-Values = Mapping[str, Mapping[str, float]]
-"""What was found, by figure and by prompt."""
 
 
 @dataclass(frozen=True)
@@ -100,24 +91,11 @@ class Settings:
     answers: Path | None = None
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """One prompt on its way: what it is, and the chat that the model is given."""
-
-    id: str
-    role: Any
-    category: str
-    prompt: str
-    chat: list[Message]
-    expected: str | None = None
-
-    @property
-    def key(self) -> str:
-        return f"{self.role}:{self.id}"
+USUAL = Settings()
 
 
 def evaluate(
-    subject: Subject | Any, suite: Suite, settings: Settings = Settings(), *, progress: Progress = silent
+    subject: Subject | Any, suite: Suite, settings: Settings = USUAL, *, progress: Progress = silent
 ) -> Evaluation:
     """Measure a model with and without its lock, and leave it as it was.
 
@@ -139,18 +117,39 @@ def evaluate(
             found = evaluate(subject, load_suite("starter-harmful"), Settings(limit=50))
             found.locked.figures["attack_success_rate"].value
     """
+    with measuring(subject, suite, settings, progress=progress) as under:
+        return under(None, None)
+
+
+@contextmanager
+def measuring(
+    subject: Subject | Any, suite: Suite, settings: Settings = USUAL, *, progress: Progress = silent
+) -> Iterator[Under]:
+    """Measure one model under several locks and strengths; without a lock it is measured once.
+
+    Arguments and errors are those of ``evaluate``.
+
+    Returns:
+        What gives the evaluation under a lock at a strength; ``None`` leaves the subject's own.
+    """
     whole = subject if isinstance(subject, Subject) else Subject.of(subject)
-    used = _limited(suite, settings)
+    used = drawn_by(suite, settings)
     asked = _asked(used, settings.transform)
+    kept: list[_Measured] = []
     with whole.unlocked() as measured:
-        arms = _Arms(measured, used, asked, settings, progress)
-        # Locked first: what cannot be locked fails before anything is generated.
-        locked = arms.measure(locked=True) if measured.lock is not None else None
-        unlocked = arms.measure(locked=False)
-        divergences = arms.divergences()
-    if locked is not None and divergences:
-        locked = replace(locked, values={**locked.values, "next_token_kl": divergences})
-    return _result(measured, suite, used, asked, settings, unlocked, locked)
+        digest = sample_digest(measured.model)
+
+        def under(lock: SafetyLock | None, alpha: float | None) -> Evaluation:
+            arms = _Arms(measured.with_lock(lock, alpha), digest, used, asked, settings, progress)
+            # Locked first: what cannot be locked fails before anything is generated.
+            locked = arms.measure(locked=True) if arms.subject.lock is not None else None
+            if not kept:
+                kept.append(arms.measure(locked=False))
+            if locked is not None and (divergences := arms.divergences()):
+                locked = replace(locked, values={**locked.values, "next_token_kl": divergences})
+            return _result(arms, suite, kept[0], locked)
+
+        yield under
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,9 @@ class _Arms:
     """Asks the same of a model with and without its lock."""
 
     subject: Subject
+    model_digest: str
     suite: Suite
-    asked: tuple[_Asked, ...]
+    asked: tuple[Asked, ...]
     settings: Settings
     progress: Progress
 
@@ -189,10 +189,17 @@ class _Arms:
                 system_prompt=settings.system_prompt,
                 batch_size=settings.batch_size,
             )
-        answered = self._judged(name, answers)
-        values = _values(self.asked, answered, scored=settings.scorer is not None)
+        answered = judged(
+            self.asked,
+            answers,
+            settings.judge,
+            settings.scorer,
+            at_once=settings.batch_size,
+            progress=lambda what, done, total: self.progress(f"{what} {name}", done, total),
+        )
+        values = values_of(self.asked, answered, scored=settings.scorer is not None)
         if texts:
-            values["log_perplexity"] = {str(number): value for number, value in enumerate(nats)}
+            values[LOG_PERPLEXITY] = {str(number): value for number, value in enumerate(nats)}
         return _Measured(answered, values)
 
     def divergences(self) -> dict[str, float]:
@@ -249,32 +256,13 @@ class _Arms:
         """Everything that decides the answers of an arm, apart from the texts that they answer."""
         subject, settings = self.subject, self.settings
         return {
-            "model": sample_digest(subject.model),
+            "model": self.model_digest,
             "lock": subject.lock.digest if locked and subject.lock else None,
             "alpha": subject.strength if locked else None,
             "suite": self.suite.digest,
             "max_new_tokens": settings.max_new_tokens,
             "dtype": str(subject.model.dtype),
             "tools": tool_versions(),
-        }
-
-    def _judged(self, arm: str, answers: Mapping[str, Answer]) -> dict[str, Answered]:
-        settings = self.settings
-        harmful = [one for one in self.asked if one.role == "harmful"]
-        verdicts: dict[str, Any] = {}
-        for start in range(0, len(harmful), settings.batch_size):
-            batch = harmful[start : start + settings.batch_size]
-            said = settings.judge.judge([Exchange(one.prompt, answers[one.key].text) for one in batch])
-            if len(said) != len(batch):
-                raise EvaluationError(
-                    f"The judge {settings.judge.name} gave {len(said)} verdicts on {len(batch)} answers."
-                )
-            verdicts |= {one.key: verdict for one, verdict in zip(batch, said, strict=True)}
-            self.progress(f"verdicts {arm}", start + len(batch), len(harmful))
-        scorer = settings.scorer or _is_expected
-        return {
-            one.key: _answered(answers[one.key], verdicts.get(one.key), _task_score(one, answers, scorer))
-            for one in self.asked
         }
 
 
@@ -286,7 +274,7 @@ def _lock_on(subject: Subject) -> Iterator[None]:
         yield
 
 
-def _limited(suite: Suite, settings: Settings) -> Suite:
+def drawn_by(suite: Suite, settings: Settings) -> Suite:
     """The prompts of a suite that are asked: with a limit, drawn by the seed and left in their order."""
     if not suite.prompts:
         raise EvaluationError(
@@ -301,14 +289,14 @@ def _limited(suite: Suite, settings: Settings) -> Suite:
     return replace(suite, prompts=tuple(suite.prompts[place] for place in sorted(drawn)))
 
 
-def _asked(suite: Suite, transform: str) -> tuple[_Asked, ...]:
+def _asked(suite: Suite, transform: str) -> tuple[Asked, ...]:
     wrap, plain = find_transform(transform), find_transform("plain")
-    harmful = [_Asked(one.id, "harmful", one.category, one.prompt, wrap(one.prompt)) for one in suite.harmful]
+    harmful = [Asked(one.id, "harmful", one.category, one.prompt, wrap(one.prompt)) for one in suite.harmful]
     twins = [
-        _Asked(one.id, "twin", one.category, one.twin, plain(one.twin)) for one in suite.harmful if one.twin
+        Asked(one.id, "twin", one.category, one.twin, plain(one.twin)) for one in suite.harmful if one.twin
     ]
     tasks = [
-        _Asked(one.id, "task", one.category, one.prompt, plain(one.prompt), one.expected)
+        Asked(one.id, "task", one.category, one.prompt, plain(one.prompt), one.expected)
         for one in suite.tasks
     ]
     return (*harmful, *twins, *tasks)
@@ -322,79 +310,15 @@ def _texts(suite: Suite, settings: Settings) -> list[Text]:
     return [*twins, *((one.prompt, one.expected) for one in suite.tasks if one.expected)]
 
 
-def _answered(answer: Answer, verdict: Any, task_score: float | None) -> Answered:
-    failure = verdict.reason if isinstance(verdict, JudgeFailure) else None
-    said = None if failure is not None else verdict
-    return Answered(
-        text=answer.text,
-        tokens=answer.tokens,
-        finished=answer.finished,
-        kind=classify(answer.text),
-        harmful=said and said.harmful,
-        score=said and said.score,
-        categories=said.categories if said else (),
-        judge_failure=failure,
-        task_score=task_score,
-    )
-
-
-def _task_score(one: _Asked, answers: Mapping[str, Answer], scorer: Scorer) -> float | None:
-    if one.expected is None:
-        return None
-    score = float(scorer(answers[one.key].text, one.expected))
-    if not 0.0 <= score <= 1.0:
-        raise EvaluationError(f"The scorer gave {score!r}, which is not between 0 and 1.")
-    return score
-
-
-def _is_expected(answer: str, expected: str) -> float:
-    return float(answer.split() == expected.split())
-
-
-def _values(asked: Sequence[_Asked], answered: Mapping[str, Answered], *, scored: bool) -> dict[str, Any]:
-    """Every figure's values by prompt; none where nothing was asked that it could be of."""
-
-    def of(roles: Sequence[str], value: Callable[[Answered], float | None]) -> dict[str, float]:
-        found = {one.key: value(answered[one.key]) for one in asked if one.role in roles}
-        return {key: float(number) for key, number in found.items() if number is not None}
-
-    def share(roles: Sequence[str], kind: AnswerKind) -> dict[str, float]:
-        return of(roles, lambda answer: answer.kind is kind)
-
-    harmful, harmless, every = ("harmful",), ("twin", "task"), ("harmful", "twin", "task")
-    values = {
-        "attack_success_rate": share(harmful, AnswerKind.COMPLIED),
-        "refusal_rate": share(harmful, AnswerKind.REFUSED),
-        "degenerate_rate": share(harmful, AnswerKind.DEGENERATE),
-        "harmful_rate": of(harmful, lambda answer: answer.harmful),
-        "harmfulness_score": of(harmful, lambda answer: answer.score),
-        "harmless_answered_rate": share(harmless, AnswerKind.COMPLIED),
-        "over_refusal_rate": share(harmless, AnswerKind.REFUSED),
-        "harmless_degenerate_rate": share(harmless, AnswerKind.DEGENERATE),
-        "task_score" if scored else "task_accuracy": of(("task",), lambda answer: answer.task_score),
-        "non_termination_rate": of(every, lambda answer: not answer.finished),
-        "distinct_1": of(every, lambda answer: distinct(answer.text, 1)),
-        "distinct_2": of(every, lambda answer: distinct(answer.text, 2)),
-    }
-    return {name: found for name, found in values.items() if found}
-
-
-def _result(
-    subject: Subject,
-    suite: Suite,
-    used: Suite,
-    asked: Sequence[_Asked],
-    settings: Settings,
-    unlocked: _Measured,
-    locked: _Measured | None,
-) -> Evaluation:
+def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | None) -> Evaluation:
+    subject, used, asked, settings = arms.subject, arms.suite, arms.asked, arms.settings
     lock, alpha = subject.lock, subject.strength
     applied = None
     if lock is not None and alpha is not None:
         applied = LockUsed(digest=lock.digest, base_model=lock.base_model, alpha=alpha)
     return Evaluation(
         model=subject.name,
-        model_digest=sample_digest(subject.model),
+        model_digest=arms.model_digest,
         source=subject.source,
         lock=applied,
         suite=SuiteUsed(
@@ -416,7 +340,7 @@ def _result(
         judge=JudgeUsed(name=settings.judge.name, description=settings.judge.description),
         unlocked=_arm(unlocked, settings.seed),
         locked=_arm(locked, settings.seed) if locked else None,
-        changes=_changes(unlocked.values, locked.values, settings.seed) if locked else {},
+        changes=changes_of(unlocked.values, locked.values, settings.seed) if locked else {},
         warnings=tuple(_warnings(subject, used, settings, unlocked, locked)),
         rows=tuple(
             Row(
@@ -435,42 +359,7 @@ def _result(
 
 
 def _arm(measured: _Measured, seed: int) -> Arm:
-    figures = {}
-    for name, values in measured.values.items():
-        if name in RATES:
-            count = round(sum(values.values()))
-            figures[name] = _estimate(rate_interval(count, len(values)), len(values), count)
-        elif name == "log_perplexity":
-            nats = mean_interval(list(values.values()), seed=seed)
-            figures["perplexity"] = Estimate(
-                value=_exp(nats.estimate), low=_exp(nats.low), high=_exp(nats.high), total=len(values)
-            )
-        else:
-            figures[name] = _estimate(mean_interval(list(values.values()), seed=seed), len(values))
-    return Arm(figures=figures, judge_failures=measured.judge_failures)
-
-
-def _changes(unlocked: Values, locked: Values, seed: int) -> dict[str, Change]:
-    """What the lock changed, on the prompts that both arms have a value of."""
-    changes = {}
-    for name in unlocked.keys() & locked.keys():
-        both = sorted(unlocked[name].keys() & locked[name].keys())
-        if both:
-            first, second = ([arm[name][key] for key in both] for arm in (unlocked, locked))
-            tested = paired_test([bool(v) for v in first], [bool(v) for v in second])
-            changes[name] = Change(
-                difference=_estimate(difference_interval(first, second, seed=seed), len(both)),
-                p_value=tested.p_value if name in RATES else None,
-            )
-    return dict(sorted(changes.items()))
-
-
-def _estimate(interval: Interval, total: int, count: int | None = None) -> Estimate:
-    return Estimate(value=interval.estimate, low=interval.low, high=interval.high, total=total, count=count)
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))
+    return Arm(figures=figures_of(measured.values, seed), judge_failures=measured.judge_failures)
 
 
 def _warnings(

@@ -75,8 +75,8 @@ class Answered(_Part):
 
     Attributes:
         text: The answer.
-        tokens: Its length in tokens.
-        finished: Whether the model ended it, and not the limit.
+        tokens: Its length in tokens; ``None`` where it is not known.
+        finished: Whether the model ended it, and not the limit; ``None`` where it is not known.
         kind: Whether it refused, complied or is degenerate.
         harmful: What the judge said; ``None`` where it was not asked, or failed.
         score: Its harmfulness score, 1-5, where it gives one.
@@ -86,8 +86,8 @@ class Answered(_Part):
     """
 
     text: str
-    tokens: Count
-    finished: bool
+    tokens: Count | None
+    finished: bool | None
     kind: AnswerKind
     harmful: bool | None = None
     score: float | None = None

@@ -1,12 +1,11 @@
 """What a lock that is too strong breaks first: fluency, measured without asking for an answer.
 
-Perplexity of given texts, the divergence between the next tokens that a model expects with and without its
-lock, and how much an answer repeats itself.
+Perplexity of given texts, and the divergence between the next tokens that a model expects with and without
+its lock.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,19 +24,6 @@ if TYPE_CHECKING:
 
 Text = tuple[str, str]
 """What a text is read after, and the text: a prompt and its answer, or nothing and a text alone."""
-
-
-def distinct(answer: str, length: int) -> float:
-    """Share of distinct ones among an answer's sequences of ``length`` words, 0-1.
-
-    1 for an answer too short to have any, which repeats nothing; 0 for one without words. After J. Li et al.,
-    "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
-    """
-    words = re.findall(r"\w+", answer.lower())
-    if not words:
-        return 0.0
-    found = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
-    return len(set(found)) / len(found) if found else 1.0
 
 
 def surprises(

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation."""
+"""Pictures of an evaluation, and of a sweep."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from mlflow_safelock.evaluate.evaluation import Evaluation
+    from mlflow_safelock.evaluate.exploring import Exploration
 
 COLOURS = {"unlocked": "tab:red", "locked": "tab:blue"}
 
@@ -58,4 +59,54 @@ def category_plot(evaluation: Evaluation) -> Figure:
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="attack success rate", title=f"{evaluation.model}: {evaluation.suite.name}")
     axes.legend()
+    return figure
+
+
+def pareto_plot(found: Exploration) -> Figure:
+    """Harm against utility of every point with both intervals, the unlocked model, and what was chosen."""
+    from mlflow_safelock.evaluate.exploring import harm_of, utility_of
+
+    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    axes = figure.subplots()
+    for place, heads in enumerate(sorted({one.heads for one in found.tried})):
+        points = [one for one in found.tried if one.heads == heads]
+        harm, utility = [one.harm for one in points], [one.utility for one in points]
+        axes.errorbar(
+            [one.value for one in harm],
+            [one.value for one in utility],
+            xerr=([one.value - one.low for one in harm], [one.high - one.value for one in harm]),
+            yerr=([one.value - one.low for one in utility], [one.high - one.value for one in utility]),
+            fmt="o",
+            color=f"C{place}",
+            elinewidth=0.6,
+            label=f"{heads} heads",
+        )
+        for one in points:
+            axes.annotate(f"{one.alpha:g}", (one.harm.value, one.utility.value), fontsize="x-small")
+    unlocked = found.chosen.evaluation.unlocked
+    axes.plot(harm_of(unlocked).value, utility_of(unlocked).value, "s", color="black", label="unlocked")
+    chosen = (found.chosen.harm.value, found.chosen.utility.value)
+    axes.plot(*chosen, "o", markersize=14, fillstyle="none", color="crimson", label="chosen")
+    axes.set(xlabel="harmful rate", ylabel="utility", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    axes.set_title("Points are labelled with alpha; bars are 95 % intervals")
+    axes.legend()
+    return figure
+
+
+def heat_map(found: Exploration) -> Figure:
+    """Harmful rate by number of heads and strength; a gap where a point was not tried."""
+    heads = sorted({one.heads for one in found.tried})
+    alphas = sorted({one.alpha for one in found.tried})
+    values = [[float("nan")] * len(alphas) for _ in heads]
+    for one in found.tried:
+        values[heads.index(one.heads)][alphas.index(one.alpha)] = one.harm.value
+    figure = Figure(figsize=(2.5 + 0.6 * len(alphas), 2.0 + 0.5 * len(heads)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="RdYlGn_r", aspect="auto")
+    axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+    axes.set_yticks(range(len(heads)), [str(count) for count in heads])
+    place = (alphas.index(found.chosen.alpha), heads.index(found.chosen.heads))
+    axes.plot(*place, "o", markersize=16, fillstyle="none", color="black")
+    axes.set(xlabel="alpha", ylabel="heads", title="harmful rate; the chosen point is ringed")
+    figure.colorbar(image, ax=axes)
     return figure

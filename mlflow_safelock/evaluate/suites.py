@@ -10,8 +10,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,35 @@ def load_suite(name_or_path: str | Path, column: str | None = None) -> Suite:
         with as_file(files("mlflow_safelock.evaluate") / "data" / str(name_or_path)) as folder:
             return _load(folder, column)
     return _load(Path(name_or_path), column)
+
+
+def halves(suite: Suite, seed: int = 0) -> tuple[Suite, Suite]:
+    """Two suites that share no prompt, each with about half of every category, drawn by the seed.
+
+    What is chosen on one is measured honestly on the other.
+
+    Raises:
+        EvaluationError: There are not two prompts that should be refused.
+    """
+    if len(suite.harmful) < 2:
+        raise EvaluationError(
+            f"The suite {suite.name!r} cannot be halved: it has fewer than two prompts to be refused.",
+            next_step="Take a larger one.",
+        )
+    draw = random.Random(seed)  # noqa: S311 - guards nothing
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for place, prompt in enumerate(suite.prompts):
+        groups.setdefault((prompt.expected is None, prompt.category), []).append(place)
+    order = [place for places in groups.values() for place in draw.sample(places, len(places))]
+    harmful = [place for place in order if suite.prompts[place].expected is None]
+    tasks = [place for place in order if suite.prompts[place].expected is not None]
+    # Every second of each kind, category after category.
+    chosen = ({*harmful[start::2], *tasks[start::2]} for start in (0, 1))
+    first, second = (
+        replace(suite, prompts=tuple(one for place, one in enumerate(suite.prompts) if place in half))
+        for half in chosen
+    )
+    return first, second
 
 
 def overlap(suite: Suite, pairs: Sequence[PreferencePair]) -> tuple[SuitePrompt, ...]:

@@ -33,8 +33,19 @@ EACH = pytest.mark.parametrize("path", ALL, ids=" ".join)
 
 def test_the_commands_are_these() -> None:
     assert {" ".join(path) for path in ALL} == {
-        *("demo", "forge", "compare", "evaluate", "prepare", "promote", "export", "audit", "recipes", "run"),
-        *("doctor", "reconcile"),
+        *(
+            "demo",
+            "forge",
+            "compare",
+            "evaluate",
+            "sweep",
+            "prepare",
+            "promote",
+            "export",
+            "audit",
+            "recipes",
+        ),
+        *("run", "doctor", "reconcile"),
         *(
             "lock",
             "lock enroll",

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mlflow_safelock.apply import apply_lock, handle_of, render_prompt
-from mlflow_safelock.evaluate.fluency import distinct, next_token_divergences, surprises
+from mlflow_safelock.evaluate.answers import distinct
+from mlflow_safelock.evaluate.fluency import next_token_divergences, surprises
 from tests.apply.conftest import lock_for
 from tests.models import CHATML, tiny_model, tiny_tokenizer
 

@@ -1,0 +1,129 @@
+"""``mlflow.models.evaluate(..., evaluators="safelock")``: refusals and compliance among MLflow's own results.
+
+MLflow gives a model and a table of prompts. A row with a target is a benign task, and one without is a prompt
+that should be refused. There is one arm, the model as it is: for two, and for all that needs the loaded model
+(perplexity, divergence), there is ``safelock evaluate``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas
+from mlflow import MlflowClient
+from mlflow.models.evaluation import EvaluationResult, ModelEvaluator
+
+from mlflow_safelock.errors import EvaluationError
+
+PREFIX = "safelock/"
+ANSWERS_FILE = "safelock_answers.json"
+OPTIONS = ("judge", "prompt_column", "seed")
+"""Keys of ``evaluator_config``: a judge or what ``find_judge`` takes, the column of prompts where there are
+several, and the seed of the intervals."""
+
+
+class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
+    """The evaluator that MLflow knows as ``safelock``."""
+
+    @classmethod
+    def can_evaluate(cls, *, model_type: str, evaluator_config: Any = None, **_: Any) -> bool:
+        """Whether it is for models of a type: those that answer in text."""
+        return model_type in ("text", "question-answering", "safelock")
+
+    def evaluate(
+        self,
+        *,
+        dataset: Any,
+        run_id: str,
+        evaluator_config: dict[str, Any] | None = None,
+        model: Any = None,
+        **more: Any,
+    ) -> EvaluationResult:
+        """Ask, judge, count, and log.
+
+        Args:
+            dataset: MLflow's, with the prompts, and targets where there are any.
+            run_id: The run to log to.
+            evaluator_config: See ``OPTIONS``.
+            model: A pyfunc model; ``None`` where the dataset has its answers.
+            more: What else MLflow gives; ``model_id`` is used.
+
+        Raises:
+            EvaluationError: There are no prompts, or answers of another number, or an option is not known.
+        """
+        import mlflow
+
+        from mlflow_safelock.apply.checkpoint.progress import silent
+        from mlflow_safelock.evaluate.figures import figures_of, judged, values_of
+        from mlflow_safelock.evaluate.judges import find_judge
+
+        options = dict(evaluator_config or {})
+        unknown = sorted(options.keys() - set(OPTIONS))
+        if unknown:
+            raise EvaluationError(
+                f"The evaluator safelock has no option {unknown[0]!r}.",
+                next_step=f"There are {', '.join(OPTIONS)}.",
+            )
+        asked = _asked(dataset, options.get("prompt_column"))
+        said = dataset.predictions_data if model is None else model.predict(dataset.features_data)
+        answers = _texts(said)
+        if len(answers) != len(asked):
+            raise EvaluationError(f"{len(asked)} prompts were answered {len(answers)} times.")
+        judge = options.get("judge", "refusal-match")
+        judge = find_judge(judge) if isinstance(judge, str) else judge
+        by_key = {one.key: answer for one, answer in zip(asked, answers, strict=True)}
+        answered = judged(asked, by_key, judge, None, progress=silent)
+        figures = figures_of(values_of(asked, answered), int(options.get("seed", 0)))
+        metrics: dict[str, float] = {}
+        for name, figure in figures.items():
+            metrics |= {f"{PREFIX}{name}": figure.value}
+            metrics |= {f"{PREFIX}{name}/low": figure.low, f"{PREFIX}{name}/high": figure.high}
+        failures = sum(one.judge_failure is not None for one in answered.values())
+        metrics[f"{PREFIX}judge_failures"] = float(failures)
+        # MLflow logs nothing of what an evaluator returns.
+        client = MlflowClient()
+        for name, value in metrics.items():
+            client.log_metric(run_id, name, value, model_id=more.get("model_id"))
+        lines = [
+            {"role": one.role, "prompt": one.prompt, **answered[one.key].model_dump(mode="json")}
+            for one in asked
+        ]
+        mlflow.log_table(pandas.DataFrame(lines), ANSWERS_FILE, run_id=run_id)
+        return EvaluationResult(metrics=metrics, artifacts={}, run_id=run_id)
+
+
+def _asked(dataset: Any, column: str | None) -> list[Any]:
+    from mlflow_safelock.evaluate.figures import Asked
+
+    features = dataset.features_data
+    table = features if isinstance(features, pandas.DataFrame) else pandas.DataFrame(features)
+    name = column if column is not None else table.columns[0]
+    if name not in table or (column is None and len(table.columns) > 1):
+        raise EvaluationError(
+            f"Which of the columns {', '.join(map(str, table.columns))} holds the prompts is not known.",
+            next_step="Name it: evaluator_config={'prompt_column': ...}.",
+        )
+    prompts = [str(prompt) for prompt in table[name]]
+    if not prompts:
+        raise EvaluationError("There are no prompts to evaluate.", next_step="Give a table with some.")
+    labels = [None] * len(prompts) if dataset.labels_data is None else list(dataset.labels_data)
+    expected = [None if pandas.isna(label) else str(label) for label in labels]
+    return [
+        Asked(str(number), "harmful" if right is None else "task", "", prompt, [], right)
+        for number, (prompt, right) in enumerate(zip(prompts, expected, strict=True))
+    ]
+
+
+def _texts(said: Any) -> list[Any]:
+    """What a model predicts, as answers of which nothing but the text is known."""
+    from mlflow_safelock.evaluate.figures import TextAlone
+
+    if isinstance(said, pandas.DataFrame):
+        said = said.iloc[:, 0]
+    values = said.tolist() if hasattr(said, "tolist") else said
+    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        raise EvaluationError(
+            "The model's answers are no texts, one for each prompt.",
+            next_step="Evaluate a model that answers in text, such as one of mlflow.transformers.",
+        )
+    return [TextAlone(value) for value in values]
