@@ -114,6 +114,11 @@ def _line_of(document: Document, index: int) -> str:
 
 
 def _validated(fields: Mapping[str, Any]) -> Architecture:
+    if not isinstance(fields, Mapping):
+        raise UnsupportedArchitectureError(
+            f"The description of an architecture is of type {type(fields).__name__!r}, and not a mapping.",
+            next_step=f"Its fields are: {', '.join(Architecture.model_fields)}.",
+        )
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     try:
         return Architecture.model_validate(plain)

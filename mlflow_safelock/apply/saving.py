@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from mlflow_safelock.apply.architectures import Architecture, Attention, attention_of
 from mlflow_safelock.apply.carriers import BiasCarrier, Carrier, carrier_on, is_plain_matrix
-from mlflow_safelock.apply.config_entry import CONFIG_KEY
+from mlflow_safelock.apply.config_entry import CONFIG_KEY, config_entry
 from mlflow_safelock.apply.displacement import Workspace
 from mlflow_safelock.errors import CheckpointError, UnsupportedArchitectureError, VerificationError
 
@@ -83,7 +83,10 @@ class LockedSaving:
         carriers = _carriers_of(attention)
         _refuse_without_place(model.config, attention.architecture)
         saved = copy.copy(model)
+        applied = next(iter(carriers.values())).applied
         saved.config = _locked_config(model.config, attention.architecture)
+        # Not that of the model's own configuration: a part has another, and models that share one share it.
+        setattr(saved.config, CONFIG_KEY, config_entry(applied.lock, applied.alpha))
         tensors = {**(state_dict or model.state_dict()), **dict(_biases(model, attention, carriers))}
         _refuse_what_loads_otherwise(saved, tensors)
         return saved, tensors
@@ -169,7 +172,6 @@ def _has_output_bias(config: Any, architecture: Architecture) -> bool:
 def _locked_config(config: Any, architecture: Architecture) -> Any:
     """The configuration with which ``transformers`` loads the biases."""
     locked = copy.deepcopy(config)
-    setattr(locked, CONFIG_KEY, dict(getattr(config, CONFIG_KEY)))
     if not _has_output_bias(config, architecture):
         setattr(locked, architecture.output_bias, True)
     return locked

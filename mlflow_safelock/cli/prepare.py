@@ -38,8 +38,9 @@ def prepare(
 
     A standalone model, where the policy asks for that carrier, lies beside the fine-tune and shares its
     weights: by links on one file system, by copies that S3 makes itself. For a full fingerprint every byte of
-    the fine-tune is read. The promotion then finds them and compares them. Doing this again changes nothing,
-    and after a failure it goes on: finished copies are kept, and files that were read. Nothing is promoted
+    the fine-tune is read. The promotion then finds them and compares them. Doing this again changes nothing.
+    After a failure it goes on where it was, with the copies that S3 made and with the files that were read;
+    files that had to be copied on disks, or through a server, are copied anew. Nothing is promoted
     here, and the checks are those of a promotion, refusals included.
 
     This works on the registry's own database (--registry-uri safelock+...) and artifacts, not through a

@@ -64,6 +64,10 @@ class Overlay:
     lock: SafetyLock
 
 
+PYFUNC_LOADER = "mlflow.transformers"
+"""What MLflow writes down as the loader of a model of its transformers flavor."""
+
+
 def write_overlay(
     folder: Path,
     source: ArtifactReader,
@@ -186,6 +190,13 @@ def read_mlmodel(reader: ArtifactReader) -> dict[str, Any]:
             next_step="Log the model with mlflow.transformers.log_model.",
         )
     return dict(values)
+
+
+def foreign_loader(flavors: Mapping[str, Any]) -> str | None:
+    """The module that ``mlflow.pyfunc`` loads a model with, where it is not MLflow's own for transformers."""
+    generic = flavors.get("python_function")
+    loader = generic.get("loader_module") if isinstance(generic, Mapping) else None
+    return None if loader in (None, PYFUNC_LOADER) else str(loader)
 
 
 def _describe(own: Mapping[str, Any], mlflow_model: Model | None) -> Model:

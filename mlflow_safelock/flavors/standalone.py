@@ -25,7 +25,7 @@ from mlflow_safelock.apply.checkpoint.sharing import own_file, way_of
 from mlflow_safelock.apply.checkpoint.structure import structure_in_words
 from mlflow_safelock.apply.checkpoint.writing import WrittenFile
 from mlflow_safelock.errors import SourceError, VerificationError
-from mlflow_safelock.flavors.overlay import FLAVOR_NAME, RECEIPT_FILE, read_mlmodel
+from mlflow_safelock.flavors.overlay import FLAVOR_NAME, RECEIPT_FILE, foreign_loader, read_mlmodel
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
     ADDED_BY_CLIENTS,
@@ -145,6 +145,8 @@ def write_standalone(
             next_step="Log it with mlflow.transformers.log_model.",
         )
     weights = source / flavor["model_binary"]
+    beside = _files_beside(source, weights)
+    _refuse_other_ways(described["flavors"], beside, source_uri)
     report = save_locked_checkpoint(
         source,
         folder / WEIGHTS_FOLDER,
@@ -163,12 +165,9 @@ def write_standalone(
         )
         for file in report.weights
     )
-    for path in source.rglob("*"):
-        inside = path.relative_to(source)
-        left_out = {MLMODEL_FILE_NAME, *ADDED_BY_CLIENTS}
-        if path.is_file() and not path.is_relative_to(weights) and inside.as_posix() not in left_out:
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / inside)
+    for inside in beside:
+        (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+        own_file(source / inside, folder / inside)  # never over something: it is what was confirmed
     _describe(folder, described, lock, alpha)
     shutil.copyfile(source / MLMODEL_FILE_NAME, folder / SOURCE_MLMODEL_FILE)
     own = LocalArtifacts(folder)
@@ -198,6 +197,36 @@ def write_standalone(
     (folder / RECEIPT_FILE).write_bytes(receipt.to_bytes())
     sign_receipt(receipt, folder)
     return Standalone(receipt, files_of_weights, check, report.bias_error)
+
+
+def _files_beside(source: Path, weights: Path) -> tuple[str, ...]:
+    """What of a fine-tune goes into the locked model as it is, beside the folder of weights."""
+    left_out = {MLMODEL_FILE_NAME, *ADDED_BY_CLIENTS}
+    paths = (path for path in source.rglob("*") if path.is_file() and not path.is_relative_to(weights))
+    return tuple(sorted({path.relative_to(source).as_posix() for path in paths} - left_out))
+
+
+def _refuse_other_ways(flavors: dict[str, Any], beside: tuple[str, ...], source_uri: str) -> None:
+    """Refuse a fine-tune of which more than the locked weights would be served."""
+    others = sorted(flavors.keys() - {"transformers", "python_function"})
+    if others:
+        raise SourceError(
+            f"The fine-tune at {source_uri} has the flavor {others[0]!r} too, which would serve it unlocked.",
+            next_step="Log it with mlflow.transformers.log_model alone, or promote it as an overlay.",
+        )
+    loader = foreign_loader(flavors)
+    if loader is not None:
+        raise SourceError(
+            f"The fine-tune at {source_uri} is loaded by {loader!r}, which may load anything.",
+            next_step="Log it with mlflow.transformers.log_model.",
+        )
+    own = {SOURCE_MLMODEL_FILE, RECEIPT_FILE, RECEIPT_SIGNATURE_FILE}
+    taken = [path for path in beside if path in own or path.startswith(f"{WEIGHTS_FOLDER}/")]
+    if taken:
+        raise SourceError(
+            f"The fine-tune at {source_uri} has a file {taken[0]!r}, where the locked model has its own.",
+            next_step="Log it again without that file.",
+        )
 
 
 def is_standalone(described: dict[str, Any]) -> bool:
@@ -406,11 +435,10 @@ def _describe(folder: Path, described: dict[str, Any], lock: SafetyLock, alpha: 
     """Write the fine-tune's MLmodel file as it fits the locked weights."""
     config = yaml.safe_load((folder / WEIGHTS_FOLDER / "config.json").read_text(encoding="utf-8"))
     flavors = described["flavors"]
-    # A Mistral or Qwen2 is written down as a Llama, and MLflow loads the class that this names.
-    flavors["transformers"] |= {
-        "model_binary": WEIGHTS_FOLDER,
-        "pipeline_model_type": config["architectures"][0],
-    }
+    flavors["transformers"]["model_binary"] = WEIGHTS_FOLDER
+    if config.get("architectures"):
+        # A Mistral or Qwen2 is written down as a Llama, and MLflow loads the class that this names.
+        flavors["transformers"]["pipeline_model_type"] = config["architectures"][0]
     flavors[FLAVOR_NAME] = {
         "base_model": lock.base_model,
         "lock_digest": lock.digest,

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from mlflow_safelock.apply.placement import execution_device
 from mlflow_safelock.errors import ForgeError
 from mlflow_safelock.forging.answer_tokens import AnswerTokens
 from mlflow_safelock.forging.offloaded import offloaded_tensor
@@ -82,8 +83,12 @@ def store_on_disk(
     folder = Path(cache) / key
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lost = not (folder / "values.f32").is_file()
         values = _mapped(folder / "values.f32", np.dtype(np.float32), tuple(shape))
         done = _mapped(folder / "done.u8", np.dtype(np.uint8), (batches,))
+        if lost:
+            done[:] = 0  # nothing is there of what was marked
+            done.flush()
         return ActivationStore(torch.from_numpy(values), done, (values, done))
     except (OSError, ValueError) as error:
         raise ForgeError(
@@ -112,6 +117,9 @@ def reading_key(
         "config": config,
         "geometry": geometry.model_dump(),
         "torch": torch.__version__,
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "device": execution_device(model).type,
+        "adapters": list(_adapters(model)),
         **settings,
     }
     state.update(json.dumps(about, sort_keys=True, default=str).encode())
@@ -125,6 +133,16 @@ def reading_key(
     for chat in chats:
         state.update(json.dumps([list(chat.token_ids), list(chat.positions)]).encode())
     return state.hexdigest()
+
+
+def _adapters(model: nn.Module) -> Iterator[object]:
+    """What of adapters decides the numbers beside their weights: which are on, merged, and how strong."""
+    for name, kind in sorted(getattr(model, "peft_config", {}).items()):
+        yield name, kind.to_dict() if hasattr(kind, "to_dict") else str(kind)
+    for name, module in model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters"):
+            found = (module.active_adapters, module.merged_adapters, module.disable_adapters)
+            yield name, [str(each) for each in found], str(getattr(module, "scaling", None))
 
 
 def _stored(model: nn.Module, name: str, entry: object) -> torch.Tensor:

@@ -184,6 +184,7 @@ def probe_model(
         probed = probe_model(model, tokenizer, pairs)
         small, large = probed.lock(heads=24), probed.lock(heads=48)
     """
+    pairs = tuple(pairs)
     _refuse_locked(model)
     if not callable(tokenizer):
         raise ForgeError(
@@ -197,13 +198,13 @@ def probe_model(
         train_fraction,
         seed,
     )
-    config = model.config
+    config, attention = model.config, attention_of(model)
     metadata = forged_metadata(
         rows,
         base_model=base_model or config.name_or_path,
         base_revision=base_revision or getattr(config, "_commit_hash", None),
-        architecture=config.model_type,
-        geometry=attention_of(model).geometry,
+        architecture=attention.architecture.model_type,
+        geometry=attention.geometry,
         last_tokens=last_tokens,
         pairs=len(pairs),
         system_prompt=system_prompt,
@@ -230,7 +231,7 @@ def probe_model(
         device=_device_for_probes(model),
         progress=progress,
     )
-    return replace(probed, attention=attention_of(model))
+    return replace(probed, attention=attention)
 
 
 def _refuse_locked(model: PreTrainedModel) -> None:

@@ -108,6 +108,14 @@ def examine(reader: ArtifactReader) -> LanguageModel | None:
     if not _writes_text(transformers):
         _refuse_a_disguised_language_model(reader, paths)
         return None
+    loader = overlay.foreign_loader(flavors)
+    if loader is not None:
+        raise PromotionRefused(
+            "unsupported_flavor",
+            f"The model's pyfunc flavor is loaded by {loader!r}, which may serve anything, and not by "
+            "MLflow's own loader of transformers models.",
+            next_step="Log it with mlflow.transformers.log_model.",
+        )
     return _language_model(reader, paths, transformers)
 
 

@@ -13,11 +13,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 from mlflow_safelock.apply.architectures import Architecture, architecture_of
+from mlflow_safelock.apply.checkpoint.layout import is_carried_name
 from mlflow_safelock.apply.checkpoint.progress import Meter, Progress, silent
 from mlflow_safelock.apply.checkpoint.sample import sampled_spans
 from mlflow_safelock.errors import SourceError, VerificationError
@@ -25,6 +26,7 @@ from mlflow_safelock.flavors.overlay import read_mlmodel
 from mlflow_safelock.flavors.standalone import Standalone, weights_by_receipt
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ports import Writer
+from mlflow_safelock.gate.stored_weights import INDEX_FILE, read_stored_weights
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
     ArtifactFile,
@@ -38,8 +40,6 @@ from mlflow_safelock.registry.ranges import MAX_REQUEST_BYTES
 from mlflow_safelock.registry.s3 import S3Artifacts
 from mlflow_safelock.registry.s3_copies import S3Copies
 from mlflow_safelock.registry.s3_publication import S3Publication
-
-WEIGHTS = ".safetensors"
 
 HELD_BYTES = 64 << 20
 """How much of a large file is held in memory at once."""
@@ -112,18 +112,27 @@ def derive_by_download(
 def mirror_what_a_lock_needs(
     reader: ArtifactReader, lock: SafetyLock, folder: Path, progress: Progress = silent
 ) -> None:
-    """Make a local folder of the files of a fine-tune, with holes in place of weights that are not needed.
+    """Make a local folder of the files of a fine-tune, with holes in place of what is not needed.
 
-    Files other than weights are whole. Of files of weights it has the header, the output projections of the
-    locked layers, and what the digests are made of by which an undone lock is told from another model.
+    Files that a locked model carries are whole; others in the folder of weights are nothing but holes. Of
+    files of weights it has the header, the output projections of the locked layers, and what the digests are
+    made of by which an undone lock is told from another model.
 
     Raises:
         SourceError: Something cannot be read, or it is not a model of ``mlflow.transformers``.
     """
     flavor = read_mlmodel(reader)["flavors"].get("transformers") or {}
-    config = json.loads(reader.read(f"{flavor.get('model_binary')}/config.json"))
+    binary = str(flavor.get("model_binary"))
+    config = json.loads(reader.read(f"{binary}/config.json"))
     locked = locked_projections(architecture_of(config), lock)
-    wanted = {file: needed_spans(reader, file, locked) for file in reader.files()}
+    stored = read_stored_weights(reader, binary)
+    weights = {tensor.file for tensor in stored.tensors.values()} if stored is not None else set()
+    wanted = {
+        file: weights_spans(reader, file, locked)
+        if file.path in weights
+        else whole_or_nothing(file, PurePosixPath(binary))
+        for file in reader.files()
+    }
     meter = Meter(
         "Reading what the biases come from",
         sum(length for spans in wanted.values() for _, length in spans),
@@ -133,10 +142,15 @@ def mirror_what_a_lock_needs(
         _fetch(reader, file, spans, folder / file.path, meter)
 
 
-def needed_spans(reader: ArtifactReader, file: ArtifactFile, locked: re.Pattern[str]) -> tuple[Span, ...]:
-    """The parts of a file that its place in the mirror has; ``locked`` finds the tensors that biases need."""
-    if not file.path.endswith(WEIGHTS):
-        return ((0, file.size),)
+def whole_or_nothing(file: ArtifactFile, weights: PurePosixPath) -> tuple[Span, ...]:
+    """The parts of a file that holds no weights; ``weights`` is the folder of those."""
+    path = PurePosixPath(file.path)
+    is_needed = not path.is_relative_to(weights) or is_carried_name(path.name) or path.name == INDEX_FILE
+    return ((0, file.size),) if is_needed or path.name in ("config.json", "README.md") else ()
+
+
+def weights_spans(reader: ArtifactReader, file: ArtifactFile, locked: re.Pattern[str]) -> tuple[Span, ...]:
+    """The parts of a file of weights that are needed; ``locked`` finds the tensors that biases need."""
     header = read_header(reader, file.path, file.size)
     projections = sorted(span for name, span in header.tensors.items() if locked.search(name))
     return ((0, header.size), *projections, *sampled_spans(file.size))

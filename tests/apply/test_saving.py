@@ -15,6 +15,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -218,8 +220,29 @@ def test_a_model_of_several_parts_is_refused_and_its_other_parts_are_saved(tmp_p
     with pytest.raises(UnsupportedArchitectureError, match="'llava'"):
         model.save_pretrained(tmp_path / "whole")
     model.model.vision_tower.save_pretrained(tmp_path / "vision")
+    model.model.language_model.save_pretrained(tmp_path / "text")
+    found = LlamaModel.from_pretrained(tmp_path / "text")
+    assert found.config.safelock["alpha"] == 6.0
+    tokens = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected = model.model.language_model(tokens).last_hidden_state
+        assert torch.allclose(found(tokens).last_hidden_state, expected, atol=1e-5)
     assert not (tmp_path / "whole").exists()
     assert (tmp_path / "vision" / "config.json").exists()
+
+
+def test_a_model_that_shares_its_configuration_with_one_that_was_unlocked_is_saved_with_its_own_lock(
+    tmp_path,
+):
+    one = tiny_model("llama")
+    other = LlamaForCausalLM(one.config)
+    lock = lock_for(one)
+    handle, _ = apply_lock(one, lock, 2.0), apply_lock(other, lock, 3.0)
+    handle.remove()
+    other.save_pretrained(tmp_path / "locked")
+    found = stock(tmp_path / "locked")
+    assert found.config.safelock["alpha"] == 3.0
+    assert torch.allclose(logits(found), logits(other), atol=1e-5)
 
 
 def test_nothing_is_pushed_to_the_hub_of_what_cannot_be_saved(monkeypatch):

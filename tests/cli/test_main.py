@@ -45,7 +45,7 @@ def test_the_commands_are_these() -> None:
             "audit",
             "recipes",
         ),
-        *("run", "doctor", "reconcile"),
+        *("recipes", "run", "doctor", "reconcile"),
         *(
             "lock",
             "lock enroll",

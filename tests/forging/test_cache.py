@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,47 @@ def passes(model: torch.nn.Module) -> list[int]:
 
 def done(cache: Path) -> int:
     return sum(int(np.fromfile(path, dtype=np.uint8).sum()) for path in cache.glob("*/done.u8"))
+
+
+def test_values_that_were_lost_are_not_taken_for_zeros(tmp_path: Path) -> None:
+    settings = {"heads": 4, "batch_size": 2, "created": WHEN, "progress": False}
+    expected = forge(base(), TOKENIZER, PAIRS, cache=tmp_path, **settings).digest
+    (values,) = tmp_path.glob("*/values.f32")
+    values.unlink()
+    assert forge(base(), TOKENIZER, PAIRS, cache=tmp_path, **settings).digest == expected
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+def test_another_adapter_strength_or_attention_is_another_reading(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(alpha: int = 16) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+            model = get_peft_model(base(), config)
+            model.add_adapter("other", config)
+            return model.eval()
+
+    def read(model: Any) -> Any:
+        settings = {"last_tokens": 3, "batch_size": 4, "progress": False}
+        kept = collect_activations(model, TOKENIZER, PAIRS, cache=tmp_path, **settings)
+        plain = collect_activations(model, TOKENIZER, PAIRS, **settings)
+        assert torch.equal(kept.values, plain.values)
+        return kept.values
+
+    model = adapted()
+    first = read(model)
+    model.set_adapter("other")
+    assert not torch.equal(read(model), first)
+    with model.disable_adapter():
+        read(model)
+    assert not torch.equal(read(adapted(64)), first)
+    eager = base()
+    eager.set_attn_implementation("eager")
+    read(base())
+    read(eager)
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_a_forge_that_was_killed_goes_on_where_it_was_and_gives_the_same_lock(tmp_path: Path) -> None:

@@ -375,6 +375,15 @@ def log_in_another_flavor() -> int:
     return int(info.registered_model_version)
 
 
+def log_with_a_loader_of_its_own() -> int:
+    version = log_fine_tune("bot")
+    path = Path(MlflowClient().get_model_version_download_uri("bot", str(version))) / "MLmodel"
+    path.write_text(
+        path.read_text().replace("loader_module: mlflow.transformers", "loader_module: my_loader")
+    )
+    return version
+
+
 def log_an_overlay_of_its_own() -> int:
     from mlflow_safelock.flavors import locked_model
 
@@ -503,6 +512,7 @@ def test_an_adapter_on_another_base_than_the_locks_never_loads(client: MlflowCli
         (log_adapter_without_saying_so, r"unmerged_adapter.*merge_and_unload"),
         (log_without_weights, r"no_weights.*save_pretrained"),
         (log_in_another_flavor, r"unsupported_flavor.*mlflow\.transformers"),
+        (log_with_a_loader_of_its_own, r"unsupported_flavor.*'my_loader'"),
         (log_an_overlay_of_its_own, "already_locked"),
         (log_an_unknown_architecture, "unsupported_architecture"),
     ],

@@ -6,18 +6,21 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import mlflow
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlflow_safelock.apply.checkpoint import unlock_checkpoint
@@ -205,6 +208,58 @@ def test_a_preparation_says_what_rounding_costs_and_how_weights_came_there(
     shown = run_prepare(tmp_path, version, "table").stdout
     assert f"1 {how}" in shown
     assert f"{made['bias_error']:.1e}, relative" in shown
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("model/config.json", None),
+        ("model/model-00001-of-00001.safetensors", b"other"),
+        ("receipt.json", b"{}"),
+        ("MLmodel.source", b"{}"),
+    ],
+)
+def test_a_fine_tune_with_files_where_the_locked_model_has_its_own_is_refused(
+    client: MlflowClient, tmp_path: Path, path: str, content: bytes | None
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    folder = folder_of(state_of(client, "bot", version)["location"])
+    (folder / "model").rename(folder / "weights")
+    describe(folder, lambda flavors: flavors["transformers"].update(model_binary="weights"))
+    (folder / path).parent.mkdir(exist_ok=True)
+    (folder / path).write_bytes(content or (folder / "weights/config.json").read_bytes())
+    before = snapshot(folder)
+    done = run_prepare(tmp_path, version)
+    assert (done.exit_code, f"has a file {path!r}" in done.output.replace("\n", " ")) == (1, True)
+    assert snapshot(folder) == before
+    assert not folder.with_name(f"{folder.name}-safelock").exists()
+
+
+def test_a_fine_tune_that_another_loader_or_flavor_would_serve_is_refused(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    folder = folder_of(state_of(client, "bot", version)["location"])
+    sound = (folder / "MLmodel").read_bytes()
+    describe(folder, lambda flavors: flavors["python_function"].update(loader_module="my_loader"))
+    done = run_prepare(tmp_path, version)
+    assert (done.exit_code, "is loaded by 'my_loader'" in done.output) == (1, True)
+    (folder / "MLmodel").write_bytes(sound)
+    describe(folder, lambda flavors: flavors.update(onnx={"data": "model.onnx"}))
+    done = run_prepare(tmp_path, version)
+    assert (done.exit_code, "has the flavor 'onnx' too" in done.output) == (1, True)
+    assert not folder.with_name(f"{folder.name}-safelock").exists()
+    (folder / "MLmodel").write_bytes(sound)
+    prepare(tmp_path, version)
+
+
+def describe(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the flavors that an MLmodel file tells of."""
+    described = yaml.safe_load((folder / "MLmodel").read_text())
+    change(described["flavors"])
+    (folder / "MLmodel").write_text(yaml.safe_dump(described))
 
 
 def test_a_preparation_that_fails_leaves_nothing_behind(
@@ -400,8 +455,6 @@ def test_what_a_promotion_would_refuse_is_not_prepared(client: MlflowClient, tmp
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """S3, where the tests' experiment keeps its artifacts."""
-    import boto3
-
     with s3_server() as server:
         for name, value in {
             "AWS_ACCESS_KEY_ID": "key",
@@ -456,6 +509,29 @@ def test_on_s3_the_store_copies_the_weights_itself(
     for layer, bias in expected_biases(large["model"], lock, 2.0).items():
         np.testing.assert_allclose(biases_of(loaded)[layer], bias, rtol=1e-5, atol=1e-6)
     assert torch.allclose(logits(loaded), pushed(large["model"], lock), atol=1e-5)
+
+
+def test_on_s3_tensors_beside_the_weights_are_whole_and_what_is_not_carried_is_not_fetched(
+    client: MlflowClient, tmp_path: Path, s3: S3Server
+) -> None:
+    code = tmp_path / "steering"
+    code.mkdir()
+    save_file({"numbers": torch.randn(600, 600)}, code / "steer.safetensors")
+    components = fine_tune()
+    log_fine_tune("bot", components, code_paths=[str(code)])
+    register_lock(base_lock())
+    source = state_of(client, "bot", 1)["location"]
+    bucket, _, prefix = source.removeprefix("s3://").partition("/")
+    boto3.client("s3", endpoint_url=s3.url).put_object(
+        Bucket=bucket, Key=f"{prefix}/model/consolidated.00.pth", Body=bytes(5 << 20)
+    )
+    s3.forget()
+    made = prepare(tmp_path, 1)
+    assert sum(one.sent + one.received for one in s3.passed) < 5 << 20
+    stage(client, 1)
+    copy = next(download(made["location"], tmp_path / "locked").rglob("steer.safetensors"))
+    assert copy.read_bytes() == (code / "steer.safetensors").read_bytes()
+    assert biases_of(mlflow.transformers.load_model("models:/bot/Staging").model)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -16,7 +16,7 @@ from mlflow_safelock import import_published_lock
 from mlflow_safelock.apply.architectures import architecture_of
 from mlflow_safelock.lock import AttentionGeometry
 from mlflow_safelock.provenance import ArtifactFile, Span, take_fingerprint
-from mlflow_safelock.registry.derived import locked_projections, needed_spans
+from mlflow_safelock.registry.derived import locked_projections, weights_spans
 
 pytestmark = pytest.mark.shared
 
@@ -135,7 +135,7 @@ def test_less_than_three_percent_of_each_base_is_read(name: str, shared: Path) -
     size = sum(folder.sizes.values())
     assert size == pytest.approx(model.size, rel=0.003)
     locked = locked_projections(architecture_of({"model_type": "llama"}), lock)
-    wanted = sum(length for file in folder.files() for _, length in needed_spans(folder, file, locked))
+    wanted = sum(length for file in folder.files() for _, length in weights_spans(folder, file, locked))
     folder.bytes_read = 0
     take_fingerprint(folder)
     share = (wanted + PASSES * folder.bytes_read) / size

@@ -22,7 +22,9 @@ def written_aside(folder: Path) -> Iterator[Path]:
         CheckpointError: ``folder`` exists, its parent does not, or the disk refuses something.
     """
     check_destination(folder)
-    beside = folder.parent / f".{folder.name[:64]}.{secrets.token_hex(8)}.tmp"
+    # A name may have 255 bytes, and a character several.
+    name = folder.name.encode()[:64].decode(errors="ignore")
+    beside = folder.parent / f".{name}.{secrets.token_hex(8)}.tmp"
     try:
         beside.mkdir()
         yield beside

@@ -33,6 +33,7 @@ _NOT_CARRIED = (
 )
 _TEMPLATES = "additional_chat_templates"
 _WEIGHTS_SUFFIXES = (".safetensors", ".index.json")
+_INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Layout:
         tokenizer_class: ``transformers`` class that the tokenizer is loaded with, where that is recorded.
         carried: Files that a locked checkpoint carries as they are, by their path in it: tokenizer, chat
             templates, generation settings, licence.
-        left_out: Names of the files in ``model`` that it does not carry.
+        left_out: Names of the files in ``model`` that it does not carry, and of folders, with a slash at the
+            end, of which it does not carry all.
         card: The model card; empty where there is none.
     """
 
@@ -86,8 +88,9 @@ def _hugging_face_layout(folder: Path) -> Layout:
     files = {path.name for path in folder.iterdir() if path.is_file()}
     carried = _by_name(path for path in sorted(folder.iterdir()) if _is_carried(path))
     carried |= _in(_TEMPLATES, sorted((folder / _TEMPLATES).glob("*.jinja")))
-    weights = {name for name in files if name.endswith(_WEIGHTS_SUFFIXES)}
-    left_out = files - weights - set(carried) - {"config.json", "README.md"}
+    weights = {name for name in files if name.endswith(".safetensors")}
+    left_out = files - weights - set(carried) - {"config.json", "README.md", _INDEX_FILE}
+    left_out |= _folders_left_out(folder, carried)
     return Layout(
         model=folder,
         tokenizer=folder if (folder / "tokenizer_config.json").is_file() else None,
@@ -156,10 +159,25 @@ def _mlflow_card(folder: Path) -> str:
     return f"---\n{data.strip()}\n---\n{text}" if data.strip() else text
 
 
-def _is_carried(path: Path) -> bool:
-    if not path.is_file() or path.name in _NOT_CARRIED or path.name.endswith(_WEIGHTS_SUFFIXES):
+def is_carried_name(name: str) -> bool:
+    """Whether a locked checkpoint carries a file of this name as it is."""
+    if name in _NOT_CARRIED or name.endswith(_WEIGHTS_SUFFIXES):
         return False
-    return path.suffix in _CARRIED_SUFFIXES or path.name.upper().startswith(_CARRIED_STEMS)
+    return name.endswith(_CARRIED_SUFFIXES) or name.upper().startswith(_CARRIED_STEMS)
+
+
+def _is_carried(path: Path) -> bool:
+    return path.is_file() and is_carried_name(path.name)
+
+
+def _folders_left_out(folder: Path, carried: Mapping[str, Path]) -> set[str]:
+    """Folders of which something is not carried, with a slash at the end."""
+    kept = {path.resolve() for path in carried.values()}
+    return {
+        f"{inner.name}/"
+        for inner in folder.iterdir()
+        if inner.is_dir() and any(path.is_file() and path.resolve() not in kept for path in inner.rglob("*"))
+    }
 
 
 def _by_name(paths: Iterable[Path]) -> dict[str, Path]:

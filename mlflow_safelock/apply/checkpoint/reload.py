@@ -142,9 +142,17 @@ def _compare_tensors(expected: PreTrainedModel, found: PreTrainedModel, slack: f
         elif name.endswith(".bias"):
             same = _equal_but_for_rounding(tensor, reference, slack)
         else:
-            same = tensor.dtype == reference.dtype and torch.equal(tensor, reference)
+            same = _is_same(tensor, reference)
         if not same:
             raise CheckpointError(f"The locked checkpoint reloads with another {name} than it should have.")
+
+
+def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors are the same to the last bit, also where they hold no numbers."""
+    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+        return False
+    one, other = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (found, expected))
+    return torch.equal(one, other)
 
 
 def _equal_but_for_rounding(found: torch.Tensor, expected: torch.Tensor, slack: float) -> bool:

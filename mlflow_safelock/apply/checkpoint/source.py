@@ -79,16 +79,19 @@ def _refuse_locked_files(folder: Path) -> None:
 
 
 def _check_kind(values: Mapping[str, Any], folder: Path) -> None:
-    if "quantization_config" in values and scheme_of(values["quantization_config"]) is None:
-        method = values["quantization_config"]
+    method = values.get("quantization_config")
+    if method is not None and scheme_of(method) is None:
         name = method.get("quant_method") if isinstance(method, Mapping) else method
         raise unknown_scheme(f"{folder} is quantised ({name})")
-    if "auto_map" in values:
+    if values.get("auto_map") is not None:
         raise UnsupportedArchitectureError(
             f"{folder} needs code of its own (auto_map), which stock transformers does not have."
         )
     heads = values.get("architectures") or ()
-    if "text_config" in values or not all(str(name).endswith(_CAUSAL_LANGUAGE_MODELS) for name in heads):
+    heads = (heads,) if isinstance(heads, str) else heads
+    if values.get("text_config") is not None or not all(
+        str(name).endswith(_CAUSAL_LANGUAGE_MODELS) for name in heads
+    ):
         raise UnsupportedArchitectureError(
             f"{folder} is a {', '.join(map(str, heads)) or 'model of several parts'}; a checkpoint can be "
             "written for causal language models only.",

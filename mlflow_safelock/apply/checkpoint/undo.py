@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +59,8 @@ def unlock_checkpoint(
     locked, folder = Path(locked_dir), Path(dest_dir)
     share = way_of(sharing)
     check_destination(folder)
+    if folder.resolve().is_relative_to(locked.resolve()):
+        raise CheckpointError(f"{folder} lies in {locked}.", next_step="Name another folder.")
     record = read_record(locked)
     with written_aside(folder) as beside:
         for weights in record.weights:
@@ -100,7 +101,7 @@ def _write(path: Path, content: bytes) -> None:
 def _bytes(text: str, origin: Path) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise CheckpointError(f"The record of {origin} is damaged: {error}.") from error
 
 

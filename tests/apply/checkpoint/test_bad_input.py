@@ -125,6 +125,14 @@ def test_symlinked_shards_as_in_a_hub_cache(save_fine_tune, tmp_path):
     assert (logits(load(tmp_path / "locked")) - unlocked).abs().max() > 0.02
 
 
+def test_a_configuration_with_nothing_for_a_value_is_one_without_the_key(save_fine_tune, tmp_path):
+    source, lock = save_fine_tune()
+    config = json.loads((source / "config.json").read_text())
+    nothing = {"auto_map": None, "architectures": None}
+    (source / "config.json").write_text(json.dumps({**config, **nothing}))
+    save_locked_checkpoint(source, tmp_path / "locked", lock)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_source_that_is_locked(family, save_fine_tune, tmp_path):
     source, lock = save_fine_tune(family)

@@ -74,3 +74,10 @@ def test_a_disk_that_loses_what_was_written_leaves_nothing_behind(tmp_path, monk
     with pytest.raises(CheckpointError, match="Input/output"), written_aside(tmp_path / "made") as beside:
         (beside / "file").write_text("x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_of_as_many_bytes_as_a_name_may_have_is_taken(tmp_path):
+    folder = tmp_path / ("\N{LOCK}" * 60)
+    with written_aside(folder) as beside:
+        (beside / "file").write_text("here")
+    assert (folder / "file").read_text() == "here"

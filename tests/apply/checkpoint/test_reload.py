@@ -101,3 +101,12 @@ def test_a_configuration_that_computes_something_else_is_found_by_the_logits(fol
     change_config(locked, **change)
     with pytest.raises(CheckpointError, match="logits that differ"):
         confirm_by_reloading(source, locked, lock, 6.0)
+
+
+def test_a_weight_that_holds_no_number_where_no_lock_is_stays_what_it_is(save_fine_tune, tmp_path):
+    source, lock = save_fine_tune("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][-1] = torch.nan  # of a token that is never asked for
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = save_locked_checkpoint(source, tmp_path / "locked", lock, verify="reload")
+    assert report.verified == "reload"

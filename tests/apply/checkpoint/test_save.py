@@ -152,6 +152,9 @@ def test_everything_a_consumer_needs_is_carried_and_the_rest_is_reported(save_fi
     (source / "training_args.bin").write_bytes(b"pickle")
     (source / "trainer_state.json").write_text("{}")
     (source / "consolidated.safetensors").write_bytes(b"")
+    (source / "pytorch_model.bin.index.json").write_text("{}")
+    (source / "onnx").mkdir()
+    (source / "onnx" / "model.onnx").write_bytes(b"")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     report = save_locked_checkpoint(source, tmp_path / "locked", lock)
@@ -165,7 +168,8 @@ def test_everything_a_consumer_needs_is_carried_and_the_rest_is_reported(save_fi
         "additional_chat_templates/rag.jinja",
     ):
         assert carried[name] == original[name]
-    assert report.left_out == ("consolidated.safetensors", "trainer_state.json", "training_args.bin")
+    left_out = ("consolidated.safetensors", "onnx/", "pytorch_model.bin.index.json", "trainer_state.json")
+    assert report.left_out == (*left_out, "training_args.bin")
     assert set(report.left_out).isdisjoint(carried)
     assert GenerationConfig.from_pretrained(tmp_path / "locked").top_k == 7
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_it_is_told_apart_what_was_compared_and_what_is_the_same_file(save_fine_
         assert f"{linked} files of weights are the source's own (hard links), {own} compared" in report.check
     report = save_locked_checkpoint(source, tmp_path / "own", lock, verify="structure", sharing="copy")
     assert "files of weights compared byte for byte with the source's; biases" in report.check
+
+
+@pytest.mark.parametrize(("free", "kind"), [(5.1, "reload"), (4.9, "structure")])
+def test_weights_of_eight_bits_take_twice_their_bytes_in_memory(
+    save_fine_tune, tmp_path, monkeypatch, free, kind
+):
+    folder, _ = save_fine_tune("llama")
+    source = dataclasses.replace(read_source(folder), fp8=object())
+    available = int(source.weights.size * free / 1024) + 1
+    monkeypatch.setattr(confirmation, "_MEMORY", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text(f"MemAvailable: {available} kB\n")
+    assert confirmation._fits(source) == (kind == "reload")
 
 
 def test_a_model_is_loaded_if_it_fits_and_the_report_says_so(save_fine_tune, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mlflow_safelock.apply.checkpoint import save_locked_checkpoint, unlock_checkpoint
+from mlflow_safelock.apply.checkpoint.writing import write_over
 from mlflow_safelock.errors import CheckpointError
 from tests.apply.checkpoint.conftest import beside, load, snapshot
 from tests.apply.conftest import logits
@@ -155,3 +156,20 @@ def refused(tmp_path: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         unlock_checkpoint(tmp_path / "locked", tmp_path / "unlocked")
     assert beside(tmp_path / "locked") == there
+
+
+def test_a_destination_in_the_locked_folder_is_refused(save_fine_tune, tmp_path):
+    source, lock = save_fine_tune()
+    save_locked_checkpoint(source, tmp_path / "locked", lock)
+    before = snapshot(tmp_path / "locked")
+    with pytest.raises(CheckpointError, match=r"lies in .*Name another folder"):
+        unlock_checkpoint(tmp_path / "locked", tmp_path / "locked" / "again")
+    assert snapshot(tmp_path / "locked") == before
+
+
+def test_nothing_is_written_into_a_file_that_somebody_else_has_too(tmp_path):
+    (tmp_path / "one").write_bytes(b"theirs")
+    (tmp_path / "other").hardlink_to(tmp_path / "one")
+    with pytest.raises(CheckpointError, match="hard link"):
+        write_over(tmp_path / "other", 0, b"ours")
+    assert (tmp_path / "one").read_bytes() == b"theirs"
