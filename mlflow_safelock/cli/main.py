@@ -46,8 +46,7 @@ def main() -> None:
     base when it is promoted: by plain MLflow calls, through a registry that this package guards.
 
     The result goes to standard output, everything else to standard error. Exit codes: 0 done, 1 refused or
-    failed, 2 the command line is not right, 3 a version is where it may not
-    be, or is left there.
+    failed, 2 the command line is not right, 3 a version is where it may not be.
     """
 
 

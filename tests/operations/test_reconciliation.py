@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,9 @@ from mlflow import MlflowClient
 from mlflow.utils.workspace_context import WorkspaceContext
 
 from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate.policy import DEFAULT_POLICY
+from mlflow_safelock.gate.ports import Withdrawal
+from mlflow_safelock.gate.promotion import reconciled_entry
 from mlflow_safelock.gate.reconciling import Reconciling, Way
 from mlflow_safelock.operations.reconciliation import Reconciliation, repairing
 from mlflow_safelock.provenance import Actor
@@ -152,6 +156,20 @@ class TestRaces:
         assert (repair.done, repair.refusal and repair.refusal.reason) == (None, "conflict")
         found = stock.get_model_version("bot", "1")
         assert (found.current_stage, found.aliases) == ("Archived", ["champion"])
+
+    @pytest.mark.parametrize("stale", [{"stage": "Production"}, {"location": "/elsewhere"}])
+    def test_the_transaction_itself_sees_that_a_version_is_another_by_then(
+        self, slipped: tuple[MlflowClient, Reconciling], stale: dict[str, str]
+    ) -> None:
+        stock, reconciling = slipped
+        difference = reconciling.examine("bot", 1, "default", ACTOR)
+        assert difference is not None
+        found, entry = difference.found, reconciled_entry(difference.request, DEFAULT_POLICY, "taken out", "")
+        as_it_was = Withdrawal(replace(found, **stale), leaves_stage=True, aliases=(), entries=(entry,))
+        assert not reconciling.registry.withdraw(as_it_was)
+        assert stock.get_model_version("bot", "1").current_stage == "Staging"
+        assert reconciling.registry.withdraw(replace(as_it_was, found=found))
+        assert stock.get_model_version("bot", "1").current_stage == "None"
 
     def test_what_was_promoted_under_its_new_name_meanwhile_stays_as_that_promotion_has_it(
         self, client: MlflowClient, slipped: tuple[MlflowClient, Reconciling]
