@@ -28,6 +28,7 @@ from mlflow_safelock.forging import (
     probe_model,
     starter_preference_pairs,
 )
+from mlflow_safelock.forging.base_tokenizer import digest_of_tokenizer
 from mlflow_safelock.lock import SafetyLock
 from tests import reference
 from tests.models import CHATML, tiny_model, tiny_tokenizer
@@ -129,8 +130,11 @@ def test_forging_is_collecting_and_then_forging_from_activations() -> None:
         dataset_digest=dataset_digest(PAIRS),
         created=WHEN,
     )
-    # Activations do not tell the base's weights, which a lock from the model keeps some of.
-    assert lock == replace(forged(base), unit_biases=None, sketch=None)
+    # Activations do not tell the base's weights and tokenizer, which a lock from the model keeps some of.
+    whole = forged(base)
+    metadata = whole.metadata.model_copy(update={"tokenizer": None})
+    assert whole.metadata.tokenizer == digest_of_tokenizer(TOKENIZER)
+    assert lock == replace(whole, metadata=metadata, unit_biases=None, sketch=None)
 
 
 def test_locks_of_several_sizes_come_out_of_one_pass_over_the_model() -> None:
