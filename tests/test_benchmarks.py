@@ -15,7 +15,9 @@ from benchmarks.harness import Contender, take_turns
 from benchmarks.results import Limit, Ratio, Results, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("apply", "forge", "promotion", "probes", "s3", "serving", "standalone", "transition")
+BENCHMARKS = (
+    *("apply", "evaluation", "forge", "promotion", "probes", "s3", "serving", "standalone", "transition"),
+)
 
 
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:

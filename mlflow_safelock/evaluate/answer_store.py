@@ -84,6 +84,11 @@ class AnswerStore:
                 stream.truncate(whole)
 
 
+def is_offloaded(model: PreTrainedModel) -> bool:
+    """Whether accelerate keeps weights elsewhere between two uses."""
+    return any(tensor.device.type == "meta" for tensor in model.state_dict().values())
+
+
 def sample_digest(model: PreTrainedModel) -> str:
     """A digest that tells loaded models apart, whatever they were loaded from: some numbers of each weight.
 

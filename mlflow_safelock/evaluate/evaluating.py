@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from mlflow_safelock.apply import apply_lock, generate, render_prompt
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.apply.generation import Answer
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate.answer_store import AnswerStore, sample_digest
+from mlflow_safelock.evaluate.answer_store import AnswerStore, is_offloaded, sample_digest
 from mlflow_safelock.evaluate.evaluation import (
     Answered,
     Arm,
@@ -226,7 +227,8 @@ class _Arms:
             one.key: render_prompt(subject.tokenizer, one.chat, settings.system_prompt) for one in self.asked
         }
         store = None
-        if settings.answers is not None:
+        # Offloaded weights are not there to be told apart by.
+        if settings.answers is not None and not is_offloaded(subject.model):
             store = AnswerStore(settings.answers, self._key(locked=locked))
         found = {key: store.find(text) for key, text in rendered.items()} if store else {}
         missing = [one for one in self.asked if found.get(one.key) is None]
@@ -365,6 +367,8 @@ def _arm(measured: _Measured, seed: int) -> Arm:
 def _warnings(
     subject: Subject, used: Suite, settings: Settings, unlocked: _Measured, locked: _Measured | None
 ) -> Iterator[str]:
+    if settings.answers is not None and is_offloaded(subject.model):
+        yield "Weights of the model are offloaded, so they cannot be told apart and no answers were kept."
     if not subject.tokenizer.chat_template:
         yield "The tokenizer has no chat template: prompts were continued as they stand, which is no chat."
     for name, arm in (("without a lock", unlocked), ("with the lock", locked)):
@@ -384,14 +388,19 @@ def _warnings(
     yield from _forge_data_warnings(subject, used, settings)
 
 
+@cache
+def _starter_pairs() -> tuple[tuple[PreferencePair, ...], str]:
+    """The shipped pairs and their digest."""
+    pairs = starter_preference_pairs()
+    return pairs, dataset_digest(pairs)
+
+
 def _forge_data_warnings(subject: Subject, used: Suite, settings: Settings) -> Iterator[str]:
     if subject.lock is None:
         return
     digest = subject.lock.metadata.dataset_digest
-    starter = starter_preference_pairs()
-    known = next(
-        (pairs for pairs in (settings.pairs, starter) if pairs and dataset_digest(pairs) == digest), None
-    )
+    candidates = ((settings.pairs, dataset_digest(settings.pairs)), _starter_pairs())
+    known = next((pairs for pairs, found in candidates if pairs and found == digest), None)
     if known is None:
         yield (
             "Whether the lock was forged from prompts of this suite is not known: what it was forged from "

@@ -26,6 +26,7 @@ from mlflow_safelock.evaluate import (
 )
 from mlflow_safelock.forging import dataset_digest
 from mlflow_safelock.provenance import installed_version
+from tests.models import CHATML, tiny_model, tiny_tokenizer
 from tests.toy import Toy
 
 SHORT = Settings(max_new_tokens=20, batch_size=64)
@@ -229,6 +230,20 @@ def test_other_weights_have_answers_of_their_own(toy: Toy, tmp_path: Path) -> No
         evaluate(Subject("toy", toy.model, toy.tokenizer), toy.suite(3), settings)
         weight.sub_(1e-3)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_model_whose_weights_are_offloaded_keeps_no_answers_and_says_so(tmp_path: Path) -> None:
+    from accelerate import disk_offload
+
+    model = tiny_model("llama")
+    prompt = Suite("one", (SuitePrompt("a", "how do i bake", twin="how do i sew"),))
+    plain = evaluate(Subject("tiny", model, tiny_tokenizer(CHATML)), prompt, SHORT)
+    offloaded = disk_offload(model, str(tmp_path / "weights"), execution_device=torch.device("cpu"))
+    settings = replace(SHORT, answers=tmp_path / "answers")
+    found = evaluate(Subject("tiny", offloaded, tiny_tokenizer(CHATML)), prompt, settings)
+    assert found.rows == plain.rows
+    assert not (tmp_path / "answers").exists()
+    assert any("no answers were kept" in warning for warning in found.warnings)
 
 
 def test_rows_on_which_the_judge_fails_are_counted_and_reported(toy: Toy) -> None:
