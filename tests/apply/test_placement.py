@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from peft import LoraConfig, get_peft_model
 
 from mlflow_safelock.apply import apply_lock, generate
@@ -51,6 +53,13 @@ def test_weights_in_memory_say_where_a_model_computes():
     model = tiny_model("llama")
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
     assert execution_device(model) == execution_device(adapted) == torch.device("cpu")
+
+
+def test_one_of_several_hooks_of_a_module_says_where_it_computes():
+    embeddings = torch.nn.Embedding(2, 2, device="meta")
+    embeddings._hf_hook = SequentialHook(ModelHook(), AlignDevicesHook(execution_device="cpu"))
+    model = SimpleNamespace(get_input_embeddings=lambda: embeddings, modules=embeddings.modules)
+    assert execution_device(model) == torch.device("cpu")
 
 
 def test_a_model_without_weights_is_refused():

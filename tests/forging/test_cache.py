@@ -19,7 +19,7 @@ import torch
 
 from mlflow_safelock.errors import ForgeError
 from mlflow_safelock.forging import collect_activations, forge, starter_preference_pairs
-from mlflow_safelock.forging.cache import store_on_disk
+from mlflow_safelock.forging.cache import ActivationStore, store_on_disk
 from tests.models import CHATML, tiny_model, tiny_tokenizer
 
 PAIRS = starter_preference_pairs()[:12]
@@ -49,6 +49,22 @@ def passes(model: torch.nn.Module) -> list[int]:
 
 def done(cache: Path) -> int:
     return sum(int(np.fromfile(path, dtype=np.uint8).sum()) for path in cache.glob("*/done.u8"))
+
+
+def test_a_batch_is_marked_when_its_values_are_on_the_disk_and_not_before() -> None:
+    done = np.zeros(2, dtype=np.uint8)
+    seen: list[tuple[str, int]] = []
+
+    class File:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def flush(self) -> None:
+            seen.append((self.name, int(done[1])))
+
+    files: Any = (File("values"), File("marks"))
+    ActivationStore(torch.zeros(1), done, files).finish(1)
+    assert seen == [("values", 0), ("marks", 1)]
 
 
 def test_values_that_were_lost_are_not_taken_for_zeros(tmp_path: Path) -> None:

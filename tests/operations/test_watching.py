@@ -105,7 +105,7 @@ def watcher(
 
 
 def until(
-    holds: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 60
+    holds: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 120
 ) -> None:
     deadline = time.monotonic() + seconds
     while not holds():

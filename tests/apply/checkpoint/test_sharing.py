@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_safelock.apply.checkpoint import sharing
 from mlflow_safelock.apply.checkpoint.sharing import own_file, share_file, way_of
 from mlflow_safelock.errors import CheckpointError
 
@@ -87,6 +88,23 @@ def test_a_copy_has_the_holes_of_its_file(tmp_path, no_reflinks, monkeypatch, ke
             assert copy.read(5) == b"bytes"
         copy.seek(50 << 20)
         assert copy.read(100) == bytes(100)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_copied_is_no_copy(tmp_path, no_reflinks, monkeypatch):
+    source = tmp_path / "source"
+    with source.open("wb") as file:
+        file.write(b"x" * (1 << 20))
+        file.truncate(4 << 20)
+    copied = sharing._copied_some
+
+    def and_then_it_shrinks(*arguments):
+        count = copied(*arguments)
+        os.truncate(source, 1 << 20)
+        return count
+
+    monkeypatch.setattr(sharing, "_copied_some", and_then_it_shrinks)
+    with pytest.raises(OSError, match="shorter"):
+        own_file(source, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK])
