@@ -187,6 +187,11 @@ def evaluate(
             raise click.UsageError("--file is for a version in the registry, under a lock.")
         use_destination(artifacts_destination)
         store = open_guarded(mlflow_address)
+        # Now, and not after hours of generation.
+        store.check_measured(
+            *(subject.version.name, subject.version.version, suite_name),
+            *(subject.lock.digest, subject.strength or 0.0),
+        )
     with counting() as progress:
         found = measure(subject, suite, settings, progress=progress)
     output.write_text(found.to_json(), encoding="utf-8")

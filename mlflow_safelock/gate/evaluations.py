@@ -72,6 +72,22 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
             raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
 
 
+def check_applies(approved: Approved, lock: str, alpha: float, suite: str) -> None:
+    """Refuse to have something measured, or filed, that a promotion would not apply.
+
+    Raises:
+        PromotionRefused: It would apply another lock, or another strength.
+    """
+    wanted = approved.lock
+    if (lock, alpha) != (wanted.lock.digest, approved.alpha):
+        raise PromotionRefused(
+            "other_lock",
+            f"It is of {lock} at alpha {alpha:g}, and a promotion would apply {wanted.title}, "
+            f"{wanted.lock.digest}, at alpha {approved.alpha:g}.",
+            next_step=f"Measure that: {_command(approved, approved.rule.evaluation, suite)}",
+        )
+
+
 def file_evaluation(
     statement: EvaluationStatement, approved: Approved, registry: Registry, artifacts: Artifacts
 ) -> LedgerEntry:
@@ -86,13 +102,7 @@ def file_evaluation(
         SourceError: The fine-tune cannot be read, or nothing can be written beside it.
     """
     measured, lock = statement.predicate, approved.lock
-    if (measured.lock, measured.alpha) != (lock.lock.digest, approved.alpha):
-        raise PromotionRefused(
-            "other_lock",
-            f"It was measured under {measured.lock} at alpha {measured.alpha:g}, and a promotion would apply "
-            f"{lock.title}, {lock.lock.digest}, at alpha {approved.alpha:g}.",
-            next_step=f"Measure that: {_command(approved, approved.rule.evaluation, measured.suite.name)}",
-        )
+    check_applies(approved, measured.lock, measured.alpha, measured.suite.name)
     check_fingerprint(measured.source, artifacts.reader(approved.original))
     known = [row for row in registry.evaluations_of(approved.original) if row.receipt == statement.digest]
     if known:

@@ -20,7 +20,7 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.approval import Approved, Request, approve
-from mlflow_safelock.gate.evaluations import file_evaluation, require_evaluations
+from mlflow_safelock.gate.evaluations import check_applies, file_evaluation, require_evaluations
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
@@ -155,18 +155,37 @@ class Gate:
         Raises:
             PromotionRefused: It would never count, or the version could not be promoted as it is.
         """
-        policy = self.policy()
-        found = self.registry.model_version(request.name, request.version)
-        rule = _rule_for(found, policy)
+        approved = self._approved(request)
         try:
-            approved = approve(request, policy, rule, found, self.registry, self.artifacts)
-            if approved is None:
-                raise _nothing_to_lock(request)
             return file_evaluation(statement, approved, self.registry, self.artifacts)
         except PromotionRefused:
             raise
         except SafelockError as error:
             raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+
+    def check_measured(self, request: Request, lock: str, alpha: float) -> None:
+        """Refuse before anything is measured that would never count; the target names the suite.
+
+        Raises:
+            PromotionRefused: A promotion would apply another lock than the one with this digest, or another
+                strength, or the version could not be promoted as it is.
+        """
+        check_applies(self._approved(request), lock, alpha, request.target.name)
+
+    def _approved(self, request: Request) -> Approved:
+        """What a promotion of a version would apply, to whatever place."""
+        policy = self.policy()
+        found = self.registry.model_version(request.name, request.version)
+        rule = _rule_for(found, policy)
+        try:
+            approved = approve(request, policy, rule, found, self.registry, self.artifacts)
+        except PromotionRefused:
+            raise
+        except SafelockError as error:
+            raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+        if approved is None:
+            raise _nothing_to_lock(request)
+        return approved
 
     def _prepare(
         self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, progress: Progress

@@ -163,9 +163,20 @@ class GateMixin:
             PromotionRefused: It would never count, or the version could not be promoted as it is.
             MlflowException: There is no such version.
         """
-        target = Target("evaluate", statement.predicate.suite.name)
-        request = Request(name, version, target, current_actor(), self._workspace)
+        request = self._measuring(name, version, statement.predicate.suite.name)
         return self._gate.file_evaluation(request, statement)
+
+    def check_measured(self, name: str, version: int, suite: str, lock: str, alpha: float) -> None:
+        """Refuse before anything is measured that would never count; see ``Gate.check_measured``.
+
+        Raises:
+            PromotionRefused: A promotion would apply something else, or could not be made.
+            MlflowException: There is no such version.
+        """
+        self._gate.check_measured(self._measuring(name, version, suite), lock, alpha)
+
+    def _measuring(self, name: str, version: int, suite: str) -> Request:
+        return Request(name, version, Target("evaluate", suite), current_actor(), self._workspace)
 
     def unlock(self, name: str, version: int, reason: str) -> str:
         """Take the lock off a version that is in no gated place; see ``Guard.unlock``.

@@ -177,6 +177,20 @@ def test_a_measurement_under_another_strength_or_lock_is_not_taken(shop: Shop) -
     shop.promote()
 
 
+def test_what_would_never_count_is_refused_before_anything_is_generated(shop: Shop, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from mlflow_safelock.cli import main
+
+    uris = ("--tracking-uri", mlflow.get_tracking_uri(), "--registry-uri", mlflow.get_registry_uri())
+    words = ("evaluate", "models:/bot/1", "--lock", "models:/safelock.toy-base/1", "--alpha", "0.7")
+    more = ("--suite", "starter-harmful", "--file", "--no-mlflow", "--output", str(tmp_path / "e.json"))
+    done = CliRunner().invoke(main, [*words, *more, *uris])
+    assert done.exit_code == 1
+    assert f"--alpha {shop.toy.alpha} --suite starter-harmful" in done.stderr
+    assert not list(tmp_path.glob("e*"))
+
+
 def test_another_lock_of_the_base_asks_for_another_measurement(shop: Shop) -> None:
     shop.file(shop.measured().statement())
     lock = shop.toy.lock
