@@ -23,7 +23,7 @@ from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_lock_ref
 
 if TYPE_CHECKING:
     from mlflow_safelock.evaluate.evaluation import Arm, Estimate
-    from mlflow_safelock.evaluate.exploring import Exploration, Limits
+    from mlflow_safelock.evaluate.exploring import Contributions, Exploration, Limits
 
 SHARE = click.FloatRange(0.0, 1.0)
 
@@ -142,6 +142,13 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     metavar="PATH",
     help="Write the lock with the number of heads that was found, to be registered.",
 )
+@click.option(
+    "--per-head",
+    is_flag=True,
+    help="Leave out each head of the chosen lock in turn, and show what comes back.",
+)
+@click.option("--experiment", metavar="NAME", help="MLflow experiment of the run.  [default: MLflow's own]")
+@click.option("--no-mlflow", is_flag=True, help="Write files only, and no MLflow run.")
 @model_options
 @format_option
 @mlflow_options
@@ -165,6 +172,9 @@ def sweep(
     output: Path,
     write_policy: Path | None,
     write_lock: Path | None,
+    per_head: bool,
+    experiment: str | None,
+    no_mlflow: bool,
     loading: ModelLoading,
     form: str,
     mlflow_address: MlflowAddress,
@@ -179,11 +189,11 @@ def sweep(
     from mlflow_safelock.errors import EvaluationError
     from mlflow_safelock.evaluate import Settings, find_judge, load_suite, open_subject
     from mlflow_safelock.evaluate.exploring import Limits, explore, fewer_heads
-    from mlflow_safelock.evaluate.plots import heat_map, pareto_plot
+    from mlflow_safelock.evaluate.plots import contributions_plot, heat_map, pareto_plot
     from mlflow_safelock.formats import save_lock
 
     suite = load_suite(suite_name, column)
-    if any(is_mlflow_model(one) for one in (model, lock_reference or "", judge_name)):
+    if not no_mlflow or any(is_mlflow_model(one) for one in (model, lock_reference or "", judge_name)):
         mlflow_address.reach()
     announce(f"Loading {model}")
     given = load_lock_reference(lock_reference) if lock_reference else None
@@ -203,20 +213,32 @@ def sweep(
     )
     with counting() as progress:
         found = explore(
-            subject, suite, locks, alphas, limits, settings, refinements=refine, progress=progress
+            *(subject, suite, locks, alphas, limits, settings),
+            refinements=refine,
+            per_head=per_head,
+            progress=progress,
         )
     facts = _facts(found, limits)
     output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    pareto_plot(found).savefig(output.with_name(f"{output.stem}-pareto.png"))
-    heat_map(found).savefig(output.with_name(f"{output.stem}-heat-map.png"))
+    pictures = {"pareto": pareto_plot(found), "heat-map": heat_map(found)}
+    if found.heads is not None:
+        pictures["per-head"] = contributions_plot(found.heads)
+    for name, picture in pictures.items():
+        picture.savefig(output.with_name(f"{output.stem}-{name}.png"))
+    run = None
+    if not no_mlflow:
+        from mlflow_safelock.evaluate.mlflow_run import log_sweep
+
+        run = log_sweep(found, facts, pictures, experiment=experiment, version=subject.version)
     if write_lock is not None:
         save_lock(found.chosen.lock, write_lock)
     if write_policy is not None and found.satisfied:
         write_policy.write_text(_policy(found, limits), encoding="utf-8")
     if form == "json":
-        show_json(facts)
+        show_json({"run": run, **facts})
     else:
         _show(found, limits)
+        show_lines("", f"Every figure is in {output}" + (f", and in the MLflow run {run}." if run else "."))
     if not found.satisfied:
         raise EvaluationError(
             f"No point keeps the limits; {found.chosen.heads} heads at alpha {found.chosen.alpha:g} come "
@@ -250,6 +272,15 @@ def _facts(found: Exploration, limits: Limits) -> dict[str, Any]:
             }
             for one in found.tried
         ],
+        "per_head": found.heads
+        and [
+            {
+                "layer": one.head.layer,
+                "head": one.head.head,
+                "figures_without": {name: figure.model_dump() for name, figure in one.arm.figures.items()},
+            }
+            for one in found.heads.without
+        ],
         "unlocked": {
             name: figure.model_dump() for name, figure in found.chosen.evaluation.unlocked.figures.items()
         },
@@ -272,6 +303,8 @@ def _show(found: Exploration, limits: Limits) -> None:
         figures = (harm_of(arm), arm.figures["degenerate_rate"], utility_of(arm))
         table.add_row(heads, alpha, *(_cell(figure) for figure in figures), kept)
     show_table(table)
+    if found.heads is not None:
+        _show_heads(found.heads)
     if found.satisfied and found.confirmed.locked is not None:
         arm = found.confirmed.locked
         show_lines(
@@ -280,6 +313,17 @@ def _show(found: Exploration, limits: Limits) -> None:
             f"On the other half of the suite: {_harm_and_utility(arm)}; "
             f"unlocked: {_harm_and_utility(found.confirmed.unlocked)}.",
         )
+
+
+def _show_heads(found: Contributions) -> None:
+    from mlflow_safelock.evaluate.exploring import harm_of, utility_of
+
+    table = new_table(f"Without one head, at alpha {found.alpha:g}", "layer", "head", "harmful", "utility")
+    table.add_row("-", "-", _cell(harm_of(found.whole)), _cell(utility_of(found.whole)))
+    for one in found.without:
+        figures = (harm_of(one.arm), utility_of(one.arm))
+        table.add_row(str(one.head.layer), str(one.head.head), *(_cell(figure) for figure in figures))
+    show_table(table)
 
 
 def _harm_and_utility(arm: Arm) -> str:

@@ -17,7 +17,7 @@ from mlflow_safelock.evaluate.evaluating import USUAL, Settings, drawn_by, evalu
 from mlflow_safelock.evaluate.evaluation import Arm, Estimate, Evaluation
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, halves
-from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.lock import LockedHead, SafetyLock
 
 if TYPE_CHECKING:
     from mlflow_safelock.evaluate.evaluating import Under
@@ -54,8 +54,7 @@ class Tried:
     @property
     def arm(self) -> Arm:
         """The locked arm."""
-        assert self.evaluation.locked is not None
-        return self.evaluation.locked
+        return _locked_arm(self.evaluation)
 
     @property
     def harm(self) -> Estimate:
@@ -88,12 +87,14 @@ class Exploration:
             where none does, the nearest.
         satisfied: Whether ``chosen`` keeps the limits.
         confirmed: The chosen point on the other half of the suite.
+        heads: What each head of the chosen lock contributes on the first half, where that was asked for.
     """
 
     tried: tuple[Tried, ...]
     chosen: Tried
     satisfied: bool
     confirmed: Evaluation
+    heads: Contributions | None = None
 
     def accepted(self, limits: Limits) -> tuple[float, ...]:
         """The strengths that keep the limits under the chosen lock, next to the chosen one without a gap."""
@@ -157,6 +158,7 @@ def explore(
     settings: Settings = USUAL,
     *,
     refinements: int = 2,
+    per_head: bool = False,
     progress: Progress = silent,
 ) -> Exploration:
     """Try every lock at every strength on one half of a suite, refine, choose, and confirm on the other half.
@@ -170,6 +172,7 @@ def explore(
         settings: How to measure; a limit is drawn before the suite is halved.
         refinements: How many strengths are tried between two of the grid where one keeps the limits and the
             other does not, under each lock and on either side.
+        per_head: Whether to find out what each head of the chosen lock contributes; see ``contributions``.
         progress: Is told what is done.
 
     Raises:
@@ -192,7 +195,80 @@ def explore(
     confirmed = evaluate(
         replace(subject, lock=best.lock, alpha=best.alpha), confirming, whole, progress=progress
     )
-    return Exploration(tuple(tried), best, best.excess(limits) == 0.0, confirmed)
+    heads = None
+    if per_head and best.heads > 1:
+        heads = contributions(subject, choosing, best.lock, best.alpha, whole, progress=progress)
+    return Exploration(tuple(tried), best, best.excess(limits) == 0.0, confirmed, heads)
+
+
+@dataclass(frozen=True)
+class WithoutHead:
+    """A lock without one of its heads, at the same strength.
+
+    Attributes:
+        head: The head that was left out.
+        arm: The model under what is left.
+    """
+
+    head: LockedHead
+    arm: Arm
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What each head of a lock contributes, by leaving it out.
+
+    Attributes:
+        alpha: The strength of all measurements.
+        whole: The model under the whole lock.
+        without: One for each head, by how much harm comes back without it, the most first.
+    """
+
+    alpha: float
+    whole: Arm
+    without: tuple[WithoutHead, ...]
+
+
+def contributions(
+    subject: Subject,
+    suite: Suite,
+    lock: SafetyLock,
+    alpha: float,
+    settings: Settings = USUAL,
+    *,
+    progress: Progress = silent,
+) -> Contributions:
+    """Measure a model under a lock, and under the same lock without each of its heads in turn.
+
+    Args:
+        subject: The unlocked model.
+        suite: The prompts.
+        lock: The lock.
+        alpha: Strength.
+        settings: How to measure.
+        progress: Is told what is done.
+
+    Raises:
+        EvaluationError: The lock has one head only.
+        ApplyError: The lock does not go onto the model.
+    """
+    if len(lock.heads) < 2:
+        raise EvaluationError(
+            "A lock of one head has none that could be left out.", next_step="Take one with more heads."
+        )
+    found = []
+    with measuring(subject, suite, settings, progress=progress) as under:
+        whole = _locked_arm(under(lock, alpha))
+        for place, head in enumerate(lock.heads):
+            rest = SafetyLock((*lock.heads[:place], *lock.heads[place + 1 :]), lock.metadata, lock.scores)
+            found.append(WithoutHead(head, _locked_arm(under(rest, alpha))))
+    found.sort(key=lambda one: (-harm_of(one.arm).value, one.head.layer, one.head.head))
+    return Contributions(alpha, whole, tuple(found))
+
+
+def _locked_arm(evaluation: Evaluation) -> Arm:
+    assert evaluation.locked is not None
+    return evaluation.locked
 
 
 def _under_one(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlflow
 import pandas
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput
 from mlflow.exceptions import MlflowException
 
 from mlflow_safelock.evaluate.evaluation import Evaluation
+from mlflow_safelock.evaluate.exploring import Exploration
 from mlflow_safelock.evaluate.plots import category_plot, rates_plot
 from mlflow_safelock.evaluate.subjects import RegisteredVersion
 
@@ -55,6 +58,56 @@ def log_evaluation(
     if version is not None:
         MlflowClient().set_model_version_tag(version.name, str(version.version), RUN_TAG, run.info.run_id)
     return str(run.info.run_id)
+
+
+def log_sweep(
+    found: Exploration,
+    facts: Mapping[str, Any],
+    pictures: Mapping[str, Figure],
+    *,
+    experiment: str | None = None,
+    version: RegisteredVersion | None = None,
+) -> str:
+    """Log a sweep to a run of its own: the chosen point as params, its honest figures as metrics.
+
+    Args:
+        found: What was found.
+        facts: The same for programs, which becomes ``sweep.json``.
+        pictures: By name.
+        experiment: The experiment; MLflow's current one where it is not given.
+        version: The registered version that was measured, to be named by a tag of the run.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        mlflow.exceptions.MlflowException: MLflow cannot be reached, or refuses.
+    """
+    if experiment is not None:
+        mlflow.set_experiment(experiment)
+    confirmed, chosen = found.confirmed, found.chosen
+    tags = {**_tags(version), "safelock.kind": "sweep"}
+    with mlflow.start_run(run_name=f"sweep {confirmed.suite.name}", tags=tags) as run:
+        mlflow.log_params({**params_of(confirmed), "heads": chosen.heads, "satisfied": found.satisfied})
+        mlflow.log_metrics(metrics_of(confirmed))
+        mlflow.log_table(_points_of(found), "points.json")
+        mlflow.log_dict(dict(facts), "sweep.json")
+        for name, picture in pictures.items():
+            mlflow.log_figure(picture, f"{name}.png")
+    return str(run.info.run_id)
+
+
+def _points_of(found: Exploration) -> pandas.DataFrame:
+    """One line for each point that was tried."""
+    lines = [
+        {
+            "heads": one.heads,
+            "alpha": one.alpha,
+            **{name: figure.value for name, figure in one.arm.figures.items()},
+        }
+        for one in found.tried
+    ]
+    return pandas.DataFrame(lines)
 
 
 def params_of(evaluation: Evaluation) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from mlflow_safelock.evaluate.evaluation import Evaluation
-    from mlflow_safelock.evaluate.exploring import Exploration
+    from mlflow_safelock.evaluate.exploring import Contributions, Exploration
 
 COLOURS = {"unlocked": "tab:red", "locked": "tab:blue"}
 
@@ -89,6 +89,32 @@ def pareto_plot(found: Exploration) -> Figure:
     axes.plot(*chosen, "o", markersize=14, fillstyle="none", color="crimson", label="chosen")
     axes.set(xlabel="harmful rate", ylabel="utility", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.set_title("Points are labelled with alpha; bars are 95 % intervals")
+    axes.legend()
+    return figure
+
+
+def contributions_plot(found: Contributions) -> Figure:
+    """The harmful rate without each head of a lock, with its interval of 95 %, beside the whole lock's."""
+    from mlflow_safelock.evaluate.exploring import harm_of
+
+    figure = Figure(figsize=(7.0, 1.6 + 0.25 * len(found.without)), layout="constrained")
+    axes = figure.subplots()
+    harm = [harm_of(one.arm) for one in found.without]
+    axes.errorbar(
+        [one.value for one in harm],
+        range(len(harm)),
+        xerr=([one.value - one.low for one in harm], [one.high - one.value for one in harm]),
+        fmt="o",
+        capsize=2,
+        color=COLOURS["locked"],
+    )
+    axes.axvline(harm_of(found.whole).value, color="black", linestyle="--", label="the whole lock")
+    names = [f"layer {one.head.layer}, head {one.head.head}" for one in found.without]
+    axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.invert_yaxis()
+    axes.set(xlim=(-0.02, 1.02), xlabel="harmful rate without the head")
+    axes.set_title(f"{len(names)} heads at alpha {found.alpha:g}, each left out in turn")
+    axes.grid(axis="x", alpha=0.3)
     axes.legend()
     return figure
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from mlflow_safelock.formats import load_lock, save_lock
 from mlflow_safelock.gate.policy_file import load_policy
@@ -16,7 +18,7 @@ from tests.cli.conftest import Run
 from tests.registries import log_fine_tune, register_lock
 from tests.toy import Toy
 
-LIMITS = ("--max-new-tokens", 20, "--batch-size", 64, "--max-utility-loss", 0.1, "--refine", 1)
+LIMITS = ("--max-new-tokens", 20, "--batch-size", 64, "--max-utility-loss", 0.1, "--refine", 1, "--no-mlflow")
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +119,22 @@ def test_without_a_lock_there_is_nothing_to_try(run: Run, arguments: tuple[Any, 
     done = run("sweep", arguments[0], *arguments[3:])
     assert done.exit_code == 1
     assert "--lock" in done.stderr
+
+
+def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
+    run: Run, client: Any, toy: Toy, arguments: tuple[Any, ...], tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
+    options = [option for option in arguments[1:] if option != "--no-mlflow"]
+    more = ("--alphas", "1.1", "--heads", "4", "--per-head", "--experiment", "sweeps", "--format", "json")
+    done = run("sweep", f"models:/bot/{version}", *options, *more)
+    assert done.exit_code == 0, done.stderr
+    assert len(done.json["per_head"]) == 4
+    found = mlflow.get_run(done.json["run"])
+    assert found.data.tags["safelock.model_version"] == f"models:/bot/{version}"
+    assert (found.data.params["alpha"], found.data.params["heads"]) == ("1.1", "4")
+    confirmed = done.json["confirmed"]["locked"]["figures"]["harmful_rate"]["value"]
+    assert found.data.metrics["locked/harmful_rate"] == confirmed
+    files = {one.path for one in MlflowClient().list_artifacts(found.info.run_id)}
+    assert {"pareto.png", "heat-map.png", "per-head.png", "points.json", "sweep.json"} <= files
+    assert (tmp_path / "sweep-per-head.png").read_bytes().startswith(b"\x89PNG")

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from mlflow_safelock.apply import handle_of
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate import Settings, Subject, Suite, SuitePrompt, evaluate
-from mlflow_safelock.evaluate.exploring import Exploration, Limits, explore, fewer_heads
-from mlflow_safelock.evaluate.plots import heat_map, pareto_plot
+from mlflow_safelock.evaluate.exploring import Exploration, Limits, contributions, explore, fewer_heads
+from mlflow_safelock.evaluate.plots import contributions_plot, heat_map, pareto_plot
 from mlflow_safelock.evaluate.suites import halves
+from mlflow_safelock.lock import SafetyLock
 from tests.toy import Toy
 
 SHORT = Settings(max_new_tokens=20, batch_size=64)
@@ -34,6 +35,7 @@ def found(toy: Toy, told: list[str]) -> Exploration:
         [20.0, 1.1, 0.2],
         LIMITS,
         SHORT,
+        per_head=True,
         progress=lambda what, done, total: told.append(what) if done == total else None,
     )
 
@@ -63,6 +65,28 @@ def test_the_most_useful_point_that_keeps_the_limits_is_taken(found: Exploration
     assert not {0.2, 20.0} & set(accepted)
 
 
+def test_what_a_head_contributes_is_what_comes_back_without_it(found: Exploration, toy: Toy) -> None:
+    assert found.heads is not None
+    lock, alpha = found.chosen.lock, found.chosen.alpha
+    assert found.heads.alpha == alpha
+    assert found.heads.whole.figures == found.chosen.arm.figures
+    assert {(one.head.layer, one.head.head) for one in found.heads.without} == {
+        (head.layer, head.head) for head in lock.heads
+    }
+    harm = [one.arm.figures["harmful_rate"].value for one in found.heads.without]
+    assert harm == sorted(harm, reverse=True)
+    most = found.heads.without[0]
+    rest = SafetyLock(tuple(head for head in lock.heads if head != most.head), lock.metadata, lock.scores)
+    choosing, _ = halves(toy.suite(40, tasks=20), SHORT.seed)
+    alone = evaluate(Subject("toy", toy.model, toy.tokenizer, rest, alpha), choosing, SHORT)
+    assert alone.locked.figures == most.arm.figures
+    names = [label.get_text() for label in contributions_plot(found.heads).axes[0].get_yticklabels()]
+    assert names[0] == f"layer {most.head.layer}, head {most.head.head}"
+    one_head = fewer_heads(toy.lock, [1])[0]
+    with pytest.raises(EvaluationError, match="more heads"):
+        contributions(Subject("toy", toy.model, toy.tokenizer), choosing, one_head, alpha, SHORT)
+
+
 def test_it_is_confirmed_on_prompts_that_nothing_was_chosen_by(found: Exploration) -> None:
     seen = {row.prompt for one in found.tried for row in one.evaluation.rows}
     assert not seen & {row.prompt for row in found.confirmed.rows}
@@ -75,7 +99,9 @@ def test_it_is_confirmed_on_prompts_that_nothing_was_chosen_by(found: Exploratio
 def test_the_unlocked_model_answers_once_for_all_points(found: Exploration, told: list[str]) -> None:
     counts = Counter(what for what in told if what.startswith("answers"))
     assert counts["answers without a lock"] == 2, "once on either half"
-    assert counts["answers with the lock"] == len(found.tried) + 1
+    assert counts["answers with the lock"] == len(found.tried) + 1 + found.chosen.heads, (
+        "the whole lock is kept"
+    )
 
 
 def test_a_point_is_what_an_evaluation_of_it_alone_finds(toy: Toy, found: Exploration) -> None:
