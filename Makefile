@@ -31,7 +31,7 @@ lint: $(STAMP)   ## formatting, lint, types and import layers
 	$(BIN)/lint-imports
 
 pytest: $(STAMP) ## all tests, on two processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## measure, side by side, and write benchmarks/results
 	$(BIN)/python -m benchmarks

@@ -21,6 +21,22 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+LONG = (
+    "registry/test_stateful.py",
+    "registry/test_failpoints.py",
+    "test_benchmarks.py",
+    "registry/test_server.py",
+)
+"""Files whose tests take minutes: they come first, so that at the end no process waits for another."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    folder = Path(__file__).parent
+    order = {folder / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The reference data beside the checkout."""

@@ -185,19 +185,19 @@ def explore(
     choosing, confirming = halves(drawn, settings.seed)
     whole = replace(settings, limit=None)
     tried: list[Tried] = []
+    heads = None
     with measuring(subject, choosing, whole, progress=progress) as under:
         for lock in locks:
             tried += _under_one(lock, alphas, under, limits, refinements)
-    best = min(
-        tried,
-        key=lambda one: (one.excess(limits), -one.utility.value, one.harm.value, one.alpha * one.heads),
-    )
+        best = min(
+            tried,
+            key=lambda one: (one.excess(limits), -one.utility.value, one.harm.value, one.alpha * one.heads),
+        )
+        if per_head and best.heads > 1:
+            heads = _contributions(under, best.lock, best.alpha, best.arm)
     confirmed = evaluate(
         replace(subject, lock=best.lock, alpha=best.alpha), confirming, whole, progress=progress
     )
-    heads = None
-    if per_head and best.heads > 1:
-        heads = contributions(subject, choosing, best.lock, best.alpha, whole, progress=progress)
     return Exploration(tuple(tried), best, best.excess(limits) == 0.0, confirmed, heads)
 
 
@@ -256,12 +256,15 @@ def contributions(
         raise EvaluationError(
             "A lock of one head has none that could be left out.", next_step="Take one with more heads."
         )
-    found = []
     with measuring(subject, suite, settings, progress=progress) as under:
-        whole = _locked_arm(under(lock, alpha))
-        for place, head in enumerate(lock.heads):
-            rest = SafetyLock((*lock.heads[:place], *lock.heads[place + 1 :]), lock.metadata, lock.scores)
-            found.append(WithoutHead(head, _locked_arm(under(rest, alpha))))
+        return _contributions(under, lock, alpha, _locked_arm(under(lock, alpha)))
+
+
+def _contributions(under: Under, lock: SafetyLock, alpha: float, whole: Arm) -> Contributions:
+    found = []
+    for place, head in enumerate(lock.heads):
+        rest = SafetyLock((*lock.heads[:place], *lock.heads[place + 1 :]), lock.metadata, lock.scores)
+        found.append(WithoutHead(head, _locked_arm(under(rest, alpha))))
     found.sort(key=lambda one: (-harm_of(one.arm).value, one.head.layer, one.head.head))
     return Contributions(alpha, whole, tuple(found))
 

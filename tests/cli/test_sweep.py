@@ -57,7 +57,7 @@ def test_a_point_is_found_and_its_policy_locks_a_promotion(
     more = ("--heads", "6,8", "--alphas", "0.2,1.1", "--write-policy", policy, "--write-lock", lock)
     done = run("sweep", *arguments, *more, "--format", "json")
     assert done.exit_code == 0, done.stderr
-    assert done.json == json.loads((tmp_path / "sweep.json").read_text())
+    assert done.json == {"run": None, **json.loads((tmp_path / "sweep.json").read_text())}
     chosen = done.json["chosen"]
     assert done.json["satisfied"]
     assert {point["heads"] for point in done.json["points"]} == {6, 8}
@@ -126,13 +126,13 @@ def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
 ) -> None:
     version = log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
     options = [option for option in arguments[1:] if option != "--no-mlflow"]
-    more = ("--alphas", "1.1", "--heads", "4", "--per-head", "--experiment", "sweeps", "--format", "json")
+    more = ("--alphas", "1.1", "--heads", "8", "--per-head", "--experiment", "sweeps", "--format", "json")
     done = run("sweep", f"models:/bot/{version}", *options, *more)
     assert done.exit_code == 0, done.stderr
-    assert len(done.json["per_head"]) == 4
+    assert len(done.json["per_head"]) == 8
     found = mlflow.get_run(done.json["run"])
     assert found.data.tags["safelock.model_version"] == f"models:/bot/{version}"
-    assert (found.data.params["alpha"], found.data.params["heads"]) == ("1.1", "4")
+    assert (found.data.params["alpha"], found.data.params["heads"]) == ("1.1", "8")
     confirmed = done.json["confirmed"]["locked"]["figures"]["harmful_rate"]["value"]
     assert found.data.metrics["locked/harmful_rate"] == confirmed
     files = {one.path for one in MlflowClient().list_artifacts(found.info.run_id)}

@@ -99,7 +99,7 @@ def test_it_is_confirmed_on_prompts_that_nothing_was_chosen_by(found: Exploratio
 def test_the_unlocked_model_answers_once_for_all_points(found: Exploration, told: list[str]) -> None:
     counts = Counter(what for what in told if what.startswith("answers"))
     assert counts["answers without a lock"] == 2, "once on either half"
-    assert counts["answers with the lock"] == len(found.tried) + 1 + found.chosen.heads, (
+    assert counts["answers with the lock"] == len(found.tried) + found.chosen.heads + 1, (
         "the whole lock is kept"
     )
 

@@ -523,11 +523,11 @@ def test_on_s3_tensors_beside_the_weights_are_whole_and_what_is_not_carried_is_n
     source = state_of(client, "bot", 1)["location"]
     bucket, _, prefix = source.removeprefix("s3://").partition("/")
     boto3.client("s3", endpoint_url=s3.url).put_object(
-        Bucket=bucket, Key=f"{prefix}/model/consolidated.00.pth", Body=bytes(5 << 20)
+        Bucket=bucket, Key=f"{prefix}/model/consolidated.00.pth", Body=bytes(16 << 20)
     )
     s3.forget()
     made = prepare(tmp_path, 1)
-    assert sum(one.sent + one.received for one in s3.passed) < 5 << 20
+    assert sum(one.sent + one.received for one in s3.passed) < 16 << 20
     stage(client, 1)
     copy = next(download(made["location"], tmp_path / "locked").rglob("steer.safetensors"))
     assert copy.read_bytes() == (code / "steer.safetensors").read_bytes()

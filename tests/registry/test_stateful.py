@@ -460,7 +460,7 @@ def test_no_sequence_serves_a_gated_version_unlocked(prepared: Path) -> None:
     run_state_machine_as_test(
         Registry,
         settings=settings(
-            max_examples=int(os.environ.get("SAFELOCK_SEQUENCES", "100")),
+            max_examples=int(os.environ.get("SAFELOCK_SEQUENCES", "50")),
             stateful_step_count=30,
             deadline=None,
             derandomize="SAFELOCK_SEQUENCES" not in os.environ,
