@@ -20,7 +20,6 @@ from mlflow.store.model_registry.dbmodels.models import (
 from sqlalchemy.orm import Session
 
 from mlflow_safelock.audit.rows import (
-    PROMPT_SOURCE,
     AuditRow,
     Evidence,
     RegisteredVersion,
@@ -31,6 +30,7 @@ from mlflow_safelock.errors import LedgerError
 from mlflow_safelock.gate import ledger
 from mlflow_safelock.gate.guard import fault_of
 from mlflow_safelock.gate.policy import Policy
+from mlflow_safelock.gate.source import PROMPT_SOURCE
 
 SCHEME_PREFIX = "safelock+"
 """What makes MLflow put the gate in front of a database; the database is the same without it."""

@@ -27,10 +27,6 @@ that ``SAFELOCK_PUBLIC_KEYS`` names. ``none``: there is neither.
 """
 
 
-PROMPT_SOURCE = "dummy-source"
-"""Where MLflow says that a prompt lies: it keeps prompts as model versions, and there is nothing to serve."""
-
-
 @dataclass(frozen=True)
 class RegisteredVersion:
     """A model version as the registry holds it.

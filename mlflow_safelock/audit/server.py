@@ -12,13 +12,13 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from mlflow_safelock.audit.receipts import ReceiptReader
 from mlflow_safelock.audit.rows import (
-    PROMPT_SOURCE,
     AuditRow,
     RegisteredVersion,
     row_of,
     row_without_evidence,
 )
 from mlflow_safelock.errors import SafelockError, VerificationError
+from mlflow_safelock.gate.source import PROMPT_SOURCE
 
 _PROMPTS = "tag.`mlflow.prompt.is_prompt` = 'true'"
 """MLflow's searches leave out prompts, which is whatever somebody tagged as one, unless they ask for them."""

@@ -9,7 +9,7 @@ from mlflow_safelock.gate.ledger import TokenizerFinding
 from mlflow_safelock.gate.locks import RegisteredLock, find_lock
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry, Target
-from mlflow_safelock.gate.source import BaseHint, examine
+from mlflow_safelock.gate.source import PROMPT_SOURCE, PROMPT_TAG, BaseHint, examine
 from mlflow_safelock.gate.strength import alpha_for
 from mlflow_safelock.provenance import Actor, LockReference, Promotion, SourceFingerprint
 
@@ -119,7 +119,7 @@ def approve(
         SourceError: Its artifacts cannot be read.
     """
     original = original_of(found, registry, artifacts)
-    source = examine(artifacts.reader(original))
+    source = None if is_prompt(found) else examine(artifacts.reader(original))
     if source is None:
         if rule.not_an_llm == "reject":
             raise PromotionRefused(
@@ -142,6 +142,11 @@ def approve(
         chosen.hint,
         chosen.tokenizer,
     )
+
+
+def is_prompt(found: ModelVersion) -> bool:
+    """Whether a version is a prompt of MLflow's: registered like a model, with nothing to load."""
+    return found.source == found.location == PROMPT_SOURCE and PROMPT_TAG in found.model_tags
 
 
 def original_of(found: ModelVersion, registry: Registry, artifacts: Artifacts) -> str:

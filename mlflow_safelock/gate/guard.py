@@ -248,7 +248,7 @@ def fault_of(found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) 
         where = " and ".join(str(place) for place in places)
         difference = _difference(decision, found)
         return f"is in {where}, and what it serves did not pass the gate: {difference}"
-    if rule.tags and not _meets(rule, decision):
+    if rule.tags and not meets(rule, decision):
         tags = ", ".join(f"{key}: {glob}" for key, glob in rule.tags.items())
         return (
             f"was promoted before it had its tags, and the gate for those ({tags}) asks for more than it was "
@@ -257,10 +257,10 @@ def fault_of(found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) 
     return None
 
 
-def _meets(rule: GateRule, decision: LedgerEntry) -> bool:
-    """Whether a version that got its tags after its promotion would have passed the gate that it is in now.
+def meets(rule: GateRule, decision: LedgerEntry) -> bool:
+    """Whether a version that was promoted through another gate would have passed this one.
 
-    It was held to a looser one; this is as far as the ledger tells.
+    As far as the ledger tells: a version got its tags after its promotion, or another name.
     """
     if decision.lock is None or decision.alpha is None:
         if decision.reason == "missing_lock":

@@ -174,7 +174,9 @@ def _check_freshness(found: RegisteredLock, rule: GateRule, registry: Registry) 
     allowed, created = rule.lock.max_age_days, found.lock.metadata.created
     if allowed is None:
         return
-    if created is None or datetime.now(UTC) - datetime.fromisoformat(created) > timedelta(days=allowed):
+    age = None if created is None else datetime.now(UTC) - datetime.fromisoformat(created)
+    # A clock may be a little fast; a date in the future would never become old.
+    if age is None or not timedelta(minutes=-10) <= age <= timedelta(days=allowed):
         raise PromotionRefused(
             "lock_expired",
             f"The lock {found.title} was made {created or 'at a time that it does not say'}, and the policy "

@@ -133,7 +133,7 @@ class Reconciling:
             fault = fault_of(found, rule, decision)
         except LedgerError as error:
             decision, fault = None, f"is held to a row that cannot be read: {error.cause}"
-        back = _as_the_ledger_has_it(found, decision)
+        back = self._as_the_ledger_has_it(found, decision)
         if fault is None and back is None:
             return None
         what = fault or "has other tags than the gate gave it."
@@ -279,6 +279,32 @@ class Reconciling:
         if not done:
             raise _changed(request)
 
+    def _as_the_ledger_has_it(self, found: ModelVersion, decision: LedgerEntry | None) -> ModelVersion | None:
+        """The version at the place that was decided about, with the gate's tags; ``None``: it is so already.
+
+        A version that was never decided about, or unlocked since, is at any place as the ledger has it. So is
+        one of a model that was deleted and made anew: what was decided was about another of that number.
+        """
+        back = found
+        if decision is None or not self._is_about(decision, found):
+            return None
+        if decision.locks and decision.location is not None:
+            back = replace(found, location=decision.location, tags={**found.tags, **tags_of(decision)})
+        elif decision.event == "passed" and decision.original_location is not None:
+            back = replace(found, location=decision.original_location)
+        return None if back == found else back
+
+    def _is_about(self, decision: LedgerEntry, found: ModelVersion) -> bool:
+        """Whether a decision is about the artifacts that a version was registered with."""
+        if found.location in (decision.location, decision.original_location):
+            return True
+        try:
+            places = {self.gate.artifacts.place(self.gate.artifacts.resolve(found.source))}
+            return self.gate.artifacts.place(decision.original_location or "") in places
+        except Exception as error:  # noqa: BLE001 - each kind of store raises its own
+            _logger.warning("The source %s is not found: %s", found.source, error)
+            return False
+
     def _is_another_by_now(self, difference: Difference) -> bool:
         """Whether a version, or what was decided about it, changed since it was examined."""
         request = difference.request
@@ -288,19 +314,6 @@ class Reconciling:
             decision = None  # as it was when it was examined
         found = self.registry.model_version(request.name, request.version)
         return decision != difference.decision or found != difference.found
-
-
-def _as_the_ledger_has_it(found: ModelVersion, decision: LedgerEntry | None) -> ModelVersion | None:
-    """The version at the place that was decided about, with the gate's tags; ``None`` where it is so already.
-
-    A version that was never decided about, or unlocked since, is at any place as the ledger has it.
-    """
-    back = found
-    if decision is not None and decision.locks and decision.location is not None:
-        back = replace(found, location=decision.location, tags={**found.tags, **tags_of(decision)})
-    elif decision is not None and decision.event == "passed" and decision.original_location is not None:
-        back = replace(found, location=decision.original_location)
-    return None if back == found else back
 
 
 def _going_back(found: ModelVersion, back: ModelVersion) -> str:

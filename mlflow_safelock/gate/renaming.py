@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.failpoints import reach
-from mlflow_safelock.gate.guard import stands
+from mlflow_safelock.gate.guard import meets, stands
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.promotion import Gate
 from mlflow_safelock.provenance import Actor
@@ -40,13 +40,19 @@ class Renaming:
             rule = policy.rule_for(new_name, version.tags, version.model_tags)
             places = rule.gated_places(version) if rule is not None else ()
             decision = self.gate.registry.decision_on(workspace, name, version.version)
-            if places and (decision is None or not stands(decision, version)):
-                raise PromotionRefused(
-                    "not_locked",
-                    f"Under the name {new_name!r} version {version.version} would be in {places[0]} without "
-                    "having passed the gate.",
-                    next_step="Take it out of the stage or alias, rename, and promote it again.",
-                )
+            if rule is None or not places:
+                continue
+            if decision is None or not stands(decision, version):
+                why = "without having passed the gate"
+            elif not meets(rule, decision):
+                why = "whose gate asks for more than it was promoted with"
+            else:
+                continue
+            raise PromotionRefused(
+                "not_locked",
+                f"Under the name {new_name!r} version {version.version} would be in {places[0]}, {why}.",
+                next_step="Take it out of the stage or alias, rename, and promote it again.",
+            )
         reach("rename-checked")
 
     def is_half_done(self, name: str, new_name: str, workspace: str) -> bool:

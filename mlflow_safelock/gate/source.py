@@ -38,6 +38,11 @@ _PICKLED_LANGUAGE_MODEL = re.compile(rb"transformers[\w.]*[^\w]{1,4}[A-Z]\w*(For
 
 MAX_CONFIG_BYTES = 4 << 20
 
+PROMPT_SOURCE = "dummy-source"
+"""What MLflow registers as the source of a prompt, which has no artifacts."""
+
+PROMPT_TAG = "mlflow.prompt.is_prompt"
+
 MERGE_FIRST = (
     "Merge the adapter before logging: model.merge_and_unload(), then mlflow.transformers.log_model."
 )

@@ -7,6 +7,7 @@ locked model, or a refusal. Whoever goes to the server past it does not, so this
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import sqlalchemy as sa
 from mlflow.entities.model_registry import ModelVersionTag
@@ -52,10 +54,18 @@ def ledger_uri(server: str) -> str:
     configured = read_settings().ledger
     if configured is not None:
         return configured.get_secret_value()
-    name = "".join(character if character.isalnum() else "-" for character in server).strip("-")
+    address = shown_server(server)
+    name = "".join(character if character.isalnum() else "-" for character in address).strip("-")
+    name += f"-{hashlib.sha256(address.encode()).hexdigest()[:8]}"  # two addresses may be spelt alike
     folder = Path.home() / ".safelock"
     folder.mkdir(mode=0o700, exist_ok=True)
     return f"sqlite:///{folder / name}.db"
+
+
+def shown_server(server: str) -> str:
+    """A server's address without the name and password that may be in it."""
+    found = urlsplit(server)
+    return urlunsplit(found._replace(netloc=found.netloc.rpartition("@")[2])).rstrip("/")
 
 
 class LedgerDatabase:

@@ -48,6 +48,7 @@ from mlflow_safelock.registry.rest import (
     active_workspace,
     ledger_uri,
     server_store,
+    shown_server,
 )
 from mlflow_safelock.registry.schemes import warn_of_rivals
 from mlflow_safelock.registry.sql import SqlRegistry
@@ -321,7 +322,9 @@ def _registry_at(store_uri: str) -> tuple[GuardedStore, Registry]:
     rest_store = SafelockRestStore(lambda: get_default_host_creds(server))
     rest_store.engine = database.engine
     rest_store.registry = RestRegistry(server_store(server), database)
-    _logger.info("safelock is on this client's side of %s only; other clients are not held back", server)
+    _logger.info(
+        "safelock is on this client's side of %s only: others are not held back", shown_server(server)
+    )
     return rest_store, rest_store.registry
 
 

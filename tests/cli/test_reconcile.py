@@ -338,3 +338,25 @@ def test_watching_has_options_of_its_own_and_listening_wants_a_secret(
         done = run("reconcile", "--watch", "--listen", "127.0.0.1:0", *gated)
         assert done.exit_code == 1
         assert "SAFELOCK_WEBHOOK_SECRET" in done.stderr
+
+
+def test_a_model_that_was_deleted_and_made_anew_is_locked_and_not_taken_for_the_old_one(
+    run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...]
+) -> None:
+    register_lock(base_lock())
+    first = log_fine_tune("bot")
+    stage(client, first)
+    old = client.get_model_version_download_uri("bot", str(first))
+    client.delete_registered_model("bot")
+    again = log_fine_tune("bot")
+    assert again == first, "MLflow counts from one again"
+    source = client.get_model_version_download_uri("bot", str(again))
+    stock(tmp_path).transition_model_version_stage("bot", str(again), "Staging")
+    done = run("reconcile", *gated, "--lock", "--format", "json")
+    assert done.exit_code == 0, done.stderr
+    (row,) = done.json
+    assert row["done"] == "locked"
+    served = client.get_model_version_download_uri("bot", str(again))
+    assert served != old
+    assert served.startswith(f"{source}-safelock/")
+    assert biases("models:/bot/Staging")

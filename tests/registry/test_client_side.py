@@ -147,7 +147,9 @@ def test_without_a_setting_the_ledger_is_this_users_and_one_for_each_server(
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SAFELOCK_LEDGER", raising=False)
-    one, other = (ledger_uri(f"https://{host}:5000/mlflow") for host in ("a.example", "b.example"))
-    assert one == f"sqlite:///{tmp_path}/.safelock/https---a-example-5000-mlflow.db"
-    assert other != one
+    addresses = ("https://a.example/mlflow", "https://a-example/mlflow", "https://b.example/mlflow")
+    assert len({ledger_uri(address) for address in addresses}) == 3
+    with_password = ledger_uri("https://ann:secret@a.example/mlflow/")
+    assert with_password == ledger_uri(addresses[0])
+    assert with_password.startswith(f"sqlite:///{tmp_path}/.safelock/https---a-example-mlflow-")
     assert (tmp_path / ".safelock").stat().st_mode & 0o777 == 0o700

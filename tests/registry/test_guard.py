@@ -174,6 +174,19 @@ class TestRenames:
         stage(client, version, "support-x")
         assert loaded_biases("models:/support-x/Staging")
 
+    def test_a_model_that_was_let_through_gets_no_name_under_which_it_would_not_be(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        policy = 'version: 1\ngates:\n  - {models: "sandbox-*", missing_lock: allow}\n  - {models: "*"}\n'
+        client = open_with_policy(tmp_path, monkeypatch, policy)
+        version = log_fine_tune("sandbox-x")
+        stage(client, version, "sandbox-x")
+        assert download_uri(client, version, "sandbox-x")
+        with pytest.raises(MlflowException, match=r"not_locked.*asks for more than it was promoted with"):
+            client.rename_registered_model("sandbox-x", "prod-x")
+        client.rename_registered_model("sandbox-x", "sandbox-y")
+        assert download_uri(client, version, "sandbox-y")
+
     def test_a_locked_model_stays_locked_and_served_under_its_new_name(
         self, client: MlflowClient, tmp_path: Path
     ) -> None:
@@ -329,7 +342,7 @@ class TestLocksMoveForward:
         with pytest.raises(PromotionRefused, match="is no lock"):
             store_of(client).revoke_lock("bot", version, "by mistake")
 
-    @pytest.mark.parametrize("created", ["2020-01-31T12:00:00+00:00", None])
+    @pytest.mark.parametrize("created", ["2020-01-31T12:00:00+00:00", "2999-01-31T12:00:00+00:00", None])
     def test_a_policy_may_want_young_locks(
         self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, created: str | None
     ) -> None:

@@ -634,3 +634,9 @@ def test_promotions_at_the_same_time_give_one_locked_version_and_an_unbroken_cha
     assert len(rows) == 1
     assert rows[0]["location"] == state_of(client, "bot", version)["location"]
     assert biases_of(mlflow.pyfunc.load_model("models:/bot@champion")._model_impl.pipeline.model)
+
+
+def test_prompts_of_mlflow_get_gated_aliases_and_nothing_is_read_for_them(client: MlflowClient) -> None:
+    prompt = mlflow.register_prompt(name="greeting", template="Hello {{name}}")
+    mlflow.set_prompt_alias("greeting", "champion", prompt.version)
+    assert mlflow.load_prompt("prompts:/greeting@champion").template == "Hello {{name}}"
