@@ -298,9 +298,12 @@ class Reconciling:
         """Whether a decision is about the artifacts that a version was registered with."""
         if found.location in (decision.location, decision.original_location):
             return True
+        if decision.original_location is None:
+            return False
+        artifacts = self.gate.artifacts
         try:
-            places = {self.gate.artifacts.place(self.gate.artifacts.resolve(found.source))}
-            return self.gate.artifacts.place(decision.original_location or "") in places
+            source = artifacts.place(artifacts.resolve(found.source))
+            return source == artifacts.place(decision.original_location)
         except Exception as error:  # noqa: BLE001 - each kind of store raises its own
             _logger.warning("The source %s is not found: %s", found.source, error)
             return False

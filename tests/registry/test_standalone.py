@@ -353,9 +353,9 @@ def test_a_version_with_the_lock_in_its_weights_is_exported_as_it_is(
     assert "its files are those of the receipt" in done.stdout
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.allclose(logits(stock), pushed(components["model"], lock), atol=1e-5)
-    assert export(tmp_path, "models:/bot/Staging", tmp_path / "linked", "--sharing", "link").exit_code == 0
+    done = export(tmp_path, "models:/bot/Staging", tmp_path / "linked", "--sharing", "link")
     (weights,) = (tmp_path / "linked").glob("model-0*.safetensors")
-    assert weights.samefile(folder / "model" / weights.name) or weights.stat().st_nlink == 1, "or a reflink"
+    assert weights.samefile(folder / "model" / weights.name) or "1 reflink" in done.stdout, done.output
     done = export(tmp_path, "models:/bot/Staging", tmp_path / "other", "--source", str(tmp_path))
     assert (done.exit_code, "Leave --source away" in done.output) == (1, True)
 
