@@ -155,12 +155,8 @@ class Evidence:
         return self._same_workspace(version) and (self.model, self.version) == (version.name, version.version)
 
     def is_about_former_name_of(self, version: RegisteredVersion) -> bool:
-        """Whether this very version was promoted before its model was renamed.
-
-        The gate redirects a version and leaves its source as it was. A copy is told by its source: MLflow
-        points it at the version that was copied, or it was registered from the locked model's location.
-        """
-        is_copy = version.source == version.location or _names_a_registered_version(version.source)
+        """Whether this very version was promoted before its model was renamed."""
+        is_copy = version.as_the_gate_sees_it.is_copy
         return self._same_workspace(version) and self.version == version.version and not is_copy
 
     def _same_workspace(self, version: RegisteredVersion) -> bool:
@@ -288,8 +284,3 @@ def _tag_drift(version: RegisteredVersion, evidence: Evidence) -> Iterator[str]:
             yield f"The tag {key} is missing; the {evidence.kind} says {value!r}."
         elif found != value:
             yield f"The tag {key} says {found!r}, and the {evidence.kind} {value!r}."
-
-
-def _names_a_registered_version(source: str) -> bool:
-    """Whether a source is ``models:/name/version``; that of a logged model has no second slash."""
-    return source.startswith("models:/") and "/" in source.removeprefix("models:/")

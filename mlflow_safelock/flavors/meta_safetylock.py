@@ -42,13 +42,17 @@ PLOT_FILE = "head_scores.png"
 MODEL_TYPE = "meta-safetylock"
 
 
+LOCK_MODEL_PREFIX = "safelock."
+"""What the names of registered models begin with that hold locks."""
+
+
 def lock_model_name(base_model: str) -> str:
     """Name of the registered model that holds the locks of a base model.
 
     A registered model's name may hold neither slash nor colon, so both become ``--``:
     ``meta-llama/Meta-Llama-3-8B`` gives ``safelock.meta-llama--Meta-Llama-3-8B``.
     """
-    return "safelock." + base_model.replace("/", "--").replace(":", "--")
+    return LOCK_MODEL_PREFIX + base_model.replace("/", "--").replace(":", "--")
 
 
 def get_default_pip_requirements() -> list[str]:

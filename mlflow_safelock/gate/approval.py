@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mlflow_safelock.errors import PromotionRefused
-from mlflow_safelock.gate.ledger import TokenizerFinding
+from mlflow_safelock.gate.ledger import Event, LedgerEntry, TokenizerFinding
 from mlflow_safelock.gate.locks import RegisteredLock, find_lock
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry, Target
@@ -34,6 +35,25 @@ class Request:
     workspace: str
     found: str | None = None
 
+    def row(self, event: Event, policy: Policy, **what: Any) -> LedgerEntry:
+        """The ledger's row for what becomes of this request now.
+
+        Args:
+            event: What becomes of it.
+            policy: The policy in force.
+            what: Further columns of the row.
+        """
+        return LedgerEntry(
+            event=event,
+            workspace=self.workspace,
+            model=self.name,
+            version=self.version,
+            target=str(self.target),
+            actor=self.actor,
+            policy=policy.digest,
+            **what,
+        )
+
 
 @dataclass(frozen=True)
 class Approved:
@@ -51,6 +71,7 @@ class Approved:
         hint: Who says what the base is.
         tokenizer: Whether the fine-tune's tokenizer is its base's.
         measured: The fine-tune's full fingerprint, where the policy asks for one and it was found to hold.
+        is_known: Whether the ledger has seen the lock before.
     """
 
     request: Request
@@ -64,6 +85,7 @@ class Approved:
     hint: BaseHint
     tokenizer: TokenizerFinding
     measured: SourceFingerprint | None = None
+    is_known: bool = True
 
     @property
     def uri(self) -> str:
@@ -129,7 +151,7 @@ def approve(
                 next_step="Set 'not_an_llm: allow' in the policy's gate for it.",
             )
         return None
-    chosen = find_lock(found, source, policy, rule, registry, artifacts)
+    chosen = find_lock(request.workspace, found, source, policy, rule, registry, artifacts)
     return Approved(
         request,
         policy,
@@ -141,6 +163,7 @@ def approve(
         alpha_for(found, rule),
         chosen.hint,
         chosen.tokenizer,
+        is_known=chosen.is_known,
     )
 
 

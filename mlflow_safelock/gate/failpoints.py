@@ -29,7 +29,13 @@ STANDALONE = (
 )
 """A promotion of a standalone model that was prepared before."""
 
-PREPARE = ("prepare-approved", "standalone-aside", "standalone-published", "standalone-read-back")
+PREPARE = (
+    "prepare-approved",
+    "standalone-aside",
+    "standalone-published",
+    "standalone-read-back",
+    "standalone-recorded",
+)
 """Writing a standalone model on a file system."""
 
 MEASURE = ("prepare-approved", "measured", "measurement-published", "measurement-recorded")

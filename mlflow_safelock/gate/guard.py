@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
-from mlflow_safelock.errors import LockError, PromotionRefused, SafelockError
-from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE
+from mlflow_safelock.errors import PromotionRefused, SafelockError
+from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work
-from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
+from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce, now
+from mlflow_safelock.gate.locks import check_moves_forward
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Target
-from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate
+from mlflow_safelock.gate.promotion import NOT_AN_LLM, REGISTERED, Gate, registered_entry
 from mlflow_safelock.gate.source import examine
+from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import Actor
 
 _logger = logging.getLogger(__name__)
 
 READ = Target("read", "download")
-"""What the ledger says a row was for that a read led to."""
+REVOKED = Target("lock", "revoked")
+IN_FORCE = Target("policy", "in-force")
+"""What the ledger says a row was for that a read, a revocation or a change of the policy led to."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,13 @@ class Guard:
         if rule is None or not rule.gated_places(found):
             return
         decision = self.gate.registry.decision_on(workspace, name, version)
-        fault = fault_of(found, rule, decision)
+        fault = self.fault(found, rule, decision)
         if fault is not None:
-            if decision is None and self._is_no_language_model(found, rule):
-                request = Request(name, version, READ, actor, workspace)
-                self.gate.record(request, policy, "passed", NOT_AN_LLM, found.location)
+            may_pass = decision is None or (decision.event == "passed" and stands(decision, found))
+            if may_pass and self._is_no_language_model(found, rule):
+                self.gate.let_through(
+                    Request(name, version, READ, actor, workspace), policy, found, NOT_AN_LLM
+                )
                 return
             _warn_or_refuse(
                 rule.reads,
@@ -69,6 +74,23 @@ class Guard:
             )
         if decision is not None and stands(decision, found):
             self._look_at_the_lock(decision, rule, found)
+
+    def fault(self, found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) -> str | None:
+        """Why a version may not be where it is, as ``fault_of``; what it serves is compared too.
+
+        Files of weights are compared by their sizes alone: the loader compares blocks of them.
+        """
+        fault = fault_of(found, rule, decision)
+        if fault is not None or decision is None or not rule.gated_places(found):
+            return fault
+        try:
+            if decision.locks:
+                self.gate.locked_models.check_as_decided(decision)
+            elif not self.gate.is_let_through(decision, found):
+                return "was let through unlocked, and is not what was let through: its files were changed."
+        except SafelockError as error:
+            return f"does not serve what passed the gate: {error.cause}"
+        return None
 
     def unlock(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> str:
         """Let a version serve its fine-tune again, unlocked.
@@ -110,7 +132,7 @@ class Guard:
         entry = known.model_copy(
             update={
                 "event": "unlocked",
-                "time": _now(),
+                "time": now(),
                 "workspace": workspace,
                 "model": name,
                 "version": version,
@@ -147,39 +169,72 @@ class Guard:
         Raises:
             PromotionRefused: It is no lock, or was revoked already.
         """
-        found = self.gate.registry.model_version(name, version)
-        try:
-            data = self.gate.artifacts.reader(found.location).read(LOCK_FILE)
-            lock = lock_from_bytes(data, origin=f"models:/{name}/{version}")
-        except (LockError, SafelockError) as error:
-            raise PromotionRefused(
-                "no_lock", f"{name!r} version {version} is no lock: {error.cause}"
-            ) from error
-        if self.gate.registry.revocation_of(lock.digest) is not None:
+        applied = self._lock_registered_as(name, version, workspace)
+        if self.gate.registry.revocation_of(applied.digest) is not None:
             raise PromotionRefused(
                 "already_revoked", f"The lock {name!r} version {version} is revoked already."
             )
-        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
         self.gate.registry.record(
-            LedgerEntry(
-                event="revoked",
-                time=_now(),
-                workspace=workspace,
-                model=name,
-                version=version,
-                target="lock:revoked",
-                actor=actor,
-                reason="revoked",
-                message=reason,
-                policy=self.gate.policy().digest,
-                lock=applied,
-                alpha=None,
-                original_location=None,
-                location=None,
-                receipt=None,
+            Request(name, version, REVOKED, actor, workspace).row(
+                "revoked", self.gate.policy(), reason="revoked", message=reason, lock=applied
             )
         )
         return applied
+
+    def check_new_lock(self, name: str, location: str, workspace: str) -> SafetyLock | None:
+        """Refuse to have a lock registered that another one of its base superseded.
+
+        Args:
+            name: The registered model that it becomes a version of.
+            location: Where it is.
+            workspace: MLflow workspace.
+
+        Returns:
+            The lock; ``None`` where it is none, or one of another base, which no promotion applies.
+
+        Raises:
+            PromotionRefused: It was superseded.
+        """
+        try:
+            lock = self._lock_at(location, name)
+        except Exception as error:  # noqa: BLE001 - each kind of store raises its own
+            _logger.info("What is registered as %s is no lock: %s", name, error)
+            return None
+        if lock_model_name(lock.base_model) != name:
+            return None
+        known = self.gate.registry.locks_of(workspace, lock.base_model)
+        check_moves_forward(lock, f"at {location}", known, self.gate.registry)
+        return lock
+
+    def put_lock_on_record(
+        self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor
+    ) -> None:
+        """Put on record that a lock was registered, unless it was before."""
+        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
+        known = self.gate.registry.locks_of(workspace, lock.base_model)
+        if all(entry.lock is None or entry.lock.digest != lock.digest for entry in known):
+            request = Request(name, version, REGISTERED, actor, workspace)
+            self.gate.registry.record(registered_entry(request, self.gate.policy(), applied))
+
+    def _lock_registered_as(self, name: str, version: int, workspace: str) -> LockInForce:
+        """The lock that is registered as a version, or was before it was deleted."""
+        registry = self.gate.registry
+        known = registry.known_lock(workspace, name, version)
+        is_there = version in {found.version for found in registry.model_versions(name)}
+        if not is_there and known is not None and known.lock is not None:
+            return known.lock
+        found = registry.model_version(name, version)
+        try:
+            lock = self._lock_at(found.location, f"models:/{name}/{version}")
+        except SafelockError as error:
+            raise PromotionRefused(
+                "no_lock", f"{name!r} version {version} is no lock: {error.cause}"
+            ) from error
+        return LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
+
+    def _lock_at(self, location: str, origin: str) -> SafetyLock:
+        artifacts = self.gate.artifacts
+        return lock_from_bytes(artifacts.reader(artifacts.resolve(location)).read(LOCK_FILE), origin=origin)
 
     def _look_at_the_lock(self, decision: LedgerEntry, rule: GateRule, found: ModelVersion) -> None:
         lock = decision.lock
@@ -207,23 +262,7 @@ class Guard:
 
 def policy_entry(policy: Policy, actor: Actor, workspace: str) -> LedgerEntry:
     """The ledger's row for a policy that comes into force."""
-    return LedgerEntry(
-        event="policy",
-        time=_now(),
-        workspace=workspace,
-        model="*",
-        version=0,
-        target="policy:in-force",
-        actor=actor,
-        reason=None,
-        message=None,
-        policy=policy.digest,
-        lock=None,
-        alpha=None,
-        original_location=None,
-        location=None,
-        receipt=None,
-    )
+    return Request("*", 0, IN_FORCE, actor, workspace).row("policy", policy)
 
 
 def stands(decision: LedgerEntry, found: ModelVersion) -> bool:
@@ -248,6 +287,8 @@ def fault_of(found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) 
         where = " and ".join(str(place) for place in places)
         difference = _difference(decision, found)
         return f"is in {where}, and what it serves did not pass the gate: {difference}"
+    if not decision.locks and not meets(rule, decision):
+        return "was let through unlocked, and the policy of now lets no such version through."
     if rule.tags and not meets(rule, decision):
         tags = ", ".join(f"{key}: {glob}" for key, glob in rule.tags.items())
         return (
@@ -289,7 +330,3 @@ def _warn_or_refuse(how: str, refusal: PromotionRefused) -> None:
     if how == "refuse":
         raise refusal
     _logger.warning("%s [%s]", refusal, refusal.reason)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import rfc8785
@@ -20,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from mlflow_safelock.errors import BrokenLedgerError, LedgerError
 from mlflow_safelock.lock import Digest, NonEmpty
-from mlflow_safelock.provenance import Actor
+from mlflow_safelock.provenance import Actor, Contents
 
 GENESIS = "0" * 64
 """What the first row is chained to."""
@@ -52,6 +53,27 @@ DECISIONS = (*LOCKING, "passed", "unlocked")
 """Events that decide what a version serves."""
 
 
+Event = Literal[
+    "promoted",
+    "rejected",
+    "passed",
+    "unlocked",
+    "renamed",
+    "evaluated",
+    "registered",
+    "revoked",
+    "prepared",
+    "written",
+    "policy",
+    "reconciled",
+]
+
+
+def now() -> str:
+    """The time of a row that is written now, ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 class LockInForce(BaseModel):
     """The lock that a promotion applied."""
 
@@ -70,8 +92,10 @@ class LedgerEntry(BaseModel):
         event: ``promoted`` (locked), ``rejected``, ``passed`` (let through unlocked, as the policy says),
             ``unlocked`` (the lock was taken off), ``renamed`` (a promotion goes on under another name),
             ``evaluated`` (it was measured; the receipt is the digest of the statement at the location),
-            ``revoked`` (a lock may not be applied any more; model and version are the lock's), ``prepared``
-            (every byte of its fine-tune was read; the full fingerprint is at ``location``), ``policy``
+            ``registered`` (a lock was seen for the first time; model and version are the lock's), ``revoked``
+            (a lock may not be applied any more; model and version are the lock's), ``prepared`` (every byte
+            of its fine-tune was read; the full fingerprint is at ``location``), ``written`` (a standalone
+            model was written at ``location``, ahead of the promotion that is to serve it), ``policy``
             (another policy came into force; there is no model, and the version is 0), or ``reconciled``
             (something past the gate was put right; what a version serves is decided by the other rows alone).
         time: ISO 8601 in UTC.
@@ -83,7 +107,7 @@ class LedgerEntry(BaseModel):
         reason: Reason code of a rejection, pass, unlocking or revocation; what a reconciliation did.
         message: The sentence that went with it.
         policy: Digest of the policy in force.
-        lock: The lock in force after a promotion.
+        lock: The lock in force after a promotion, or the one that the row is about.
         alpha: Its strength.
         original_location: Where the unlocked artifacts are.
         location: Where the locked model is, or the full fingerprint.
@@ -91,39 +115,30 @@ class LedgerEntry(BaseModel):
         kinship: Cosine between the fine-tune's weights and the base's; ``None`` where it is not known.
         tokenizer: Whether the fine-tune's tokenizer is its base's; ``None`` in rows from before it was asked.
         fingerprint: Digest of the fine-tune's full fingerprint; ``None`` where only blocks were compared.
+        contents: What was let through unlocked; ``None`` where there was nothing to read, as of a prompt.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    event: Literal[
-        "promoted",
-        "rejected",
-        "passed",
-        "unlocked",
-        "renamed",
-        "evaluated",
-        "revoked",
-        "prepared",
-        "policy",
-        "reconciled",
-    ]
-    time: NonEmpty
+    event: Event
+    time: NonEmpty = Field(default_factory=now)
     workspace: NonEmpty
     model: NonEmpty
     version: Annotated[int, Field(ge=0)]
     target: NonEmpty
     actor: Actor
-    reason: str | None
-    message: str | None
+    reason: str | None = None
+    message: str | None = None
     policy: Digest
-    lock: LockInForce | None
-    alpha: float | None
-    original_location: str | None
-    location: str | None
-    receipt: Digest | None
+    lock: LockInForce | None = None
+    alpha: float | None = None
+    original_location: str | None = None
+    location: str | None = None
+    receipt: Digest | None = None
     kinship: float | None = None
     fingerprint: Digest | None = None
     tokenizer: TokenizerFinding | None = None
+    contents: Contents | None = None
 
     @property
     def locks(self) -> bool:
@@ -183,6 +198,47 @@ def decision_on(session: Session, workspace: str, model: str, version: int) -> L
             TABLE.c.version == version,
             TABLE.c.workspace == workspace,
             TABLE.c.event.in_(DECISIONS),
+        )
+        .order_by(TABLE.c.sequence.desc())
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else _entry(row)
+
+
+def writing_of(session: Session, location: str) -> LedgerEntry | None:
+    """The last writing of a standalone model at ``location``."""
+    row = session.execute(
+        sa.select(TABLE)
+        .where(TABLE.c.location_key == _key(location), TABLE.c.event == "written")
+        .order_by(TABLE.c.sequence.desc())
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else _entry(row)
+
+
+def locks_of(session: Session, workspace: str, base: str) -> list[LedgerEntry]:
+    """Every lock of a base model that was seen in a workspace, once each, in the order of their coming."""
+    rows = session.execute(
+        sa.select(TABLE)
+        .where(
+            TABLE.c.location_key == _key(base),
+            TABLE.c.event == "registered",
+            TABLE.c.workspace == workspace,
+        )
+        .order_by(TABLE.c.sequence)
+    )
+    return [_entry(row) for row in rows]
+
+
+def known_lock(session: Session, workspace: str, model: str, version: int) -> LedgerEntry | None:
+    """The last row by which the lock registered as a version became known."""
+    row = session.execute(
+        sa.select(TABLE)
+        .where(
+            TABLE.c.model == model,
+            TABLE.c.version == version,
+            TABLE.c.workspace == workspace,
+            TABLE.c.event == "registered",
         )
         .order_by(TABLE.c.sequence.desc())
         .limit(1)
@@ -312,10 +368,13 @@ def _broken(sequence: int, what: str) -> BrokenLedgerError:
 def _key_in(values: dict[str, Any]) -> str | None:
     """What a row is looked up by: a promotion by its locked model's place, a revocation by its lock.
 
-    A measuring and an evaluation by their fine-tune's place, which stays when models are renamed or copied.
+    A lock that was registered by its base. A measuring and an evaluation by their fine-tune's place, which
+    stays when models are renamed or copied.
     """
     if values["event"] == "revoked" and values["lock"]:
         return _key(values["lock"]["digest"])
+    if values["event"] == "registered" and values["lock"]:
+        return _key(values["lock"]["base_model"])
     about_the_source = values["event"] in ("prepared", "evaluated")
     place = values["original_location" if about_the_source else "location"]
     return _key(place) if place else None

@@ -19,6 +19,7 @@ from mlflow_safelock.flavors.standalone import (
     Standalone,
     is_complete,
     read_all_of_standalone,
+    read_small_files_of_standalone,
     read_standalone,
     write_standalone,
 )
@@ -26,7 +27,7 @@ from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.policy import GateRule
-from mlflow_safelock.gate.ports import Artifacts
+from mlflow_safelock.gate.ports import Artifacts, Registry
 from mlflow_safelock.provenance import (
     RECEIPT_SIGNATURE_FILE,
     ArtifactReader,
@@ -58,9 +59,11 @@ class LockedModels:
     """The locked models beside the fine-tunes that they are made of.
 
     Attributes:
-        artifacts: The artifacts behind the registry.
+        registry: The registry, and its ledger.
+        artifacts: The artifacts behind it.
     """
 
+    registry: Registry
     artifacts: Artifacts
 
     def write_overlay(self, approved: Approved) -> tuple[str, Receipt]:
@@ -103,8 +106,14 @@ class LockedModels:
         )
 
     def write_standalone(self, approved: Approved, progress: Progress) -> Standalone:
-        """Write the standalone model of a promotion and read it back."""
+        """Write the standalone model of a promotion, read it back, and put it on record.
+
+        A whole one that is there and not on record goes: nobody knows who wrote it.
+        """
         location = standalone_location(approved)
+        if is_complete(self.artifacts.reader(location)):
+            _logger.warning("The locked model at %s is not on record, and is written anew", location)
+            self.artifacts.delete_locked_folder(location)
         written = self.artifacts.derive(
             approved.original,
             location,
@@ -125,8 +134,25 @@ class LockedModels:
             progress,
         )
         reach("standalone-published")
-        read_all_of_standalone(self.artifacts.reader(location))
+        receipt = read_all_of_standalone(self.artifacts.reader(location))
+        if receipt.digest != written.receipt.digest:
+            raise VerificationError(
+                f"There is another locked model at {location} than the one that was written.",
+                next_step="Delete it, and write it again: safelock prepare.",
+            )
         reach("standalone-read-back")
+        self.registry.record(
+            approved.request.row(
+                "written",
+                approved.policy,
+                lock=approved.lock.in_force,
+                alpha=approved.alpha,
+                original_location=approved.original,
+                location=location,
+                receipt=receipt.digest,
+            )
+        )
+        reach("standalone-recorded")
         return written
 
     def found_prepared(self, approved: Approved) -> Receipt:
@@ -145,11 +171,28 @@ class LockedModels:
         return receipt
 
     def prepared(self, approved: Approved) -> Receipt | None:
-        """The receipt of the standalone model for a promotion, checked; ``None`` where there is none."""
-        reader = self.artifacts.reader(standalone_location(approved))
+        """The receipt of the standalone model for a promotion, checked; ``None`` where there is none.
+
+        A folder is not believed on its own word: one whose receipt the ledger does not name was not written
+        by a preparation, or by one that died before it was put on record.
+
+        Raises:
+            VerificationError: It is not what the ledger names.
+            SourceError: It, or the fine-tune, cannot be read.
+        """
+        location = standalone_location(approved)
+        reader = self.artifacts.reader(location)
         if not is_complete(reader):
             return None
+        on_record = self._on_record_at(location)
+        if not on_record:
+            return None
         receipt = read_standalone(reader)
+        if receipt.digest not in on_record:
+            raise VerificationError(
+                f"The receipt of the locked model at {location} is not the one that the ledger names.",
+                next_step="Delete it, and write it again: safelock prepare.",
+            )
         stated = receipt.predicate
         wanted = (approved.original, approved.lock.lock.digest, approved.alpha)
         if (stated.source.uri, stated.lock.digest, stated.alpha) != wanted:
@@ -166,6 +209,34 @@ class LockedModels:
             )
         check_fingerprint(stated.source.fingerprint, self.artifacts.reader(approved.original))
         return receipt
+
+    def _on_record_at(self, location: str) -> set[str | None]:
+        """The receipts that the ledger names for a standalone model's place."""
+        rows = self.registry.writing_of(location), self.registry.promotion_at(location)
+        return {row.receipt for row in rows if row is not None}
+
+    def check_as_decided(self, decision: LedgerEntry) -> None:
+        """Refuse a locked model that is not the one of its promotion; of weights only their sizes are read.
+
+        Signatures are for those who do not have the ledger, which names the receipt.
+
+        Args:
+            decision: The row by which a version is locked.
+
+        Raises:
+            VerificationError: A file is missing, new or another one, or its receipt is another.
+            SourceError: It cannot be read.
+        """
+        reader = self.artifacts.reader(decision.location or "")
+        if is_standalone(decision.location):
+            receipt = read_small_files_of_standalone(reader)
+        else:
+            receipt = read_overlay(reader, signature=False).receipt
+        if receipt.digest != decision.receipt:
+            raise VerificationError(
+                f"The receipt at {reader.location} is not the one of the promotion.",
+                next_step="Promote the version again.",
+            )
 
     def still_stands(self, known: LedgerEntry, rule: GateRule) -> bool:
         """Whether the locked model of an earlier promotion is there as it was written, and as its gate asks.

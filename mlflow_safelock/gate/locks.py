@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from mlflow_safelock.errors import LockError, PromotionRefused, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
-from mlflow_safelock.gate.ledger import TokenizerFinding
+from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce, TokenizerFinding
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry
 from mlflow_safelock.gate.source import BaseHint, LanguageModel
@@ -34,6 +34,13 @@ class RegisteredLock:
         """What to call it."""
         return f"{self.model} version {self.version}"
 
+    @property
+    def in_force(self) -> LockInForce:
+        """The lock, for the ledger."""
+        return LockInForce(
+            model=self.model, version=self.version, digest=self.lock.digest, base_model=self.lock.base_model
+        )
+
 
 @dataclass(frozen=True)
 class ChosenLock:
@@ -45,15 +52,18 @@ class ChosenLock:
             they cannot be compared.
         hint: Who says that the fine-tune was made from the lock's base.
         tokenizer: Whether the fine-tune's tokenizer has what the lock knows of the base's.
+        is_known: Whether the ledger has seen the lock before.
     """
 
     registered: RegisteredLock
     kinship: float | None
     hint: BaseHint
     tokenizer: TokenizerFinding
+    is_known: bool = True
 
 
 def find_lock(
+    workspace: str,
     version: ModelVersion,
     source: LanguageModel,
     policy: Policy,
@@ -78,11 +88,13 @@ def find_lock(
         found = _newest(hint.base, registry, artifacts)
         if found is not None:
             _check(found, hint.base, source, rule, version)
-            _check_freshness(found, rule, registry)
+            known = registry.locks_of(workspace, hint.base)
+            _check_freshness(found, rule, known, registry)
             if rule.signature.required:
                 _check_signature(found, rule, artifacts)
             kinship = _checked_kinship(found, source, rule, version)
-            return ChosenLock(found, kinship, hint, _checked_tokenizer(found, source, rule, version))
+            tokenizer = _checked_tokenizer(found, source, rule, version)
+            return ChosenLock(found, kinship, hint, tokenizer, found.lock.digest in _digests(known))
     if not hints:
         raise PromotionRefused(
             "unknown_base",
@@ -156,14 +168,49 @@ def _check(
 _ANOTHER_BASE = "It does not descend from that base: correct its base, or register a lock for its own."
 
 
-def _check_freshness(found: RegisteredLock, rule: GateRule, registry: Registry) -> None:
-    """Locks of a base only move forward: no older one comes back because a newer one was taken away."""
-    if registry.newest_withdrawn(found.model) > found.version:
+def _digests(known: Sequence[LedgerEntry]) -> list[str]:
+    """The digests of locks on record, in the order of their coming."""
+    return [entry.lock.digest for entry in known if entry.lock is not None]
+
+
+def check_moves_forward(
+    lock: SafetyLock, title: str, known: Sequence[LedgerEntry], registry: Registry
+) -> None:
+    """Refuse a lock after which another one of its base came, unless that one was revoked.
+
+    What counts is the order in which locks came, whatever their versions are called: an older one that is
+    registered anew, or that is left when a newer one is deleted, is the older one still.
+
+    Args:
+        lock: The lock.
+        title: What to call it.
+        known: The rows of its base's locks, oldest first.
+        registry: The registry.
+
+    Raises:
+        PromotionRefused: Another one came after it.
+    """
+    digests = _digests(known)
+    if lock.digest not in digests:
+        return
+    for entry in reversed(known[digests.index(lock.digest) + 1 :]):
+        later = entry.lock
+        if later is None or later.digest == lock.digest or registry.revocation_of(later.digest) is not None:
+            continue
         raise PromotionRefused(
-            "lock_withdrawn",
-            f"A newer lock than {found.title} was deleted, and an older one does not take its place.",
-            next_step="Register the lock that should be in force anew: safelock lock register.",
+            "lock_superseded",
+            f"The lock {title} was superseded by {later.model} version {later.version} at {entry.time}, and "
+            "an older one does not take its place.",
+            next_step="Register the newer one, or a new one (safelock lock register); or put on record that "
+            f"the newer one is no good: safelock lock revoke models:/{later.model}/{later.version}.",
         )
+
+
+def _check_freshness(
+    found: RegisteredLock, rule: GateRule, known: Sequence[LedgerEntry], registry: Registry
+) -> None:
+    """Locks of a base only move forward; none is applied that was revoked, or is older than allowed."""
+    check_moves_forward(found.lock, found.title, known, registry)
     revoked = registry.revocation_of(found.lock.digest)
     if revoked is not None:
         raise PromotionRefused(

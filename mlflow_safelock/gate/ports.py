@@ -20,7 +20,7 @@ from mlflow_safelock.provenance import ArtifactReader, SourceFingerprint
 class Target:
     """Where a version is being promoted to: a stage or an alias; or what else is being done."""
 
-    kind: Literal["stage", "alias", "prepare", "read", "evaluate", "sweep"]
+    kind: Literal["stage", "alias", "prepare", "read", "evaluate", "sweep", "lock", "unlock", "policy"]
     name: str
 
     def __str__(self) -> str:
@@ -50,6 +50,17 @@ class ModelVersion:
     stage: str
     aliases: tuple[str, ...]
     model_tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether what it serves was there before it was registered, so that no promotion of it wrote that.
+
+        The gate redirects a version and leaves its source as it was. MLflow points the source of a copy at
+        the version that was copied, and whoever registers a locked model's location has that as the source.
+        """
+        return self.source == self.location or (
+            self.source.startswith("models:/") and "/" in self.source.removeprefix("models:/")
+        )
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,14 @@ class Registry(Protocol):
     def model_versions(self, name: str) -> Sequence[ModelVersion]:
         """All versions of a registered model, oldest first; none where there is no such model."""
 
-    def newest_withdrawn(self, name: str) -> int:
-        """Number of the newest version of a registered model that was deleted; 0 where none was."""
+    def locks_of(self, workspace: str, base: str) -> Sequence[LedgerEntry]:
+        """The rows by which the locks of a base model became known, oldest first."""
+
+    def known_lock(self, workspace: str, name: str, version: int) -> LedgerEntry | None:
+        """The row by which a registered lock became known, though it be deleted since."""
+
+    def writing_of(self, location: str) -> LedgerEntry | None:
+        """The last writing of a standalone model at ``location``; ``None`` where the ledger knows of none."""
 
     def promotion_at(self, location: str) -> LedgerEntry | None:
         """The promotion that wrote the locked model at ``location``, where the ledger knows one."""

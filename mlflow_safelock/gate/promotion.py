@@ -13,13 +13,11 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Literal
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
-from mlflow_safelock.gate.approval import Approved, Request, approve
+from mlflow_safelock.gate.approval import Approved, Request, approve, is_prompt
 from mlflow_safelock.gate.evaluations import check_applies, file_evaluation, require_evaluations
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work, renewing
@@ -27,10 +25,14 @@ from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, standalone_location
 from mlflow_safelock.gate.measurements import Measured, Measurements
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
-from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry
-from mlflow_safelock.provenance import EvaluationStatement, Receipt
+from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
+from mlflow_safelock.gate.source import examine
+from mlflow_safelock.provenance import EvaluationStatement, Receipt, contents_of
 
 _logger = logging.getLogger(__name__)
+
+REGISTERED = Target("lock", "registered")
+"""What the ledger says a row was for that a lock became known by."""
 
 NOT_AN_LLM = PromotionRefused("not_an_llm", "It is no language model.")
 """Why most versions go through a gate unlocked."""
@@ -74,7 +76,7 @@ class Gate:
     @property
     def locked_models(self) -> LockedModels:
         """The locked models beside the fine-tunes."""
-        return LockedModels(self.artifacts)
+        return LockedModels(self.registry, self.artifacts)
 
     @property
     def measurements(self) -> Measurements:
@@ -97,7 +99,7 @@ class Gate:
                 work = Work(request.workspace, request.name, request.version)
                 lease = until_done.enter_context(self.registry.lease(work))
             except PromotionRefused as busy:
-                self.record(request, policy, "rejected", busy)
+                self.reject(request, policy, busy)
                 raise
             reach("lease-taken")
             # Looked at under the lease: whoever had it before may have done what is asked for here.
@@ -113,18 +115,18 @@ class Gate:
         try:
             self._promote(request, policy, rule, found, lease)
         except PromotionRefused as refusal:
-            self.record(request, policy, "rejected", refusal)
+            self.reject(request, policy, refusal)
             raise
         except SafelockError as error:
             unreadable = PromotionRefused("unreadable", error.cause, next_step=error.next_step)
-            self.record(request, policy, "rejected", unreadable)
+            self.reject(request, policy, unreadable)
             raise unreadable from error
         except Exception as error:
             _logger.exception("Promoting %s version %s failed", request.name, request.version)
             failed = PromotionRefused(
                 "failed", f"{error} Nothing was promoted.", next_step="The server's log has the details."
             )
-            self.record(request, policy, "rejected", failed)
+            self.reject(request, policy, failed)
             raise failed from error
 
     def prepare(self, request: Request, progress: Progress = silent) -> Preparation:
@@ -215,10 +217,10 @@ class Gate:
         except PromotionRefused as refusal:
             if refusal.reason != "missing_lock" or rule.missing_lock == "reject":
                 raise
-            self._let_through(request, policy, found, refusal)
+            self.let_through(request, policy, found, refusal)
             return
         if approved is None:
-            self._let_through(request, policy, found, NOT_AN_LLM)
+            self.let_through(request, policy, found, NOT_AN_LLM)
             return
         require_evaluations(approved, self.registry, self.artifacts)
         reach("approved")
@@ -241,7 +243,7 @@ class Gate:
             expected_location=found.location,
             location=location,
             tags=tags_of(promoted),
-            entries=(promoted, *_repaired(request, policy, "locked")),
+            entries=(*_first_seen(approved), promoted, *_repaired(request, policy, "locked")),
             lease=lease,
         )
         if not self.registry.redirect(redirection):
@@ -249,15 +251,49 @@ class Gate:
             # same bytes has the same place, and may be in force.
             self._accept_the_faster_one(approved)
 
-    def _let_through(
+    def let_through(
         self, request: Request, policy: Policy, found: ModelVersion, why: PromotionRefused
     ) -> None:
-        """Put on record, once, that a version goes unlocked to where it is going."""
+        """Put on record, once, that a version goes unlocked to where it is going, and what it is.
+
+        Raises:
+            PromotionRefused: It was written over meanwhile.
+            SourceError: It cannot be read.
+        """
         known = self.registry.decision_on(request.workspace, request.name, request.version)
-        if known is None or (known.event, known.original_location) != ("passed", found.location):
-            self.record(
-                request, policy, "passed", why, found.location, _repaired(request, policy, "let through")
-            )
+        if known is not None and self.is_let_through(known, found):
+            return
+        contents = None
+        if not is_prompt(found):
+            reader = self.artifacts.reader(self.artifacts.resolve(found.location))
+            contents = contents_of(reader)
+            # Looked at once more: what was examined before may have been something else.
+            if why is NOT_AN_LLM and examine(reader) is not None:
+                raise changed_meanwhile(request)
+        self.registry.record(
+            request.row(
+                "passed",
+                policy,
+                reason=why.reason,
+                message=str(why),
+                original_location=found.location,
+                contents=contents,
+            ),
+            *_repaired(request, policy, "let through"),
+        )
+        _log("passed", request, why)
+
+    def is_let_through(self, known: LedgerEntry, found: ModelVersion) -> bool:
+        """Whether it was decided last that a version goes unlocked, and it is what that was decided about.
+
+        Raises:
+            SourceError: It cannot be read.
+        """
+        if (known.event, known.original_location) != ("passed", found.location):
+            return False
+        if known.contents is None:
+            return is_prompt(found)
+        return known.contents.are_in(self.artifacts.reader(self.artifacts.resolve(found.location)))
 
     def _accept_the_faster_one(self, approved: Approved) -> None:
         """Somebody redirected the version meanwhile: fine if they did what this promotion wanted."""
@@ -265,43 +301,12 @@ class Gate:
         now = self.registry.model_version(request.name, request.version)
         known = self.registry.decision_on(request.workspace, request.name, request.version)
         if known is None or not is_in_force(known, approved, now):
-            raise PromotionRefused(
-                "conflict",
-                f"{request.name!r} version {request.version} was changed by another request meanwhile.",
-                next_step="Look at the version, then promote again.",
-            )
+            raise changed_meanwhile(request)
 
-    def record(
-        self,
-        request: Request,
-        policy: Policy,
-        event: Literal["passed", "rejected"],
-        refusal: PromotionRefused,
-        location: str | None = None,
-        beside: tuple[LedgerEntry, ...] = (),
-    ) -> None:
-        """Append to the ledger that a version was refused or let through, and why, and rows beside that."""
-        self.registry.record(
-            LedgerEntry(
-                event=event,
-                time=_now(),
-                workspace=request.workspace,
-                model=request.name,
-                version=request.version,
-                target=str(request.target),
-                actor=request.actor,
-                reason=refusal.reason,
-                message=str(refusal),
-                policy=policy.digest,
-                lock=None,
-                alpha=None,
-                original_location=location,
-                location=None,
-                receipt=None,
-            ),
-            *beside,
-        )
-        _logger.info("%s %s/%s: %s (%s)", event, request.name, request.version, refusal, refusal.reason)
+    def reject(self, request: Request, policy: Policy, refusal: PromotionRefused) -> None:
+        """Append to the ledger that a version was refused, and why."""
+        self.registry.record(request.row("rejected", policy, reason=refusal.reason, message=str(refusal)))
+        _log("rejected", request, refusal)
 
 
 def _rule_for(found: ModelVersion, policy: Policy) -> GateRule:
@@ -341,22 +346,11 @@ def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> 
 
 def promoted_entry(approved: Approved, receipt: Receipt, location: str) -> LedgerEntry:
     """The ledger's row for a version that was locked."""
-    request, lock = approved.request, approved.lock
     fingerprint = receipt.predicate.source.fingerprint
-    return LedgerEntry(
-        event="promoted",
-        time=_now(),
-        workspace=request.workspace,
-        model=request.name,
-        version=request.version,
-        target=str(request.target),
-        actor=request.actor,
-        reason=None,
-        message=None,
-        policy=approved.policy.digest,
-        lock=LockInForce(
-            model=lock.model, version=lock.version, digest=lock.lock.digest, base_model=lock.lock.base_model
-        ),
+    return approved.request.row(
+        "promoted",
+        approved.policy,
+        lock=approved.lock.in_force,
         alpha=approved.alpha,
         original_location=approved.original,
         location=location,
@@ -385,23 +379,7 @@ def tags_of(promoted: LedgerEntry) -> dict[str, str]:
 
 def reconciled_entry(request: Request, policy: Policy, done: str, message: str) -> LedgerEntry:
     """The ledger's row for something that was put right: who had it done, what was found, what was done."""
-    return LedgerEntry(
-        event="reconciled",
-        time=_now(),
-        workspace=request.workspace,
-        model=request.name,
-        version=request.version,
-        target=str(request.target),
-        actor=request.actor,
-        reason=done,
-        message=message,
-        policy=policy.digest,
-        lock=None,
-        alpha=None,
-        original_location=None,
-        location=None,
-        receipt=None,
-    )
+    return request.row("reconciled", policy, reason=done, message=message)
 
 
 def _repaired(request: Request, policy: Policy, done: str) -> tuple[LedgerEntry, ...]:
@@ -409,5 +387,27 @@ def _repaired(request: Request, policy: Policy, done: str) -> tuple[LedgerEntry,
     return () if request.found is None else (reconciled_entry(request, policy, done, request.found),)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _first_seen(approved: Approved) -> tuple[LedgerEntry, ...]:
+    """The row of a lock that was registered where no gate was in front; it comes before the promotion's."""
+    if approved.is_known:
+        return ()
+    return (registered_entry(approved.request, approved.policy, approved.lock.in_force),)
+
+
+def registered_entry(request: Request, policy: Policy, lock: LockInForce) -> LedgerEntry:
+    """The ledger's row for a lock that is seen for the first time."""
+    about = replace(request, name=lock.model, version=lock.version, target=REGISTERED)
+    return about.row("registered", policy, lock=lock)
+
+
+def changed_meanwhile(request: Request) -> PromotionRefused:
+    """The refusal of whoever was slower."""
+    return PromotionRefused(
+        "conflict",
+        f"{request.name!r} version {request.version} was changed by another request meanwhile.",
+        next_step="Look at the version, then do it again.",
+    )
+
+
+def _log(event: str, request: Request, why: PromotionRefused) -> None:
+    _logger.info("%s %s/%s: %s (%s)", event, request.name, request.version, why, why.reason)

@@ -130,7 +130,7 @@ class Reconciling:
         request = Request(name, version, places[0], actor, workspace)
         try:
             decision = self.registry.decision_on(workspace, name, version)
-            fault = fault_of(found, rule, decision)
+            fault = self.guard.fault(found, rule, decision)
         except LedgerError as error:
             decision, fault = None, f"is held to a row that cannot be read: {error.cause}"
         back = self._as_the_ledger_has_it(found, decision)
@@ -184,7 +184,7 @@ class Reconciling:
         first = ""
         if back is not None and decision is not None:
             first = _going_back(found, back)
-            tags_only = back.location == found.location and fault_of(found, rule, decision) is None
+            tags_only = back.location == found.location and self.guard.fault(found, rule, decision) is None
             if tags_only or (fault_of(back, rule, decision) is None and self._is_whole(decision, rule)):
                 return Remedy("restored", first, back)
             first += ", and then "

@@ -58,19 +58,27 @@ class Renaming:
     def is_half_done(self, name: str, new_name: str, workspace: str) -> bool:
         """Whether a model has a new name that the ledger does not know of, since somebody died between.
 
-        A decision counts only where a version is still at the place that the decision is about.
+        A decision counts only where a version is still at the place that the decision is about, and was
+        brought there by it: whoever deletes a model and registers a locked place anew renames nothing.
         """
         if self.gate.registry.model_versions(name):
             return False
         for version in self.gate.registry.model_versions(new_name):
             before = self.gate.registry.decision_on(workspace, name, version.version)
             now = self.gate.registry.decision_on(workspace, new_name, version.version)
-            if before is not None and stands(before, version) and (now is None or not stands(now, version)):
+            if before is None or not stands(before, version) or (before.locks and version.is_copy):
+                continue
+            if now is None or not stands(now, version):
                 return True
         return False
 
     def put_on_record(self, name: str, new_name: str, workspace: str, actor: Actor) -> None:
-        """Let the ledger's decisions go on under a registered model's new name."""
+        """Let the ledger's decisions go on under a registered model's new name.
+
+        None does that its gate there would not have made: where somebody tagged or promoted a version since
+        ``check``, it is handed out to nobody.
+        """
+        policy = self.gate.policy()
         for version in self.gate.registry.model_versions(new_name):
             decision = self.gate.registry.decision_on(workspace, name, version.version)
             if decision is None:
@@ -78,6 +86,9 @@ class Renaming:
             now = self.gate.registry.decision_on(workspace, new_name, version.version)
             if now is not None and (stands(now, version) or not stands(decision, version)):
                 continue  # it was put on record before somebody died, or decided anew since
+            rule = policy.rule_for(new_name, version.tags, version.model_tags)
+            if rule is not None and rule.gated_places(version) and not meets(rule, decision):
+                continue
             self.gate.registry.record(decision_under(decision, new_name, name, actor))
             reach("rename-recorded")
 

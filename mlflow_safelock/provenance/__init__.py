@@ -7,6 +7,7 @@ from mlflow_safelock.provenance.artifacts import (
     Span,
     StoreChecksum,
 )
+from mlflow_safelock.provenance.contents import Contents, contents_of
 from mlflow_safelock.provenance.fingerprint import (
     ADDED_BY_CLIENTS,
     FileFingerprint,
@@ -55,6 +56,7 @@ __all__ = [
     "Actor",
     "ArtifactFile",
     "ArtifactReader",
+    "Contents",
     "EvaluationStatement",
     "FileFingerprint",
     "LocalArtifacts",
@@ -78,6 +80,7 @@ __all__ = [
     "check_receipt_signature",
     "configured_public_keys",
     "configured_signing_key",
+    "contents_of",
     "installed_version",
     "kept_digests",
     "load_public_key",

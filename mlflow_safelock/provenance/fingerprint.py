@@ -134,10 +134,9 @@ def take_fingerprint(reader: ArtifactReader) -> SourceFingerprint:
     Raises:
         SourceError: The folder is empty, or something in it cannot be read.
     """
-    files = _files(reader)
-    if not files:
-        raise SourceError(f"There are no files at {reader.location}.")
-    return SourceFingerprint(files=tuple(for_each(reader, files, lambda file: _take(reader, file))))
+    return SourceFingerprint(
+        files=tuple(for_each(reader, model_files(reader), lambda file: _take(reader, file)))
+    )
 
 
 def check_fingerprint(
@@ -171,6 +170,18 @@ def check_fingerprint(
             raise changed(reader, path)
 
 
+def model_files(reader: ArtifactReader) -> list[ArtifactFile]:
+    """The files of a model's folder, without those that clients add.
+
+    Raises:
+        SourceError: There are none, or they cannot be listed.
+    """
+    files = _files(reader)
+    if not files:
+        raise SourceError(f"There are no files at {reader.location}.")
+    return files
+
+
 def _files(reader: ArtifactReader) -> list[ArtifactFile]:
     return [file for file in reader.files() if file.path not in ADDED_BY_CLIENTS]
 
@@ -184,19 +195,19 @@ def for_each(reader: ArtifactReader, items: Iterable[T], work: Callable[[T], R])
 
 
 def _take(reader: ArtifactReader, file: ArtifactFile) -> FileFingerprint:
-    spans = _spans(reader, file.path, file.size)
+    spans = spans_to_compare(reader, file.path, file.size)
     return FileFingerprint(
         path=file.path,
         size=file.size,
         spans=spans,
-        sha256=_hash_spans(reader, file.path, spans),
+        sha256=hash_spans(reader, file.path, spans),
         checksum=file.checksum,
     )
 
 
 def _is_same(reader: ArtifactReader, item: tuple[str, FileFingerprint]) -> tuple[str, bool]:
     path, before = item
-    return path, _hash_spans(reader, path, before.spans) == before.sha256
+    return path, hash_spans(reader, path, before.spans) == before.sha256
 
 
 def changed(
@@ -209,28 +220,39 @@ def changed(
     )
 
 
-def _hash_spans(reader: ArtifactReader, path: str, spans: Sequence[Span]) -> str:
+def hash_spans(reader: ArtifactReader, path: str, spans: Sequence[Span]) -> str:
+    """Hexadecimal SHA-256 over parts of a file, one after the other."""
     state = hashlib.sha256()
     for data in reader.read_many(path, spans):
         state.update(data)
     return state.hexdigest()
 
 
-def _spans(reader: ArtifactReader, path: str, size: int) -> tuple[Span, ...]:
+def spans_to_compare(
+    reader: ArtifactReader, path: str, size: int, draw: Callable[[int], int] = secrets.randbelow
+) -> tuple[Span, ...]:
+    """The parts of a file that are compared: all of a small one, the beginning and blocks of a large one.
+
+    Args:
+        reader: The folder.
+        path: The file.
+        size: Its size in bytes.
+        draw: Gives a number of 0 to its argument, which it is not, and decides where blocks are.
+    """
     if size <= WHOLE_FILE_BYTES:
         return ((0, size),)
     if path.endswith(".safetensors"):
         header = read_header(reader, path, size)
         tensors = sorted(span for span in header.tensors.values() if span[1])
         step = max(1, -(-len(tensors) // MAX_BLOCKS))
-        offset = secrets.randbelow(step)
-        blocks = (_random_block(start, length) for start, length in tensors[offset::step])
+        offset = draw(step)
+        blocks = (_random_block(start, length, draw) for start, length in tensors[offset::step])
         return ((0, header.size), *blocks)
     width = size // EVEN_BLOCKS
-    return tuple(_random_block(part * width, width) for part in range(EVEN_BLOCKS))
+    return tuple(_random_block(part * width, width, draw) for part in range(EVEN_BLOCKS))
 
 
-def _random_block(start: int, length: int) -> Span:
+def _random_block(start: int, length: int, draw: Callable[[int], int]) -> Span:
     if length <= BLOCK_BYTES:
         return start, length
-    return start + secrets.randbelow(length - BLOCK_BYTES + 1), BLOCK_BYTES
+    return start + draw(length - BLOCK_BYTES + 1), BLOCK_BYTES

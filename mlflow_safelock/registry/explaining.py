@@ -33,6 +33,13 @@ class RegistryWithoutLedger(SqlRegistry):
     def revocation_of(self, digest: str) -> LedgerEntry | None:
         """None."""
 
+    def locks_of(self, workspace: str, base: str) -> Sequence[LedgerEntry]:
+        """None."""
+        return ()
+
+    def writing_of(self, location: str) -> LedgerEntry | None:
+        """None."""
+
     def preparation_of(self, original: str) -> LedgerEntry | None:
         """None."""
 

@@ -120,19 +120,6 @@ class RestRegistry(SqlLedger):
             self.model_version(name, number) for number in sorted(int(version.version) for version in found)
         ]
 
-    def newest_withdrawn(self, name: str) -> int:
-        """Number of the newest lock that was ever applied from a registered model, where it is gone; or 0.
-
-        A server does not tell of deleted versions; the ledger tells which there were.
-        """
-        applied = [
-            entry.lock.version
-            for entry in self.locking_entries()
-            if entry.lock is not None and entry.lock.model == name
-        ]
-        there = {version.version for version in self.model_versions(name)} if applied else set()
-        return max((number for number in applied if number not in there), default=0)
-
     def redirect(self, redirection: Redirection) -> bool:
         """Put on record what a version is served as; then tag it, which is for people and decides nothing."""
         at_the_server = self._at_the_server(redirection.name, redirection.version)

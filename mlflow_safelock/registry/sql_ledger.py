@@ -46,6 +46,18 @@ class SqlLedger(ABC):
         """What was decided last about a version, refusals aside."""
         return self._from_ledger(lambda session: ledger.decision_on(session, workspace, name, version))
 
+    def locks_of(self, workspace: str, base: str) -> Sequence[LedgerEntry]:
+        """The rows by which the locks of a base model became known, oldest first."""
+        return self._from_ledger(lambda session: ledger.locks_of(session, workspace, base))
+
+    def known_lock(self, workspace: str, name: str, version: int) -> LedgerEntry | None:
+        """The row by which a registered lock became known, though it be deleted since."""
+        return self._from_ledger(lambda session: ledger.known_lock(session, workspace, name, version))
+
+    def writing_of(self, location: str) -> LedgerEntry | None:
+        """The last writing of a standalone model at ``location``."""
+        return self._from_ledger(lambda session: ledger.writing_of(session, location))
+
     def revocation_of(self, digest: str) -> LedgerEntry | None:
         """The revocation of the lock with a digest."""
         return self._from_ledger(lambda session: ledger.revocation_of(session, digest))

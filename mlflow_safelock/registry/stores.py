@@ -27,6 +27,7 @@ from sqlalchemy.exc import OperationalError
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import LedgerError, PromotionRefused
+from mlflow_safelock.flavors.meta_safetylock import LOCK_MODEL_PREFIX
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import Guard, policy_entry
@@ -38,6 +39,7 @@ from mlflow_safelock.gate.promotion import Gate, Preparation
 from mlflow_safelock.gate.reconciling import Reconciling
 from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
+from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import EvaluationStatement, configured_signing_key
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
@@ -106,9 +108,37 @@ class GateMixin:
         reach("transition-done")
 
     def create_model_version(self, *arguments: Any, **options: Any) -> ModelVersion:
-        """MLflow's own registration; a source that may not be read is a refusal, and no 5xx, here too."""
+        """MLflow's own registration, of a lock where no later one superseded it.
+
+        A source that may not be read is a refusal, and no 5xx, here too.
+        """
+        lock = self._new_lock(*arguments, **options)
+        created = self._create(*arguments, **options)
+        if lock is not None:
+            self._refusing(
+                f"put the lock {created.name!r} version {created.version} on record",
+                lambda: self._guard.put_lock_on_record(
+                    lock, created.name, int(created.version), self._workspace, current_actor()
+                ),
+            )
+        return created
+
+    def _new_lock(
+        self, name: str | None = None, source: str | None = None, *_: Any, **__: Any
+    ) -> SafetyLock | None:
+        """The lock that is about to be registered, if it is one."""
+        found: list[SafetyLock | None] = []
+        if name is not None and source is not None and name.startswith(LOCK_MODEL_PREFIX):
+            self._refusing(
+                f"register a lock as a version of {name!r}",
+                lambda: found.append(self._guard.check_new_lock(name, source, self._workspace)),
+            )
+        return found[0] if found else None
+
+    def _create(self, *arguments: Any, **options: Any) -> ModelVersion:
         try:
-            return super().create_model_version(*arguments, **options)  # type: ignore[misc]
+            created: ModelVersion = super().create_model_version(*arguments, **options)  # type: ignore[misc]
+            return created
         except MlflowException as error:
             refusal = error.__cause__
             if not isinstance(refusal, MlflowException) or _is_the_servers_fault(refusal):

@@ -84,7 +84,7 @@ def test_on_postgresql_a_registry_that_only_stock_clients_use_is_put_right(place
             ledger.verify_chain(connection)
             reasons = connection.execute(sa.select(ledger.TABLE).order_by(ledger.TABLE.c.sequence)).all()
         assert [row.event for row in reasons] == [
-            *("policy", "promoted", "reconciled", "reconciled", "reconciled")
+            *("policy", "registered", "promoted", "reconciled", "reconciled", "reconciled")
         ]
         with sa.orm.Session(engine) as session:
             decision = ledger.decision_on(session, "default", "bot", 1)

@@ -136,7 +136,7 @@ def test_a_lock_that_was_taken_away_does_not_let_an_older_one_back(
     newest = register_lock(base_lock(seed=1, base="org/fresh"))
     stage(client, version, "fresh")
     stock.delete_model_version(lock_model_name("org/fresh"), str(newest))
-    with pytest.raises(MlflowException, match="lock_withdrawn"):
+    with pytest.raises(MlflowException, match="lock_superseded"):
         alias(client, version, "fresh")
 
 

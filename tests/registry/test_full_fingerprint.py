@@ -94,7 +94,7 @@ def test_a_measured_version_is_promoted_and_its_receipt_has_the_digest_of_every_
     assert events == [("prepared", made["fingerprint"]), ("promoted", made["fingerprint"])]
     assert biases_of(mlflow.pyfunc.load_model("models:/bot/Staging")._model_impl.pipeline.model)
     with sa.create_engine(f"sqlite:///{tmp_path}/registry.db").connect() as connection:
-        assert verify_chain(connection).rows == 2 + len(events), "and a row for each of two policies"
+        assert verify_chain(connection).rows == 3 + len(events), "and rows for two policies and a lock"
     uri = f"safelock+sqlite:///{tmp_path}/registry.db"
     (row,) = audit_rows(uri)
     assert (row.state, row.drift) == ("locked", ())

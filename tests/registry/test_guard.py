@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,27 @@ def edit_row(folder: Path, statement: str, *values: object) -> None:
     """What somebody does who can write to the database."""
     with sqlite3.connect(folder / "registry.db") as connection:
         assert connection.execute(statement, values).rowcount == 1
+
+
+@contextmanager
+def stock_registry(folder: Path) -> Iterator[None]:
+    """The same database as a client has it that knows nothing of the gate."""
+    gated = mlflow.get_registry_uri()
+    mlflow.set_registry_uri(f"sqlite:///{folder}/registry.db")
+    yield
+    mlflow.set_registry_uri(gated)
+
+
+def log_prices() -> None:
+    """Register a model that is no language model."""
+    with mlflow.start_run():
+        mlflow.sklearn.log_model(
+            LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]),
+            name="model",
+            registered_model_name="prices",
+            pip_requirements=["scikit-learn"],
+            serialization_format="cloudpickle",
+        )
 
 
 def locked_version(client: MlflowClient) -> tuple[int, str]:
@@ -126,19 +148,50 @@ class TestReads:
     def test_a_model_of_another_kind_that_was_there_before_the_gate_is_served(
         self, client: MlflowClient, tmp_path: Path
     ) -> None:
-        with mlflow.start_run():
-            mlflow.sklearn.log_model(
-                LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]),
-                name="model",
-                registered_model_name="prices",
-                pip_requirements=["scikit-learn"],
-                serialization_format="cloudpickle",
-            )
+        log_prices()
         edit_row(tmp_path, "UPDATE model_versions SET current_stage='Staging' WHERE name='prices'")
         for _ in range(2):
             assert download_uri(client, 1, "prices")
         (row,) = ledger_rows(tmp_path)
         assert (row["event"], row["target"]) == ("passed", "read:download")
+
+    def test_what_was_let_through_as_another_kind_is_looked_at_again_once_it_is_written_over(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        log_prices()
+        stage(client, 1, "prices")
+        folder = Path(download_uri(client, 1, "prices"))
+        (folder / "notes.txt").write_text("harmless")
+        assert download_uri(client, 1, "prices"), "it is no language model still"
+        assert [row["event"] for row in ledger_rows(tmp_path)] == ["passed", "passed"]
+        fine_tuned = Path(download_uri(client, log_fine_tune("bot")))
+        shutil.rmtree(folder)
+        shutil.copytree(fine_tuned, folder)
+        with pytest.raises(
+            MlflowException, match=r"not_locked.*is not what was let through.*Promote it again"
+        ):
+            download_uri(client, 1, "prices")
+        register_lock(base_lock())
+        stage(client, 1, "prices")
+        assert loaded_biases("models:/prices/Staging")
+
+    def test_a_language_model_that_was_let_through_is_served_as_it_was_alone(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lenient = "version: 1\ngates: [{missing_lock: allow}]\n"
+        client = open_with_policy(tmp_path, monkeypatch, lenient)
+        version = log_fine_tune("bot")
+        stage(client, version)
+        (weights,) = Path(download_uri(client, version)).rglob("model.safetensors")
+        before = weights.read_bytes()
+        weights.write_bytes(before[:-4096] + bytes(4096))
+        with pytest.raises(MlflowException, match=r"not_locked.*is not what was let through"):
+            download_uri(client, version)
+        weights.write_bytes(before)
+        assert download_uri(client, version)
+        client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{}]\n")
+        with pytest.raises(MlflowException, match=r"not_locked.*lets no such version through"):
+            download_uri(client, version)
 
     def test_what_is_in_no_gated_place_is_served_as_it_is(self, client: MlflowClient, tmp_path: Path) -> None:
         version = log_fine_tune("bot")
@@ -187,6 +240,21 @@ class TestRenames:
         client.rename_registered_model("sandbox-x", "sandbox-y")
         assert download_uri(client, version, "sandbox-y")
 
+    def test_a_locked_place_that_is_registered_anew_is_no_renamed_model(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version, _ = locked_version(client)
+        location = download_uri(client, version)
+        client.delete_registered_model("bot")
+        client.create_registered_model("helper")
+        client.create_model_version("helper", location)
+        edit_row(tmp_path, "UPDATE model_versions SET current_stage='Staging' WHERE name='helper'")
+        with pytest.raises(MlflowException, match=r"RESOURCE_DOES_NOT_EXIST|not found"):
+            client.rename_registered_model("bot", "helper")
+        with pytest.raises(MlflowException, match="not_locked"):
+            download_uri(client, 1, "helper")
+        assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted"]
+
     def test_a_locked_model_stays_locked_and_served_under_its_new_name(
         self, client: MlflowClient, tmp_path: Path
     ) -> None:
@@ -217,8 +285,15 @@ class TestRepair:
 
             (folder / "receipt.json").write_bytes(rfc8785.dumps(receipt))
         if damage != "another receipt":
-            with pytest.raises(Exception, match=r"(?i)promote the version again|no such artifact"):
+            with pytest.raises(
+                MlflowException, match=r"not_locked.*(no receipt|'MLmodel').*Promote it again"
+            ):
                 mlflow.pyfunc.load_model("models:/bot/Staging")
+        else:
+            with pytest.raises(
+                MlflowException, match=r"not_locked.*receipt.*is not the one of the promotion"
+            ):
+                download_uri(client, version)
         stage(client, version)
         assert Path(download_uri(client, version)) != folder
         assert loaded_biases()
@@ -306,10 +381,55 @@ class TestLocksMoveForward:
         register_lock(base_lock(seed=0))
         newest = register_lock(base_lock(seed=1))
         client.delete_model_version(lock_model_name(BASE), str(newest))
-        with pytest.raises(MlflowException, match=r"lock_withdrawn.*Register the lock"):
+        with pytest.raises(MlflowException, match=r"lock_superseded.*safelock lock revoke models:/.*/2"):
             stage(client, version)
+        register_lock(base_lock(seed=1))
+        stage(client, version)
+
+    def test_an_older_lock_is_not_registered_anew(self, client: MlflowClient, tmp_path: Path) -> None:
+        version = log_fine_tune("bot")
+        for seed in (0, 1):
+            register_lock(base_lock(seed=seed))
+        with pytest.raises(MlflowException, match=r"register a lock.*lock_superseded") as info:
+            register_lock(base_lock(seed=0))
+        assert info.value.error_code == "PERMISSION_DENIED"
+        assert [
+            found.version for found in client.search_model_versions("name='safelock.org--tiny-base'")
+        ] == [2, 1]
+        with stock_registry(tmp_path):
+            register_lock(base_lock(seed=0))
+        with pytest.raises(
+            MlflowException, match=r"lock_superseded.*version 3 was superseded by .* version 2"
+        ):
+            stage(client, version)
+
+    def test_nor_does_it_come_back_with_a_model_that_was_deleted_and_made_anew(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version = log_fine_tune("bot")
+        for seed in (0, 1):
+            register_lock(base_lock(seed=seed))
+        client.delete_registered_model(lock_model_name(BASE))
+        with stock_registry(tmp_path):
+            register_lock(base_lock(seed=0))
+        with pytest.raises(
+            MlflowException, match=r"lock_superseded.*version 1 was superseded by .* version 2"
+        ):
+            stage(client, version)
+        assert ledger_rows(tmp_path)[-1]["reason"] == "lock_superseded"
+
+    def test_a_newer_lock_that_is_no_good_is_revoked_though_it_be_deleted(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version = log_fine_tune("bot")
+        register_lock(base_lock(seed=0))
+        newest = register_lock(base_lock(seed=1))
+        client.delete_model_version(lock_model_name(BASE), str(newest))
+        store_of(client).revoke_lock(lock_model_name(BASE), newest, "too strong")
+        stage(client, version)
         register_lock(base_lock(seed=0))
         stage(client, version)
+        assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=0).digest
 
     def test_a_revoked_lock_is_applied_no_more(self, client: MlflowClient, tmp_path: Path) -> None:
         locked_version(client)
@@ -528,14 +648,7 @@ def test_a_policy_may_want_language_models_only(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{not_an_llm: reject}]\n")
-    with mlflow.start_run():
-        mlflow.sklearn.log_model(
-            LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]),
-            name="model",
-            registered_model_name="prices",
-            pip_requirements=["scikit-learn"],
-            serialization_format="cloudpickle",
-        )
+    log_prices()
     with pytest.raises(MlflowException, match="not_an_llm"):
         stage(client, 1, "prices")
 
@@ -609,7 +722,9 @@ def test_what_nobody_foresaw_is_a_refusal_with_a_row(
     assert ledger_rows(tmp_path)[-1]["reason"] == "failed"
 
 
-def test_versions_that_are_deleted_or_not_ready_are_no_locks(client: MlflowClient, tmp_path: Path) -> None:
+def test_a_lock_that_is_not_ready_is_none_and_stands_in_the_way_until_revoked(
+    client: MlflowClient, tmp_path: Path
+) -> None:
     version = log_fine_tune("bot")
     register_lock(base_lock(seed=0))
     register_lock(base_lock(seed=1))
@@ -618,6 +733,9 @@ def test_versions_that_are_deleted_or_not_ready_are_no_locks(client: MlflowClien
         "UPDATE model_versions SET status='FAILED_REGISTRATION' WHERE name=? AND version=2",
         lock_model_name(BASE),
     )
+    with pytest.raises(MlflowException, match="lock_superseded"):
+        stage(client, version)
+    store_of(client).revoke_lock(lock_model_name(BASE), 2, "never became ready")
     stage(client, version)
     assert ledger_rows(tmp_path)[-1]["lock"]["version"] == 1
 

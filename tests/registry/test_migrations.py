@@ -40,7 +40,10 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def make_old_registry(uri: str, revision: str) -> sa.Engine:
-    """MLflow's tables of a revision and ours, with a promoted version and one that was only staged."""
+    """MLflow's tables of a revision and ours, with a promoted version and two that are staged.
+
+    Of these one was promoted, to a locked model that is gone, and one was not.
+    """
     engine = sa.create_engine(uri)
     FirstTables.metadata.create_all(engine)
     command.upgrade(_get_alembic_config(uri), revision)
@@ -49,7 +52,11 @@ def make_old_registry(uri: str, revision: str) -> sa.Engine:
     tables.reflect(engine, only=["registered_models", "model_versions"])
     with Session(engine) as session, session.begin():
         session.execute(tables.tables["registered_models"].insert().values(name="bot", creation_time=1))
-        for version, location in ((1, LOCKED), (2, ORIGINAL)):
+        for version, location, stage in (
+            (1, LOCKED, "None"),
+            (2, ORIGINAL, "Staging"),
+            (3, LOCKED, "Staging"),
+        ):
             session.execute(
                 tables.tables["model_versions"]
                 .insert()
@@ -57,24 +64,25 @@ def make_old_registry(uri: str, revision: str) -> sa.Engine:
                     name="bot",
                     version=version,
                     creation_time=1,
-                    current_stage="Staging",
+                    current_stage=stage,
                     status="READY",
                     source=ORIGINAL,
                     storage_location=location,
                 )
             )
-        ledger.append(session, promotion())
+        for promoted in (1, 3):
+            ledger.append(session, promotion(promoted))
     return engine
 
 
-def promotion() -> LedgerEntry:
+def promotion(version: int) -> LedgerEntry:
     digest = f"sha256:{'0' * 64}"
     return LedgerEntry(
         event="promoted",
         time="2026-01-01T00:00:00.000+00:00",
         workspace="default",
         model="bot",
-        version=1,
+        version=version,
         target="stage:Staging",
         actor=Actor(name="ann", verified=True),
         reason=None,
@@ -119,10 +127,12 @@ def test_mlflows_upgrade_runs_and_the_ledger_and_the_gate_hold_afterwards(
         assert store.get_model_version_download_uri("bot", "1") == LOCKED
         with pytest.raises(MlflowException, match=r"not_locked.*stage:Staging"):
             store.get_model_version_download_uri("bot", "2")
+        with pytest.raises(MlflowException, match=r"not_locked.*There is no receipt at"):
+            store.get_model_version_download_uri("bot", "3")
         with engine.connect() as connection:
             assert ledger.verify_chain(connection).rows == before.rows + 1, "the policy that came into force"
             versions = connection.execute(sa.select(SqlModelVersion.workspace, SqlModelVersion.version))
-            assert sorted(versions) == [("default", 1), ("default", 2)]
+            assert sorted(versions) == [("default", 1), ("default", 2), ("default", 3)]
     finally:
         store.engine.dispose()
         engine.dispose()

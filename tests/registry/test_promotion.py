@@ -42,14 +42,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage
 
 
 def ledger_rows(folder: Path) -> list[dict[str, Any]]:
-    """The ledger's rows about versions, oldest first, each checked against its digest."""
+    """The ledger's rows about fine-tunes, oldest first, each checked against its digest."""
     with sqlite3.connect(folder / "registry.db") as connection:
         rows = connection.execute("SELECT previous, digest, body FROM safelock_ledger ORDER BY sequence")
         found = list(rows)
     for previous, digest, body in found:
         assert digest == row_digest(previous, body.encode())
     bodies = [json.loads(body) for _, _, body in found]
-    return [body for body in bodies if body["event"] != "policy"]
+    return [body for body in bodies if body["event"] not in ("policy", "registered")]
 
 
 def stage(client: MlflowClient, version: int, name: str = "bot") -> None:

@@ -327,4 +327,6 @@ def test_the_caller_is_verified_where_mlflows_authentication_is_on(
         client.set_registered_model_alias("bot", "staging", str(version))
         with sqlite3.connect(running.registry_uri.removeprefix("safelock+sqlite:///")) as connection:
             bodies = connection.execute("SELECT body FROM safelock_ledger WHERE event != 'policy'").fetchall()
-    assert [json.loads(body)["actor"] for (body,) in bodies] == [{"name": "admin", "verified": True}]
+    rows = [json.loads(body) for (body,) in bodies]
+    assert [row["event"] for row in rows] == ["registered", "promoted"]
+    assert [row["actor"] for row in rows] == 2 * [{"name": "admin", "verified": True}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class TestLocks:
         with pytest.raises(MlflowException, match="unsigned_lock"):
             stage(strict, 1)
         strict.delete_model_version(lock_model_name(BASE), str(newest))
-        with pytest.raises(MlflowException, match="lock_withdrawn"):
+        with pytest.raises(MlflowException, match="lock_superseded"):
             stage(strict, 1)
 
     def test_a_signature_is_not_asked_for_where_the_policy_does_not(self, client: MlflowClient) -> None:
@@ -157,16 +158,17 @@ class TestReceipts:
             mlflow.pyfunc.load_model("models:/bot/Staging")
 
     def test_a_rewritten_receipt_does_not_fit_its_signature(
-        self, signed: MlflowClient, keys: KeyPair, monkeypatch: pytest.MonkeyPatch
+        self, signed: MlflowClient, keys: KeyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = Path(download_uri(signed, 1))
+        shutil.copytree(folder, elsewhere := tmp_path / "copy")
         receipt = json.loads((folder / "receipt.json").read_text())
         receipt["predicate"]["alpha"] = 1.0
-        (folder / "receipt.json").write_bytes(rfc8785.dumps(receipt))
-        assert loaded_biases(), "nobody asks"
+        (elsewhere / "receipt.json").write_bytes(rfc8785.dumps(receipt))
+        assert loaded_biases(str(elsewhere)), "nobody asks"
         self.trust(monkeypatch, keys)
         with pytest.raises(VerificationError, match="of another receipt"):
-            mlflow.pyfunc.load_model("models:/bot/Staging")
+            mlflow.pyfunc.load_model(str(elsewhere))
 
     def test_a_locked_model_that_somebody_saved_by_hand_is_not_loaded(
         self, signed: MlflowClient, keys: KeyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

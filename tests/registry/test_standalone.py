@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ import boto3
 import mlflow
 import numpy as np
 import pytest
+import rfc8785
 import torch
 import yaml
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlflow_safelock.apply.checkpoint import unlock_checkpoint
@@ -90,6 +93,36 @@ def test_a_promotion_without_preparation_is_refused_and_names_the_command(client
     with pytest.raises(MlflowException, match=rf"not_prepared.*safelock prepare models:/bot/{version}"):
         stage(client, version)
     assert state_of(client, "bot", version) == before
+
+
+def test_a_folder_counts_only_with_the_receipt_that_the_ledger_names(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    made = prepare(tmp_path, version)
+    folder = folder_of(made["location"])
+    receipt = json.loads((folder / "receipt.json").read_text())
+    shards = {
+        path: load_file(folder / path) for path in receipt["predicate"]["files"] if path.endswith("tensors")
+    }
+    (path,) = [path for path, tensors in shards.items() if any("bias" in name for name in tensors)]
+    (folder / path).unlink()
+    save_file({name: torch.zeros_like(tensor) for name, tensor in shards[path].items()}, folder / path)
+    receipt["predicate"]["files"][path] = hashlib.sha256((folder / path).read_bytes()).hexdigest()
+    (folder / "receipt.json").write_bytes(rfc8785.dumps(receipt))
+    with pytest.raises(MlflowException, match=r"receipt.*is not the one that the ledger names"):
+        stage(client, version)
+    assert client.get_model_version("bot", str(version)).current_stage == "None"
+    # As a folder is that nobody put on record: written by a preparation that died, or by somebody else.
+    with sqlite3.connect(tmp_path / "registry.db") as connection:
+        assert connection.execute("DELETE FROM safelock_ledger WHERE event = 'written'").rowcount == 1
+    with pytest.raises(MlflowException, match="not_prepared"):
+        stage(client, version)
+    prepare(tmp_path, version)
+    stage(client, version)
+    assert load_file(folder / path).keys() == shards[path].keys()
+    assert all(torch.equal(tensor, shards[path][name]) for name, tensor in load_file(folder / path).items())
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
