@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -19,6 +20,7 @@ from mlflow.store.model_registry.dbmodels.models import (
 )
 from sqlalchemy.orm import Session
 
+from mlflow_safelock.audit.aging_locks import LockReader, faults_of_lock
 from mlflow_safelock.audit.rows import (
     AuditRow,
     Evidence,
@@ -26,11 +28,13 @@ from mlflow_safelock.audit.rows import (
     row_of,
     row_without_evidence,
 )
-from mlflow_safelock.errors import LedgerError
+from mlflow_safelock.errors import LedgerError, SourceError
 from mlflow_safelock.gate import ledger
 from mlflow_safelock.gate.guard import fault_of
-from mlflow_safelock.gate.policy import Policy
+from mlflow_safelock.gate.ledger import LockInForce
+from mlflow_safelock.gate.policy import LockRule, Policy
 from mlflow_safelock.gate.source import PROMPT_SOURCE
+from mlflow_safelock.lock import SafetyLock
 
 SCHEME_PREFIX = "safelock+"
 """What makes MLflow put the gate in front of a database; the database is the same without it."""
@@ -58,7 +62,10 @@ def is_database(registry_uri: str) -> bool:
 
 
 def database_rows(
-    registry_uri: str, is_wanted: Callable[[str], bool], policy: Policy | None = None
+    registry_uri: str,
+    is_wanted: Callable[[str], bool],
+    policy: Policy | None = None,
+    read_lock: LockReader | None = None,
 ) -> Iterator[AuditRow]:
     """A row for every version in the registry's database, of all workspaces, by workspace, name and version.
 
@@ -66,6 +73,7 @@ def database_rows(
         registry_uri: The database, with or without the prefix ``safelock+``.
         is_wanted: Whether a registered model of this name is wanted.
         policy: The policy that the versions are held to; to none where not given.
+        read_lock: Reads registered locks, which say how old they are; where not given, that is not looked at.
 
     Raises:
         LedgerError: The database is not there, holds no registry, or cannot be read.
@@ -76,7 +84,7 @@ def database_rows(
         versions = [version for version in _versions(session, keys) if is_wanted(version.name)]
         for version in versions:
             row = _row(session, version) if has_ledger else row_without_evidence(version)
-            yield _held_to(policy, row, version, session if has_ledger else None)
+            yield _held_to(policy, row, version, session if has_ledger else None, read_lock)
 
 
 def registered_versions(registry_uri: str) -> list[RegisteredVersion]:
@@ -155,13 +163,19 @@ def _row(session: Session, version: RegisteredVersion) -> AuditRow:
 
 
 def _held_to(
-    policy: Policy | None, row: AuditRow, version: RegisteredVersion, ledger_session: Session | None
+    policy: Policy | None,
+    row: AuditRow,
+    version: RegisteredVersion,
+    ledger_session: Session | None,
+    read_lock: LockReader | None,
 ) -> AuditRow:
-    """The row, with a violation where the version is in a gated place and may not be there."""
+    """The row, with what is wrong where the version is in a gated place: with it, and with its lock."""
     found = version.as_the_gate_sees_it
     rule = policy.rule_for(found.name, found.tags, found.model_tags) if policy is not None else None
     if rule is None or not rule.gated_places(found):
         return row
+    if ledger_session is not None:
+        row = replace(row, lock_faults=tuple(_lock_faults(ledger_session, row, rule.lock, read_lock)))
     try:
         decision = (
             None
@@ -172,6 +186,41 @@ def _held_to(
         return replace(row, violation=f"What was decided about it cannot be read: {error.cause}")
     fault = fault_of(found, rule, decision)
     return row if fault is None else replace(row, violation=f"It {fault}")
+
+
+def _lock_faults(
+    session: Session, row: AuditRow, rule: LockRule, read_lock: LockReader | None
+) -> Iterator[str]:
+    """Why the lock that a version runs would not be applied today; none where no lock is on record."""
+    if None in (row.lock_name, row.lock_version, row.lock_digest, row.base_model):
+        return
+    applied = LockInForce(
+        model=str(row.lock_name),
+        version=int(row.lock_version or 0),
+        digest=str(row.lock_digest),
+        base_model=str(row.base_model),
+    )
+
+    def registered(read: LockReader) -> SafetyLock:
+        at = session.execute(
+            sa.select(sa.func.coalesce(_VERSIONS.c.storage_location, _VERSIONS.c.source)).where(
+                _VERSIONS.c.workspace == row.workspace,
+                _VERSIONS.c.name == applied.model,
+                _VERSIONS.c.version == applied.version,
+            )
+        ).scalar_one_or_none()
+        if not at:
+            raise SourceError("It is registered no more.")
+        return read(at)
+
+    try:
+        revocation = ledger.revocation_of(session, applied.digest)
+    except LedgerError as error:
+        yield f"Whether its lock was revoked cannot be read: {error.cause}"
+        revocation = None
+    yield from faults_of_lock(
+        applied, rule, revocation, None if read_lock is None else partial(registered, read_lock)
+    )
 
 
 def _versions(session: Session, keys: Collection[str]) -> list[RegisteredVersion]:

@@ -192,6 +192,8 @@ class AuditRow:
         violation: Why it may not be where it is: in a gated stage or under a gated alias, and not as the gate
             decided about it, so that the gate hands it to nobody. ``None`` where it may, and where that is
             not told: without a policy, or through a server.
+        lock_faults: Why a promotion would not apply the lock that it runs in a gated place any more (revoked,
+            below the policy's floor, too old), one sentence each. Empty where that is not told either.
     """
 
     workspace: str
@@ -211,6 +213,12 @@ class AuditRow:
     evidence: EvidenceKind
     drift: tuple[str, ...]
     violation: str | None = None
+    lock_faults: tuple[str, ...] = ()
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What somebody has to do something about."""
+        return self.lock_faults if self.violation is None else (self.violation, *self.lock_faults)
 
 
 def row_of(version: RegisteredVersion, evidence: Evidence) -> AuditRow:
