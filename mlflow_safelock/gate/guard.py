@@ -21,6 +21,7 @@ from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Target
 from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate
 from mlflow_safelock.gate.source import examine
+from mlflow_safelock.gate.tags import LOCK_TAGS, STATE_TAG, UNLOCKED
 from mlflow_safelock.provenance import Actor
 
 _logger = logging.getLogger(__name__)
@@ -128,7 +129,8 @@ class Guard:
                 version=version,
                 expected_location=found.location,
                 location=known.original_location,
-                tags={"safelock.state": "unlocked"},
+                tags={STATE_TAG: UNLOCKED},
+                removed_tags=LOCK_TAGS,
                 entries=(entry,),
                 lease=lease,
             )

@@ -64,6 +64,7 @@ class Redirection:
         tags: Tags to set.
         entries: Rows for the ledger.
         lease: The lease that ends with it.
+        removed_tags: Keys of the tags that are taken off.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Redirection:
     tags: Mapping[str, str]
     entries: tuple[LedgerEntry, ...]
     lease: Lease | None = None
+    removed_tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, stan
 from mlflow_safelock.gate.measurements import Measured, Measurements
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry
+from mlflow_safelock.gate.tags import Stated
 from mlflow_safelock.provenance import EvaluationStatement, Receipt
 
 _logger = logging.getLogger(__name__)
@@ -372,15 +373,9 @@ def tags_of(promoted: LedgerEntry) -> dict[str, str]:
     lock, alpha, receipt = promoted.lock, promoted.alpha, promoted.receipt
     if lock is None or alpha is None or receipt is None:
         raise ValueError("only what was locked has them")
-    return {
-        "safelock.state": "locked",
-        "safelock.lock": f"models:/{lock.model}/{lock.version}",
-        "safelock.lock_digest": lock.digest,
-        "safelock.applied_alpha": f"{alpha:g}",
-        "safelock.base": lock.base_model,
-        "safelock.kinship": "unknown" if promoted.kinship is None else f"{promoted.kinship:.4f}",
-        "safelock.receipt": receipt,
-    }
+    return Stated(
+        lock.model, lock.version, lock.digest, alpha, lock.base_model, promoted.kinship, receipt
+    ).tags
 
 
 def reconciled_entry(request: Request, policy: Policy, done: str, message: str) -> LedgerEntry:

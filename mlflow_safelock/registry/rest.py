@@ -180,6 +180,8 @@ class RestRegistry(SqlLedger):
                 self.store.set_model_version_tag(
                     redirection.name, redirection.version, ModelVersionTag(key, value)
                 )
+            for key in redirection.removed_tags:
+                self.store.delete_model_version_tag(redirection.name, redirection.version, key)
         except MlflowException as error:
             _logger.warning("The server did not take the tags of a promotion: %s", error)
 

@@ -142,7 +142,7 @@ class SqlRegistry(SqlLedger):
                 SqlModelVersionTag.workspace == self.store._get_active_workspace(),
                 SqlModelVersionTag.name == redirection.name,
                 SqlModelVersionTag.version == redirection.version,
-                SqlModelVersionTag.key.in_(redirection.tags),
+                SqlModelVersionTag.key.in_([*redirection.tags, *redirection.removed_tags]),
             )
         )
         session.add_all(

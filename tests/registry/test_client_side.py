@@ -125,6 +125,7 @@ def test_a_lock_comes_off_where_it_may_and_the_chain_holds(
     assert loaded_biases(f"models:/undone/{version}"), "what was locked stays locked"
     safelock("unlock", f"models:/undone/{version}", "--reason", "test", *registry)
     assert not loaded_biases(f"models:/undone/{version}")
+    assert client.get_model_version("undone", str(version)).tags == {"safelock.state": "unlocked"}
     assert "The ledger holds" in safelock("ledger", "verify", "--registry-uri", f"safelock+{server.url}")
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LinearRegression
 
 from mlflow_safelock.apply import attention_of
+from mlflow_safelock.audit import audit
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
@@ -366,8 +367,15 @@ class TestUnlocking:
         assert info.value.reason == "still_gated"
         client.transition_model_version_stage("bot", str(version), "Archived")
         assert loaded_biases(f"models:/bot/{version}"), "leaving a stage takes no lock off"
+        client.set_model_version_tag("bot", str(version), "team", "support")
         store_of(client).unlock("bot", version, "to retrain it")
         assert download_uri(client, version) == original
+        assert state_of(client, "bot", version)["tags"] == {"safelock.state": "unlocked", "team": "support"}
+        (audited,) = audit(f"sqlite:///{tmp_path}/registry.db", models="bot")
+        assert (audited.state, audited.drift) == ("unlocked", ())
+        client.set_model_version_tag("bot", str(version), "safelock.kinship", "1.0000")
+        (audited,) = audit(f"sqlite:///{tmp_path}/registry.db", models="bot")
+        assert audited.drift == ("It has tags of a promotion (safelock.kinship), and none is on record.",)
         assert not loaded_biases(f"models:/bot/{version}")
         row = ledger_rows(tmp_path)[-1]
         assert (row["event"], row["message"]) == ("unlocked", "to retrain it")
