@@ -17,6 +17,7 @@ from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
+from mlflow_safelock.gate.permissions import require
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Target
 from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate
@@ -90,12 +91,7 @@ class Guard:
         found = self.gate.registry.model_version(name, version)
         known = self.gate.registry.promotion_at(found.location)
         who = f"{name!r} version {version}"
-        if policy.unlock == "deny":
-            raise PromotionRefused(
-                "unlock_denied",
-                "The policy lets nobody take a lock off.",
-                next_step="Set 'unlock: allow' in the policy.",
-            )
+        require(policy.unlock, actor, "unlock_denied", "take a lock off", "unlock")
         if known is None or known.original_location is None:
             raise PromotionRefused(
                 "not_locked", f"{who} is not locked.", next_step="There is nothing to unlock."
@@ -147,8 +143,9 @@ class Guard:
         """Put on record that a registered lock may not be applied any more.
 
         Raises:
-            PromotionRefused: It is no lock, or was revoked already.
+            PromotionRefused: The policy forbids it, it is no lock, or was revoked already.
         """
+        require(self.gate.policy().revoke, actor, "revoke_denied", "revoke a lock", "revoke")
         found = self.gate.registry.model_version(name, version)
         try:
             data = self.gate.artifacts.reader(found.location).read(LOCK_FILE)

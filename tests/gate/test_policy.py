@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlflow_safelock.errors import PolicyError
 from mlflow_safelock.gate.globs import check_glob, covers
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
 from mlflow_safelock.gate.policy_file import PolicySource, load_policy
 from mlflow_safelock.gate.ports import Target
+from mlflow_safelock.provenance import Actor
 from tests.keys import write_keys
 
 COMPLETE = """
@@ -113,6 +115,16 @@ def test_the_digest_is_of_what_the_policy_means_not_of_how_it_is_written(write) 
         ("version: 1\ngates:\n  - tags: {risk: 'h['}\n  - {}\n", "line 3: gates.0.tags.risk.*never closed"),
         ("version: 1\ngates:\n  - tags: {risk: 3}\n  - {}\n", "line 3: gates.0.tags.risk.*string"),
         ("version: 1\ngates:\n  - tags: [risk]\n  - {}\n", "line 3: gates.0.tags.*dict"),
+        ("version: 1\ngates: [{}]\nunlock: yes\n", "line 3: unlock: must be allow, deny, or names.*'yes'"),
+        ("version: 1\ngates: [{}]\nrevoke: [ann]\n", "line 3: revoke: must be allow, deny, or names"),
+        ("version: 1\ngates: [{}]\nunlock:\n  by: ann\n", "line 4: unlock.by must be a list"),
+        ("version: 1\ngates: [{}]\nunlock: {by: []}\n", "line 3: unlock: by names nobody.*deny"),
+        ("version: 1\ngates: [{}]\nunlock: {claimed: deny}\n", "line 3: unlock.by is missing"),
+        (
+            "version: 1\ngates: [{}]\nother_alpha:\n  by: [ann]\n  calimed: allow\n",
+            "line 5: the key other_alpha.calimed is not known; known here: by, claimed",
+        ),
+        ("version: 1\ngates: [{}]\nunlock: {by: ['team-[']}\n", "line 3: unlock.by.0: the bracket.*never"),
         ("version: 1\ngates: &g [{}]\nbases: *g\n", "aliases"),
         ("version: 1\ngates: [\n", "line"),
         ("", "not a YAML mapping"),
@@ -123,6 +135,32 @@ def test_a_policy_that_cannot_be_meant_is_an_error_that_names_the_place(
 ) -> None:
     with pytest.raises(PolicyError, match=message):
         load_policy(write(text))
+
+
+ANN, CLAIMED_ANN = Actor(name="ann", verified=True), Actor(name="ann", verified=False)
+BOB = Actor(name="team-bob", verified=True)
+
+
+@pytest.mark.parametrize(
+    ("written", "may", "told"),
+    [
+        ("allow", {ANN, CLAIMED_ANN, BOB}, "anybody"),
+        ("deny", set(), "nobody"),
+        ("{by: [ann]}", {ANN}, "ann, authenticated"),
+        ("{by: [ann], claimed: allow}", {ANN, CLAIMED_ANN}, "ann, authenticated or not"),
+        ("{by: [ann, 'team-*']}", {ANN, BOB}, "ann, team-*, authenticated"),
+        ("{by: [Ann]}", set(), "Ann, authenticated"),
+    ],
+)
+def test_who_may_override_is_told_by_names_that_are_authenticated(
+    write, written: str, may: set[Actor], told: str
+) -> None:
+    policy = load_policy(write(f"version: 1\ngates: [{{}}]\nunlock: {written}\n"))
+    assert {actor for actor in (ANN, CLAIMED_ANN, BOB) if policy.unlock.is_for(actor)} == may
+    assert str(policy.unlock) == told
+    shown = yaml.safe_dump(policy.model_dump(mode="json"))
+    assert load_policy(write(shown)) == policy, "what is shown is a policy, and this one"
+    assert (policy.digest == DEFAULT_POLICY.digest) is (written == "allow")
 
 
 def test_the_environment_names_the_policy_file(write, monkeypatch: pytest.MonkeyPatch) -> None:

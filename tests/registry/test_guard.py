@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import shutil
 import sqlite3
@@ -395,6 +396,42 @@ class TestUnlocking:
         client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{}]\nunlock: deny\n")
         with pytest.raises(PromotionRefused, match="lets nobody"):
             store_of(client).unlock("bot", version, "why not")
+
+
+class TestWhoMayOverride:
+    """Outside a server with MLflow's authentication every name is only claimed, that of these tests too."""
+
+    ONLY = "version: 1\ngates: [{{}}]\n{key}: {{by: ['*']}}\n"
+
+    def test_a_claimed_name_is_none_that_may_unlock_or_revoke(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        version, original = locked_version(client)
+        client.transition_model_version_stage("bot", str(version), "None")
+        client = open_with_policy(tmp_path, monkeypatch, self.ONLY.format(key="unlock"))
+        with pytest.raises(PromotionRefused, match=r"lets \*, authenticated.*is only claimed") as info:
+            store_of(client).unlock("bot", version, "why not")
+        assert info.value.reason == "unlock_denied"
+        (tmp_path / "safelock.yaml").write_text(self.ONLY.format(key="revoke"))
+        with pytest.raises(PromotionRefused, match=r"revoke a lock.*is only claimed") as info:
+            store_of(client).revoke_lock(lock_model_name(BASE), 1, "why not")
+        assert info.value.reason == "revoke_denied"
+        named = f"version: 1\ngates: [{{}}]\nunlock: {{by: [{getpass.getuser()}], claimed: allow}}\n"
+        (tmp_path / "safelock.yaml").write_text(named)
+        assert store_of(client).unlock("bot", version, "to retrain it") == original
+
+    def test_another_alpha_than_the_default_is_for_those_who_may(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = open_with_policy(tmp_path, monkeypatch, self.ONLY.format(key="other_alpha"))
+        version = log_fine_tune("bot")
+        register_lock(base_lock())
+        client.set_model_version_tag("bot", str(version), "safelock.alpha", "4.5")
+        with pytest.raises(MlflowException, match=r"alpha_denied.*than 6 \(the version asks for 4\.5\)"):
+            stage(client, version)
+        client.set_model_version_tag("bot", str(version), "safelock.alpha", "6.0")
+        stage(client, version)
+        assert ledger_rows(tmp_path)[-1]["alpha"] == 6.0
 
 
 class TestPolicyThatChanges:

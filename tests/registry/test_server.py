@@ -304,7 +304,10 @@ def test_the_caller_is_verified_where_mlflows_authentication_is_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     password = "a-long-enough-password"
+    policy = tmp_path / "safelock.yaml"
+    policy.write_text("version: 1\ngates: [{}]\nother_alpha: {by: [adm*]}\n")
     environment = {
+        "SAFELOCK_POLICY": str(policy),
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "static-for-all-workers",
         "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
@@ -324,7 +327,10 @@ def test_the_caller_is_verified_where_mlflows_authentication_is_on(
         )
         assert unauthorised.status_code == 401
         register_lock(base_lock(base="org/auth"))
+        client.set_model_version_tag("bot", str(version), "safelock.alpha", "4.5")
         client.set_registered_model_alias("bot", "staging", str(version))
         with sqlite3.connect(running.registry_uri.removeprefix("safelock+sqlite:///")) as connection:
             bodies = connection.execute("SELECT body FROM safelock_ledger WHERE event != 'policy'").fetchall()
-    assert [json.loads(body)["actor"] for (body,) in bodies] == [{"name": "admin", "verified": True}]
+    (row,) = (json.loads(body) for (body,) in bodies)
+    assert row["actor"] == {"name": "admin", "verified": True}
+    assert row["alpha"] == 4.5, "the policy lets authenticated users of such names ask for another alpha"
