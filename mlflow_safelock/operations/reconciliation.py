@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,13 +17,16 @@ from mlflow.utils.workspace_context import WorkspaceContext
 from mlflow_safelock.audit.database import database_rows
 from mlflow_safelock.audit.report import wanted
 from mlflow_safelock.audit.rows import AuditRow
+from mlflow_safelock.gate.explanation import Refusal
 from mlflow_safelock.gate.guard import Guard
 from mlflow_safelock.gate.policy import Policy
-from mlflow_safelock.gate.reconciling import Reconciling, Repair, Way
+from mlflow_safelock.gate.reconciling import Difference, Reconciling, Repair, Way
 from mlflow_safelock.operations.sweeping import Sweeping
 from mlflow_safelock.registry.actor import current_actor
 from mlflow_safelock.registry.explaining import reading_gate
 from mlflow_safelock.registry.stores import SafelockStore, SafelockWorkspaceStore, connect
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,28 @@ class Reconciliation:
             try:
                 difference = reconciling.examine(row.model, row.version, row.workspace, current_actor())
             except MlflowException as error:
-                if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                if _is_gone(error):
                     return None  # it was deleted since the audit saw it
                 raise
             if difference is None:
                 return None
-            return reconciling.repair(difference, ways) if ways else Repair(difference, None)
+            return _repaired(reconciling, difference, ways) if ways else Repair(difference, None)
+
+
+def _repaired(reconciling: Reconciling, difference: Difference, ways: Collection[Way]) -> Repair:
+    """The repair; what goes wrong with one version is said of that one, and the pass goes on."""
+    try:
+        return reconciling.repair(difference, ways)
+    except Exception as error:
+        if isinstance(error, MlflowException) and _is_gone(error):
+            return Repair(difference, "gone")
+        request = difference.request
+        _logger.exception("Putting %s version %s right failed", request.name, request.version)
+        return Repair(difference, None, Refusal("failed", f"{error}", "The log has the details."))
+
+
+def _is_gone(error: MlflowException) -> bool:
+    return bool(error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST))
 
 
 def reading_only(

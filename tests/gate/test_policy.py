@@ -173,6 +173,29 @@ def test_the_environment_names_the_policy_file(write, monkeypatch: pytest.Monkey
         PolicySource()()
 
 
+def test_who_could_not_be_told_of_a_policy_is_told_when_it_is_asked_for_next(
+    write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(COMPLETE)
+    monkeypatch.setenv("SAFELOCK_POLICY", str(path))
+    source, told, is_down = PolicySource(), [], True
+
+    def put_on_record(policy: Policy) -> None:
+        if is_down:
+            raise RuntimeError("the database is down")
+        told.append(policy.gates[0].models)
+
+    source.when_changed(put_on_record)
+    for models in ("second", "the-third"):
+        path.write_text(f"version: 1\ngates: [{{models: {models}}}]\n")
+        assert source().gates[0].models == models, "it is in force all the same"
+    assert "not on record yet" in caplog.text
+    is_down = False
+    for _ in range(2):
+        source()
+        assert told == ["second", "the-third"]
+
+
 class TestGatesByTag:
     POLICY = """
 version: 1
