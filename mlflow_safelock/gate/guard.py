@@ -23,6 +23,7 @@ from mlflow_safelock.gate.ports import ModelVersion, Redirection, Target
 from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate
 from mlflow_safelock.gate.source import examine
 from mlflow_safelock.gate.tags import LOCK_TAGS, STATE_TAG, UNLOCKED
+from mlflow_safelock.gate.transient import is_transient, unreadable
 from mlflow_safelock.provenance import Actor
 
 _logger = logging.getLogger(__name__)
@@ -200,7 +201,9 @@ class Guard:
         reader = self.gate.artifacts.reader(self.gate.artifacts.resolve(found.location))
         try:
             return examine(reader) is None
-        except SafelockError:
+        except SafelockError as error:
+            if is_transient(error):
+                raise unreadable(error) from error  # what it is will be told once its store answers
             return False  # a language model that cannot be locked, or nothing that can be read
 
 

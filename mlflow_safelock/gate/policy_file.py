@@ -22,8 +22,8 @@ class PolicySource:
     """The policy in force: read when it is made, and again whenever its file has changed.
 
     A file that has become unusable, or is gone, leaves the policy in force that was, and says so in the log
-    once for each change. Whoever is to be told of a policy that came into force, and fails, is told again when
-    the policy is asked for next.
+    once for each change. Whoever is told of a policy that came into force, and fails, is told again when the
+    policy is asked for next.
 
     Raises:
         PolicyError: ``SAFELOCK_POLICY`` names a file that cannot be used.

@@ -29,6 +29,7 @@ from mlflow_safelock.gate.measurements import Measured, Measurements
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry
 from mlflow_safelock.gate.tags import Stated
+from mlflow_safelock.gate.transient import AGAIN, is_transient, unreadable
 from mlflow_safelock.provenance import EvaluationStatement, Receipt
 
 _logger = logging.getLogger(__name__)
@@ -117,13 +118,16 @@ class Gate:
             self.record(request, policy, "rejected", refusal)
             raise
         except SafelockError as error:
-            unreadable = PromotionRefused("unreadable", error.cause, next_step=error.next_step)
-            self.record(request, policy, "rejected", unreadable)
-            raise unreadable from error
+            failure = unreadable(error)
+            self.record(request, policy, "rejected", failure)
+            raise failure from error
         except Exception as error:
             _logger.exception("Promoting %s version %s failed", request.name, request.version)
+            reason, again = ("unreachable", f"{AGAIN} ") if is_transient(error) else ("failed", "")
             failed = PromotionRefused(
-                "failed", f"{error} Nothing was promoted.", next_step="The server's log has the details."
+                reason,
+                f"{error} Nothing was promoted.",
+                next_step=f"{again}The server's log has the details.",
             )
             self.record(request, policy, "rejected", failed)
             raise failed from error
@@ -148,7 +152,7 @@ class Gate:
         except PromotionRefused:
             raise
         except SafelockError as error:
-            raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+            raise unreadable(error) from error
 
     def file_evaluation(self, request: Request, statement: EvaluationStatement) -> LedgerEntry:
         """Put on record how a version was measured, for its promotions; see ``gate.evaluations``.
@@ -162,7 +166,7 @@ class Gate:
         except PromotionRefused:
             raise
         except SafelockError as error:
-            raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+            raise unreadable(error) from error
 
     def check_measured(self, request: Request, lock: str, alpha: float) -> None:
         """Refuse before anything is measured that would never count; the target names the suite.
@@ -183,7 +187,7 @@ class Gate:
         except PromotionRefused:
             raise
         except SafelockError as error:
-            raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+            raise unreadable(error) from error
         if approved is None:
             raise _nothing_to_lock(request)
         return approved

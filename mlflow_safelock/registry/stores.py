@@ -38,6 +38,7 @@ from mlflow_safelock.gate.promotion import Gate, Preparation
 from mlflow_safelock.gate.reconciling import Reconciling
 from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
+from mlflow_safelock.gate.transient import AGAIN, is_transient
 from mlflow_safelock.provenance import EvaluationStatement, configured_signing_key
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
@@ -68,6 +69,7 @@ ERROR_CODES = {
     "other_tokenizer": RESOURCE_CONFLICT,
     "already_locked": RESOURCE_CONFLICT,
     "source_changed": RESOURCE_CONFLICT,
+    "unreachable": RESOURCE_CONFLICT,
     "damaged_lock": INVALID_PARAMETER_VALUE,
     "unreadable": INVALID_PARAMETER_VALUE,
     "bad_alpha": INVALID_PARAMETER_VALUE,
@@ -256,8 +258,10 @@ def _number(version: Any) -> int | None:
 
 def _failed(what: str, error: Exception) -> MlflowException:
     _logger.error("safelock could not %s", what, exc_info=error)
+    reason, again = ("unreachable", f" {AGAIN}") if is_transient(error) else ("failed", "")
     return MlflowException(
-        f"safelock could not {what} [failed]. {error} Nothing was changed. The server's log has the details.",
+        f"safelock could not {what} [{reason}]. {error} Nothing was changed.{again} The server's log has the "
+        "details.",
         RESOURCE_CONFLICT,
     )
 
@@ -285,7 +289,10 @@ class SafelockRestStore(GateMixin, RestStore):  # type: ignore[misc]
         return active_workspace()
 
     def _download_uri(self, name: str, version: Any) -> str:
-        return self.registry.model_version(name, int(version)).location
+        number = _number(version)
+        if number is None:
+            return super()._download_uri(name, version)  # which the server refuses, in its own words
+        return self.registry.model_version(name, number).location
 
 
 GuardedStore = SafelockStore | SafelockWorkspaceStore | SafelockRestStore

@@ -631,11 +631,41 @@ def test_an_overlay_that_does_not_read_back_is_not_promoted(
     assert state_of(client, "bot", version) == before
 
 
+def test_a_store_that_does_not_answer_is_told_to_be_worth_another_try(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    client.create_registered_model("away")
+    client.create_model_version("away", "http://127.0.0.1:1/api/2.0/mlflow-artifacts/artifacts/model")
+    for _ in range(2):
+        with pytest.raises(MlflowException, match=r"\[unreachable\].*over in a while: do it again") as info:
+            stage(client, 1, "away")
+        assert info.value.get_http_status_code() == 409
+    assert ledger_rows(tmp_path)[-1]["reason"] == "unreachable"
+    edit_row(tmp_path, "UPDATE model_versions SET current_stage='Staging' WHERE name='away'")
+    with pytest.raises(MlflowException, match=r"\[unreachable\].*do it again") as info:
+        download_uri(client, 1, "away")
+    assert info.value.get_http_status_code() == 409
+
+
 @pytest.mark.parametrize(
-    "error", [RuntimeError("boom"), MlflowException("busy", error_code=TEMPORARILY_UNAVAILABLE)]
+    ("error", "reason", "told"),
+    [
+        (RuntimeError("boom"), "failed", "boom Nothing was promoted. The server's log"),
+        (
+            MlflowException("busy", error_code=TEMPORARILY_UNAVAILABLE),
+            "unreachable",
+            "busy Nothing was promoted. It may be over in a while: do it again.",
+        ),
+    ],
 )
 def test_what_nobody_foresaw_is_a_refusal_with_a_row(
-    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    client: MlflowClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: str,
+    told: str,
 ) -> None:
     from mlflow_safelock.registry.artifacts import RegistryArtifacts
 
@@ -647,11 +677,12 @@ def test_what_nobody_foresaw_is_a_refusal_with_a_row(
 
     monkeypatch.setattr(RegistryArtifacts, "publish", fail)
     before = state_of(client, "bot", version)
-    with pytest.raises(MlflowException, match=r"failed.*Nothing was promoted") as info:
+    with pytest.raises(MlflowException, match=rf"\[{reason}\]") as info:
         stage(client, version)
+    assert told in str(info.value)
     assert info.value.get_http_status_code() == 409
     assert state_of(client, "bot", version) == before
-    assert ledger_rows(tmp_path)[-1]["reason"] == "failed"
+    assert ledger_rows(tmp_path)[-1]["reason"] == reason
 
 
 def test_versions_that_are_deleted_or_not_ready_are_no_locks(client: MlflowClient, tmp_path: Path) -> None:
