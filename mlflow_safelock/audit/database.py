@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL, STAGE_NONE
@@ -15,6 +16,7 @@ from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.store.model_registry.dbmodels.models import (
     SqlModelVersion,
     SqlModelVersionTag,
+    SqlRegisteredModel,
     SqlRegisteredModelAlias,
     SqlRegisteredModelTag,
 )
@@ -44,6 +46,7 @@ _VERSIONS: sa.Table = SqlModelVersion.__table__
 _TAGS: sa.Table = SqlModelVersionTag.__table__
 _ALIASES: sa.Table = SqlRegisteredModelAlias.__table__
 _MODEL_TAGS: sa.Table = SqlRegisteredModelTag.__table__
+_MODELS: sa.Table = SqlRegisteredModel.__table__
 
 _PACKAGES = {
     "MySQLdb": "mysqlclient",
@@ -231,33 +234,43 @@ def _versions(session: Session, keys: Collection[str]) -> list[RegisteredVersion
     aliases = _aliases(session)
     tags, model_tags = _tags(session, keys), _model_tags(session, keys)
     rows = session.execute(
-        sa.select(_VERSIONS)
+        _with_names(_VERSIONS)
         .where(
             sa.func.coalesce(_VERSIONS.c.current_stage, "") != STAGE_DELETED_INTERNAL,
             sa.func.coalesce(_VERSIONS.c.source, "") != PROMPT_SOURCE,
         )
-        .order_by(_VERSIONS.c.workspace, _VERSIONS.c.name, _VERSIONS.c.version)
+        .order_by(_VERSIONS.c.workspace, _MODELS.c.name, _VERSIONS.c.version)
     )
     return [
         RegisteredVersion(
             workspace=row.workspace,
-            name=row.name,
+            name=row.model,
             version=row.version,
             stage=row.current_stage or STAGE_NONE,
-            aliases=tuple(sorted(aliases.get((row.workspace, row.name, row.version), ()))),
+            aliases=tuple(sorted(aliases.get((row.workspace, row.model, row.version), ()))),
             source=row.source or "",
             location=row.storage_location or row.source or "",
-            tags=tags.get((row.workspace, row.name, row.version), {}),
-            model_tags=model_tags.get((row.workspace, row.name), {}),
+            tags=tags.get((row.workspace, row.model, row.version), {}),
+            model_tags=model_tags.get((row.workspace, row.model), {}),
         )
         for row in rows
     ]
 
 
+def _with_names(table: sa.Table) -> sa.Select[Any]:
+    """Rows of a table about registered models, with the model's own name as the column ``model``.
+
+    A database that takes ``BOT`` for ``bot`` keeps the spelling that each row was written with.
+    """
+    is_about = sa.and_(_MODELS.c.workspace == table.c.workspace, _MODELS.c.name == table.c.name)
+    name = sa.func.coalesce(_MODELS.c.name, table.c.name)
+    return sa.select(table, name.label("model")).outerjoin(_MODELS, is_about)
+
+
 def _aliases(session: Session) -> dict[_Key, list[str]]:
     found: dict[_Key, list[str]] = {}
-    for row in session.execute(sa.select(_ALIASES)):
-        found.setdefault((row.workspace, row.name, row.version), []).append(row.alias)
+    for row in session.execute(_with_names(_ALIASES)):
+        found.setdefault((row.workspace, row.model, row.version), []).append(row.alias)
     return found
 
 
@@ -265,14 +278,14 @@ def _tags(session: Session, keys: Collection[str]) -> dict[_Key, dict[str, str]]
     """The tags that the audit looks at: the gate's own, and those with these keys."""
     found: dict[_Key, dict[str, str]] = {}
     wanted = sa.or_(_TAGS.c.key.startswith("safelock."), _TAGS.c.key.in_(keys))
-    for row in session.execute(sa.select(_TAGS).where(wanted)):
-        found.setdefault((row.workspace, row.name, row.version), {})[row.key] = row.value
+    for row in session.execute(_with_names(_TAGS).where(wanted)):
+        found.setdefault((row.workspace, row.model, row.version), {})[row.key] = row.value
     return found
 
 
 def _model_tags(session: Session, keys: Collection[str]) -> dict[tuple[str, str], dict[str, str]]:
     """The tags of registered models with these keys."""
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in session.execute(sa.select(_MODEL_TAGS).where(_MODEL_TAGS.c.key.in_(keys))):
-        found.setdefault((row.workspace, row.name), {})[row.key] = row.value
+    for row in session.execute(_with_names(_MODEL_TAGS).where(_MODEL_TAGS.c.key.in_(keys))):
+        found.setdefault((row.workspace, row.model), {})[row.key] = row.value
     return found

@@ -116,6 +116,13 @@ class LockedFolder:
 class Registry(Protocol):
     """The registry that the gate guards."""
 
+    def registered_name(self, name: str) -> str:
+        """The name of a registered model as the registry has it; the same where there is no such model.
+
+        A database may take ``BOT`` for ``bot``. Policy, ledger and leases do not, so whoever has a client's
+        spelling asks this first.
+        """
+
     def model_version(self, name: str, version: int) -> ModelVersion:
         """One version; MLflow's own error where there is none."""
 

@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from mlflow.entities.model_registry import ModelVersionTag
 from mlflow.entities.model_registry.model_version_status import ModelVersionStatus
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.store.db.utils import (
     _get_managed_session_maker,
     create_sqlalchemy_engine_with_retry,
@@ -101,6 +102,15 @@ class RestRegistry(SqlLedger):
     def _session(self, *, read_only: bool = True) -> AbstractContextManager[Any]:
         return self.database.session(read_only=read_only)
 
+    def registered_name(self, name: str) -> str:
+        """The name of a registered model as the server has it, whose database may take others for it."""
+        try:
+            return str(self.store.get_registered_model(name).name)
+        except MlflowException as error:
+            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                return name
+            raise
+
     def model_version(self, name: str, version: int) -> ModelVersion:
         """One version, at the place that it was last decided to be served from, else at the server's."""
         found = self._at_the_server(name, version)
@@ -162,7 +172,7 @@ class RestRegistry(SqlLedger):
         found = self.store.get_model_version(name, version)
         model = self.store.get_registered_model(name)
         return ModelVersion(
-            name=name,
+            name=model.name,
             version=int(found.version),
             source=found.source,
             location=str(self.store.get_model_version_download_uri(name, version)),

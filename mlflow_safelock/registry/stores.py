@@ -123,13 +123,13 @@ class GateMixin:
         if number is not None:
             self._refusing(
                 f"hand out {name!r} version {number}",
-                lambda: self._guard.check_read(name, number, self._workspace, current_actor()),
+                lambda: self._guard.check_read(self._name(name), number, self._workspace, current_actor()),
             )
         return self._download_uri(name, version)
 
     def rename_registered_model(self, name: str, new_name: str) -> RegisteredModel:
         """MLflow's own renaming, where no unlocked version comes into a gated place by it."""
-        renaming, workspace = Renaming(self._gate), self._workspace
+        renaming, workspace, name = Renaming(self._gate), self._workspace, self._name(name)
         if not self._patiently(lambda: renaming.is_half_done(name, new_name, workspace)):
             self._refusing(
                 f"rename {name!r} to {new_name!r}",
@@ -157,7 +157,7 @@ class GateMixin:
             MlflowException: There is no such version.
         """
         target = Target("prepare", "standalone")
-        return self._gate.prepare(Request(name, version, target, current_actor(), self._workspace), progress)
+        return self._gate.prepare(self._request(name, version, target), progress)
 
     def file_evaluation(self, name: str, version: int, statement: EvaluationStatement) -> LedgerEntry:
         """Put on record how a version was measured; see ``Gate.file_evaluation``.
@@ -179,7 +179,7 @@ class GateMixin:
         self._gate.check_measured(self._measuring(name, version, suite), lock, alpha)
 
     def _measuring(self, name: str, version: int, suite: str) -> Request:
-        return Request(name, version, Target("evaluate", suite), current_actor(), self._workspace)
+        return self._request(name, version, Target("evaluate", suite))
 
     def unlock(self, name: str, version: int, reason: str) -> str:
         """Take the lock off a version that is in no gated place; see ``Guard.unlock``.
@@ -188,7 +188,7 @@ class GateMixin:
             PromotionRefused: It may not be unlocked.
             MlflowException: There is no such version.
         """
-        return self._guard.unlock(name, version, self._workspace, current_actor(), reason)
+        return self._guard.unlock(self._name(name), version, self._workspace, current_actor(), reason)
 
     def revoke_lock(self, name: str, version: int, reason: str) -> LockInForce:
         """Put on record that a registered lock may not be applied any more; see ``Guard.revoke``.
@@ -197,7 +197,7 @@ class GateMixin:
             PromotionRefused: It is no lock.
             MlflowException: There is no such version.
         """
-        return self._guard.revoke(name, version, self._workspace, current_actor(), reason)
+        return self._guard.revoke(self._name(name), version, self._workspace, current_actor(), reason)
 
     @property
     def reconciling(self) -> Reconciling:
@@ -208,6 +208,13 @@ class GateMixin:
     def _workspace(self) -> str:
         return str(self._get_active_workspace())  # type: ignore[attr-defined]
 
+    def _request(self, name: str, version: int, target: Target) -> Request:
+        return Request(self._name(name), version, target, current_actor(), self._workspace)
+
+    def _name(self, name: str) -> str:
+        """The name that the registry has for a client's spelling; every name comes through here."""
+        return self._gate.registry.registered_name(name)
+
     def _download_uri(self, name: str, version: Any) -> str:
         return str(super().get_model_version_download_uri(name, version))  # type: ignore[misc]
 
@@ -217,7 +224,7 @@ class GateMixin:
             return  # MLflow refuses it next, in its own words
         self._refusing(
             f"promote {name!r} version {number} to {target}",
-            lambda: self._gate.promote(Request(name, number, target, current_actor(), self._workspace)),
+            lambda: self._gate.promote(self._request(name, number, target)),
         )
         reach("gate-passed")
 
