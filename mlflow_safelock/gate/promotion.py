@@ -132,12 +132,15 @@ class Gate:
             self.record(request, policy, "rejected", failed)
             raise failed from error
 
-    def prepare(self, request: Request, progress: Progress = silent) -> Preparation:
+    def prepare(
+        self, request: Request, progress: Progress = silent, *, measure_anew: bool = False
+    ) -> Preparation:
         """Write what a promotion needs and must not take the time for; doing it again changes nothing.
 
         Args:
             request: What is prepared, and for whom.
             progress: Is told how many bytes were moved, and of how many.
+            measure_anew: Whether a full fingerprint is made also where the one on record seems to hold.
 
         Raises:
             PromotionRefused: The version could not be promoted as it is; nothing was written.
@@ -148,7 +151,8 @@ class Gate:
         work = Work(request.workspace, request.name, request.version, "prepare")
         try:
             with self.registry.lease(work) as lease:
-                return self._prepare(request, policy, rule, found, renewing(lease, progress))
+                moved = renewing(lease, progress)
+                return self._prepare(request, policy, rule, found, moved, measure_anew=measure_anew)
         except PromotionRefused:
             raise
         except SafelockError as error:
@@ -193,7 +197,14 @@ class Gate:
         return approved
 
     def _prepare(
-        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, progress: Progress
+        self,
+        request: Request,
+        policy: Policy,
+        rule: GateRule,
+        found: ModelVersion,
+        progress: Progress,
+        *,
+        measure_anew: bool,
     ) -> Preparation:
         approved = approve(request, policy, rule, found, self.registry, self.artifacts)
         if approved is None:
@@ -202,7 +213,8 @@ class Gate:
         reach("prepare-approved")
         measured = None
         if rule.fingerprint == "full":
-            measured = self.measurements.make(approved, progress)
+            measure = self.measurements.make_anew if measure_anew else self.measurements.make
+            measured = measure(approved, progress)
             approved = replace(approved, measured=measured.fingerprint)
         if rule.carrier == "overlay":
             return Preparation("overlay", None, lock, approved.alpha, measured=measured)

@@ -144,20 +144,23 @@ class GateMixin:
         )
         return self.get_registered_model(new_name)  # type: ignore[attr-defined]
 
-    def prepare(self, name: str, version: int, progress: Progress = silent) -> Preparation:
+    def prepare(
+        self, name: str, version: int, progress: Progress = silent, *, measure_anew: bool = False
+    ) -> Preparation:
         """Write ahead what the version's promotion needs; see ``Gate.prepare``.
 
         Args:
             name: Registered model.
             version: Its version.
             progress: Is told how many bytes were moved, and of how many.
+            measure_anew: Whether a full fingerprint is made also where the one on record seems to hold.
 
         Raises:
             PromotionRefused: The version could not be promoted as it is.
             MlflowException: There is no such version.
         """
-        target = Target("prepare", "standalone")
-        return self._gate.prepare(self._request(name, version, target), progress)
+        request = self._request(name, version, Target("prepare", "standalone"))
+        return self._gate.prepare(request, progress, measure_anew=measure_anew)
 
     def file_evaluation(self, name: str, version: int, statement: EvaluationStatement) -> LedgerEntry:
         """Put on record how a version was measured; see ``Gate.file_evaluation``.
