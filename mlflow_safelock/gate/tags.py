@@ -7,8 +7,11 @@ from dataclasses import dataclass
 STATE_TAG = "safelock.state"
 """``locked`` after a promotion, ``unlocked`` once the lock was taken off."""
 
+RECEIPT_TAG = "safelock.receipt"
+"""Digest of the locked model's receipt."""
+
 UNLOCKED = "unlocked"
-"""What that tag says then."""
+"""What the tag for the state says then."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Stated:
             "safelock.applied_alpha": f"{self.alpha:g}",
             "safelock.base": self.base_model,
             "safelock.kinship": "unknown" if self.kinship is None else f"{self.kinship:.4f}",
-            "safelock.receipt": self.receipt,
+            RECEIPT_TAG: self.receipt,
         }
 
 

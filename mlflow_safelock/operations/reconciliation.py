@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 
+import sqlalchemy as sa
 from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.utils.workspace_context import WorkspaceContext
 
-from mlflow_safelock.audit.database import database_rows
+from mlflow_safelock.audit.database import database_rows, open_database
 from mlflow_safelock.audit.report import wanted
 from mlflow_safelock.audit.rows import AuditRow
+from mlflow_safelock.errors import LedgerError
+from mlflow_safelock.gate import leases, ledger
 from mlflow_safelock.gate.explanation import Refusal
 from mlflow_safelock.gate.guard import Guard
 from mlflow_safelock.gate.policy import Policy
@@ -24,6 +27,7 @@ from mlflow_safelock.gate.reconciling import Difference, Reconciling, Repair, Wa
 from mlflow_safelock.operations.sweeping import Sweeping
 from mlflow_safelock.registry.actor import current_actor
 from mlflow_safelock.registry.explaining import reading_gate
+from mlflow_safelock.registry.rest import ClientsLedger, LedgerDatabase
 from mlflow_safelock.registry.stores import SafelockStore, SafelockWorkspaceStore, connect
 
 _logger = logging.getLogger(__name__)
@@ -103,9 +107,42 @@ def reading_only(
     return Reconciliation(registry_uri, lambda: policy, reconciling, wanted(models))
 
 
-def sweeping(store: SafelockStore | SafelockWorkspaceStore, registry_uri: str) -> Sweeping:
-    """What sweeps the artifact store of an open registry."""
-    return Sweeping(registry_uri, store.reconciling.gate)
+def sweeping(
+    store: SafelockStore | SafelockWorkspaceStore,
+    registry_uri: str,
+    clients: Sequence[str] = (),
+    *,
+    only_known: bool = False,
+) -> Sweeping:
+    """What sweeps the artifact store of an open registry.
+
+    Args:
+        store: The registry.
+        registry_uri: Its database.
+        clients: Databases in which clients that guard the registry by themselves have their ledgers.
+        only_known: Whether there are no others, whatever tags say.
+
+    Raises:
+        LedgerError: There is no ledger in one of them.
+    """
+    ledgers = tuple(_clients_ledger(uri) for uri in clients)
+    return Sweeping(registry_uri, store.reconciling.gate, ledgers, only_known)
+
+
+def _clients_ledger(uri: str) -> ClientsLedger:
+    engine = open_database(uri)
+    try:
+        tables = sa.inspect(engine)
+        if not all(tables.has_table(table.name) for table in (ledger.TABLE, leases.TABLE)):
+            raise LedgerError(
+                f"There is no ledger in the database {engine.url!r}.",
+                next_step="Name the one that SAFELOCK_LEDGER names where the clients run.",
+            )
+    except sa.exc.SQLAlchemyError as error:
+        raise LedgerError(f"The ledger in {engine.url!r} cannot be read: {error}.") from error
+    finally:
+        engine.dispose()
+    return ClientsLedger(LedgerDatabase(uri))
 
 
 def repairing(

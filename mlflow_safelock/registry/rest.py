@@ -88,6 +88,20 @@ class LedgerDatabase:
 
 
 @dataclass(frozen=True)
+class ClientsLedger(SqlLedger):
+    """A ledger that clients of a server keep, looked at without them.
+
+    Attributes:
+        database: The database that it is in.
+    """
+
+    database: LedgerDatabase
+
+    def _session(self, *, read_only: bool = True) -> AbstractContextManager[Any]:
+        return self.database.session(read_only=read_only)
+
+
+@dataclass(frozen=True)
 class RestRegistry(SqlLedger):
     """A registry behind a server, with what is decided about it in another database.
 
