@@ -16,6 +16,7 @@
     │   ├── UnsupportedArchitectureError  heads cannot be found, or a checkpoint cannot carry the biases
     │   └── CheckpointError            a checkpoint folder that cannot be read, written or confirmed
     ├── SourceError                    the fine-tune behind a locked model cannot be reached
+    │   └── UnreachableError           its store does not answer, and may in a while
     ├── VerificationError              something is not what its receipt says
     ├── KeyFileError                   a key file that cannot be used
     ├── PolicyError                    a policy file that cannot be used
@@ -104,6 +105,10 @@ class CheckpointError(ApplyError):
 
 class SourceError(SafelockError):
     """The fine-tune that a locked model points to cannot be reached or read."""
+
+
+class UnreachableError(SourceError):
+    """A store that does not answer now; the same call may well succeed in a while."""
 
 
 class VerificationError(SafelockError):

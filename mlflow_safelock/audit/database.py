@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL, STAGE_NONE
@@ -14,11 +16,13 @@ from mlflow.store.db.utils import create_sqlalchemy_engine
 from mlflow.store.model_registry.dbmodels.models import (
     SqlModelVersion,
     SqlModelVersionTag,
+    SqlRegisteredModel,
     SqlRegisteredModelAlias,
     SqlRegisteredModelTag,
 )
 from sqlalchemy.orm import Session
 
+from mlflow_safelock.audit.aging_locks import LockReader, faults_of_lock
 from mlflow_safelock.audit.rows import (
     AuditRow,
     Evidence,
@@ -26,11 +30,13 @@ from mlflow_safelock.audit.rows import (
     row_of,
     row_without_evidence,
 )
-from mlflow_safelock.errors import LedgerError
+from mlflow_safelock.errors import LedgerError, SourceError
 from mlflow_safelock.gate import ledger
 from mlflow_safelock.gate.guard import fault_of
-from mlflow_safelock.gate.policy import Policy
+from mlflow_safelock.gate.ledger import LockInForce
+from mlflow_safelock.gate.policy import LockRule, Policy
 from mlflow_safelock.gate.source import PROMPT_SOURCE
+from mlflow_safelock.lock import SafetyLock
 
 SCHEME_PREFIX = "safelock+"
 """What makes MLflow put the gate in front of a database; the database is the same without it."""
@@ -40,6 +46,7 @@ _VERSIONS: sa.Table = SqlModelVersion.__table__
 _TAGS: sa.Table = SqlModelVersionTag.__table__
 _ALIASES: sa.Table = SqlRegisteredModelAlias.__table__
 _MODEL_TAGS: sa.Table = SqlRegisteredModelTag.__table__
+_MODELS: sa.Table = SqlRegisteredModel.__table__
 
 _PACKAGES = {
     "MySQLdb": "mysqlclient",
@@ -58,7 +65,10 @@ def is_database(registry_uri: str) -> bool:
 
 
 def database_rows(
-    registry_uri: str, is_wanted: Callable[[str], bool], policy: Policy | None = None
+    registry_uri: str,
+    is_wanted: Callable[[str], bool],
+    policy: Policy | None = None,
+    read_lock: LockReader | None = None,
 ) -> Iterator[AuditRow]:
     """A row for every version in the registry's database, of all workspaces, by workspace, name and version.
 
@@ -66,6 +76,7 @@ def database_rows(
         registry_uri: The database, with or without the prefix ``safelock+``.
         is_wanted: Whether a registered model of this name is wanted.
         policy: The policy that the versions are held to; to none where not given.
+        read_lock: Reads registered locks, which say how old they are; where not given, that is not looked at.
 
     Raises:
         LedgerError: The database is not there, holds no registry, or cannot be read.
@@ -76,7 +87,7 @@ def database_rows(
         versions = [version for version in _versions(session, keys) if is_wanted(version.name)]
         for version in versions:
             row = _row(session, version) if has_ledger else row_without_evidence(version)
-            yield _held_to(policy, row, version, session if has_ledger else None)
+            yield _held_to(policy, row, version, session if has_ledger else None, read_lock)
 
 
 def registered_versions(registry_uri: str) -> list[RegisteredVersion]:
@@ -155,13 +166,19 @@ def _row(session: Session, version: RegisteredVersion) -> AuditRow:
 
 
 def _held_to(
-    policy: Policy | None, row: AuditRow, version: RegisteredVersion, ledger_session: Session | None
+    policy: Policy | None,
+    row: AuditRow,
+    version: RegisteredVersion,
+    ledger_session: Session | None,
+    read_lock: LockReader | None,
 ) -> AuditRow:
-    """The row, with a violation where the version is in a gated place and may not be there."""
+    """The row, with what is wrong where the version is in a gated place: with it, and with its lock."""
     found = version.as_the_gate_sees_it
     rule = policy.rule_for(found.name, found.tags, found.model_tags) if policy is not None else None
     if rule is None or not rule.gated_places(found):
         return row
+    if ledger_session is not None:
+        row = replace(row, lock_faults=tuple(_lock_faults(ledger_session, row, rule.lock, read_lock)))
     try:
         decision = (
             None
@@ -174,6 +191,41 @@ def _held_to(
     return row if fault is None else replace(row, violation=f"It {fault}")
 
 
+def _lock_faults(
+    session: Session, row: AuditRow, rule: LockRule, read_lock: LockReader | None
+) -> Iterator[str]:
+    """Why the lock that a version runs would not be applied today; none where no lock is on record."""
+    if None in (row.lock_name, row.lock_version, row.lock_digest, row.base_model):
+        return
+    applied = LockInForce(
+        model=str(row.lock_name),
+        version=int(row.lock_version or 0),
+        digest=str(row.lock_digest),
+        base_model=str(row.base_model),
+    )
+
+    def registered(read: LockReader) -> SafetyLock:
+        at = session.execute(
+            sa.select(sa.func.coalesce(_VERSIONS.c.storage_location, _VERSIONS.c.source)).where(
+                _VERSIONS.c.workspace == row.workspace,
+                _VERSIONS.c.name == applied.model,
+                _VERSIONS.c.version == applied.version,
+            )
+        ).scalar_one_or_none()
+        if not at:
+            raise SourceError("It is registered no more.")
+        return read(at)
+
+    try:
+        revocation = ledger.revocation_of(session, applied.digest)
+    except LedgerError as error:
+        yield f"Whether its lock was revoked cannot be read: {error.cause}"
+        revocation = None
+    yield from faults_of_lock(
+        applied, rule, revocation, None if read_lock is None else partial(registered, read_lock)
+    )
+
+
 def _versions(session: Session, keys: Collection[str]) -> list[RegisteredVersion]:
     """Every version that is not deleted.
 
@@ -182,33 +234,43 @@ def _versions(session: Session, keys: Collection[str]) -> list[RegisteredVersion
     aliases = _aliases(session)
     tags, model_tags = _tags(session, keys), _model_tags(session, keys)
     rows = session.execute(
-        sa.select(_VERSIONS)
+        _with_names(_VERSIONS)
         .where(
             sa.func.coalesce(_VERSIONS.c.current_stage, "") != STAGE_DELETED_INTERNAL,
             sa.func.coalesce(_VERSIONS.c.source, "") != PROMPT_SOURCE,
         )
-        .order_by(_VERSIONS.c.workspace, _VERSIONS.c.name, _VERSIONS.c.version)
+        .order_by(_VERSIONS.c.workspace, _MODELS.c.name, _VERSIONS.c.version)
     )
     return [
         RegisteredVersion(
             workspace=row.workspace,
-            name=row.name,
+            name=row.model,
             version=row.version,
             stage=row.current_stage or STAGE_NONE,
-            aliases=tuple(sorted(aliases.get((row.workspace, row.name, row.version), ()))),
+            aliases=tuple(sorted(aliases.get((row.workspace, row.model, row.version), ()))),
             source=row.source or "",
             location=row.storage_location or row.source or "",
-            tags=tags.get((row.workspace, row.name, row.version), {}),
-            model_tags=model_tags.get((row.workspace, row.name), {}),
+            tags=tags.get((row.workspace, row.model, row.version), {}),
+            model_tags=model_tags.get((row.workspace, row.model), {}),
         )
         for row in rows
     ]
 
 
+def _with_names(table: sa.Table) -> sa.Select[Any]:
+    """Rows of a table about registered models, with the model's own name as the column ``model``.
+
+    A database that takes ``BOT`` for ``bot`` keeps the spelling that each row was written with.
+    """
+    is_about = sa.and_(_MODELS.c.workspace == table.c.workspace, _MODELS.c.name == table.c.name)
+    name = sa.func.coalesce(_MODELS.c.name, table.c.name)
+    return sa.select(table, name.label("model")).outerjoin(_MODELS, is_about)
+
+
 def _aliases(session: Session) -> dict[_Key, list[str]]:
     found: dict[_Key, list[str]] = {}
-    for row in session.execute(sa.select(_ALIASES)):
-        found.setdefault((row.workspace, row.name, row.version), []).append(row.alias)
+    for row in session.execute(_with_names(_ALIASES)):
+        found.setdefault((row.workspace, row.model, row.version), []).append(row.alias)
     return found
 
 
@@ -216,14 +278,14 @@ def _tags(session: Session, keys: Collection[str]) -> dict[_Key, dict[str, str]]
     """The tags that the audit looks at: the gate's own, and those with these keys."""
     found: dict[_Key, dict[str, str]] = {}
     wanted = sa.or_(_TAGS.c.key.startswith("safelock."), _TAGS.c.key.in_(keys))
-    for row in session.execute(sa.select(_TAGS).where(wanted)):
-        found.setdefault((row.workspace, row.name, row.version), {})[row.key] = row.value
+    for row in session.execute(_with_names(_TAGS).where(wanted)):
+        found.setdefault((row.workspace, row.model, row.version), {})[row.key] = row.value
     return found
 
 
 def _model_tags(session: Session, keys: Collection[str]) -> dict[tuple[str, str], dict[str, str]]:
     """The tags of registered models with these keys."""
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in session.execute(sa.select(_MODEL_TAGS).where(_MODEL_TAGS.c.key.in_(keys))):
-        found.setdefault((row.workspace, row.name), {})[row.key] = row.value
+    for row in session.execute(_with_names(_MODEL_TAGS).where(_MODEL_TAGS.c.key.in_(keys))):
+        found.setdefault((row.workspace, row.model), {})[row.key] = row.value
     return found

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from mlflow.tracking import is_tracking_uri_set
 from mlflow.tracking._model_registry.utils import _resolve_registry_uri
 
+from mlflow_safelock.audit.aging_locks import lock_reader
 from mlflow_safelock.audit.database import SCHEME_PREFIX, database_rows, is_database
 from mlflow_safelock.audit.rows import AuditRow
 from mlflow_safelock.audit.server import server_rows
@@ -30,7 +31,9 @@ def audit(
     receipt in the locked model; the rows say which. Tags are never evidence.
 
     Where the registry is a gated database, or ``SAFELOCK_POLICY`` is set, a version of a database's is also
-    held to the policy: one that is in a gated stage or alias without having passed the gate is a violation.
+    held to the policy: one that is in a gated stage or alias without having passed the gate is a violation,
+    and one that runs a lock there which was revoked, is below the policy's floor or too old, has that told
+    (``lock_faults``). How old a lock is takes its artifact, which is read where the policy asks for that.
 
     Args:
         registry_uri: A database URI, with or without the prefix ``safelock+``, or a server's address;
@@ -61,7 +64,7 @@ def audit_rows(
     registry = _resolve_registry_uri(registry_uri, tracking_uri)
 
     if is_database(registry):
-        return database_rows(registry, wanted(models), _policy_of(registry))
+        return database_rows(registry, wanted(models), _policy_of(registry), lock_reader(tracking_uri))
     if tracking_uri is None and not is_tracking_uri_set():
         # A server is both, and its artifacts are to be had nowhere else.
         tracking_uri = registry

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.ports import ModelVersion
+from mlflow_safelock.gate.tags import LOCK_TAGS, STATE_TAG, UNLOCKED, Stated
 from mlflow_safelock.provenance import PublicKey, Receipt
 
 State = Literal["locked", "locked (copy)", "unlocked", "unknown"]
@@ -89,6 +90,7 @@ class Evidence:
         by: Who asked for the promotion.
         verified: Whether MLflow's authentication vouched for them, as far as the record can be believed.
         receipt: Digest of the locked model's receipt.
+        kinship: Cosine between the weights of fine-tune and base; ``None`` where it is not known.
     """
 
     kind: Literal["ledger", "receipt", "signed receipt"]
@@ -104,6 +106,7 @@ class Evidence:
     by: str
     verified: bool
     receipt: str
+    kinship: float | None
 
     @classmethod
     def from_ledger(cls, entry: LedgerEntry) -> Evidence:
@@ -125,6 +128,7 @@ class Evidence:
             by=entry.actor.name,
             verified=entry.actor.verified,
             receipt=receipt,
+            kinship=entry.kinship,
         )
 
     @classmethod
@@ -148,6 +152,20 @@ class Evidence:
             by=promotion.actor.name,
             verified=signed_by is not None and promotion.actor.verified,
             receipt=receipt.digest,
+            kinship=promotion.kinship,
+        )
+
+    @property
+    def stated(self) -> Stated:
+        """What the tags of the promoted version should say."""
+        return Stated(
+            self.lock_name,
+            self.lock_version,
+            self.lock_digest,
+            self.alpha,
+            self.base_model,
+            self.kinship,
+            self.receipt,
         )
 
     def is_about(self, version: RegisteredVersion) -> bool:
@@ -188,6 +206,8 @@ class AuditRow:
         violation: Why it may not be where it is: in a gated stage or under a gated alias, and not as the gate
             decided about it, so that the gate hands it to nobody. ``None`` where it may, and where that is
             not told: without a policy, or through a server.
+        lock_faults: Why a promotion would not apply the lock that it runs in a gated place any more (revoked,
+            below the policy's floor, too old), one sentence each. Empty where that is not told either.
     """
 
     workspace: str
@@ -207,6 +227,12 @@ class AuditRow:
     evidence: EvidenceKind
     drift: tuple[str, ...]
     violation: str | None = None
+    lock_faults: tuple[str, ...] = ()
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What somebody has to do something about."""
+        return self.lock_faults if self.violation is None else (self.violation, *self.lock_faults)
 
 
 def row_of(version: RegisteredVersion, evidence: Evidence) -> AuditRow:
@@ -246,8 +272,6 @@ def row_without_evidence(
     version: RegisteredVersion, state: Literal["unlocked", "unknown"] = "unlocked", *drift: str
 ) -> AuditRow:
     """The row of a version for whose location no promotion is on record, or none that can be read."""
-    claim = version.tags.get("safelock.state")
-    claims = [f"The tag safelock.state says {claim!r}, and no promotion is on record."] if claim else []
     return AuditRow(
         workspace=version.workspace,
         model=version.name,
@@ -264,21 +288,23 @@ def row_without_evidence(
         by=None,
         by_verified=None,
         evidence="none",
-        drift=(*drift, *claims),
+        drift=(*drift, *_claims(version)),
     )
+
+
+def _claims(version: RegisteredVersion) -> Iterator[str]:
+    """What the tags of a version say for which no promotion is on record."""
+    state = version.tags.get(STATE_TAG)
+    left = [key for key in LOCK_TAGS if key in version.tags]
+    if state not in (None, UNLOCKED):
+        yield f"The tag {STATE_TAG} says {state!r}, and no promotion is on record."
+    elif left:
+        yield f"It has tags of a promotion ({', '.join(left)}), and none is on record."
 
 
 def _tag_drift(version: RegisteredVersion, evidence: Evidence) -> Iterator[str]:
     """Where the tags, which the gate set for people to read, say something else than the evidence."""
-    stated = {
-        "safelock.state": "locked",
-        "safelock.lock": f"models:/{evidence.lock_name}/{evidence.lock_version}",
-        "safelock.lock_digest": evidence.lock_digest,
-        "safelock.applied_alpha": f"{evidence.alpha:g}",
-        "safelock.base": evidence.base_model,
-        "safelock.receipt": evidence.receipt,
-    }
-    for key, value in stated.items():
+    for key, value in evidence.stated.tags.items():
         found = version.tags.get(key)
         if found is None:
             yield f"The tag {key} is missing; the {evidence.kind} says {value!r}."

@@ -13,7 +13,7 @@ from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_opt
 from mlflow_safelock.cli.output import counted, show_json, show_lines, working
 
 VIOLATIONS = 3
-"""Exit code where a version is in a gated place without having passed the gate."""
+"""Exit code where a version is in a gated place without having passed the gate, or under a bad lock."""
 
 
 @click.command(
@@ -42,7 +42,8 @@ def audit(models: str | None, form: str, mlflow_address: MlflowAddress) -> None:
     the table.
 
     Where --registry-uri begins with safelock+, or SAFELOCK_POLICY is set, versions in a database are held to
-    that policy: where one is in a gated stage or alias without having passed the gate, the exit code is 3.
+    that policy: where one is in a gated stage or alias without having passed the gate, or runs a lock there
+    that was revoked, is below the policy's floor or too old, the exit code is 3.
     """
     # MLflow's bars, one for each receipt, say less than the count of versions does.
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -64,4 +65,9 @@ def audit(models: str | None, form: str, mlflow_address: MlflowAddress) -> None:
     if violations:
         click.echo(f"Error: {violations} model version(s) did not pass the gate of where they are.", err=True)
         click.echo("Next: Promote them again, which locks them, or take them out of there.", err=True)
+    faulty = sum(bool(row.lock_faults) for row in rows)
+    if faulty:
+        click.echo(f"Error: {faulty} model version(s) run a lock that would not be applied today.", err=True)
+        click.echo("Next: Register a lock that would be, and promote them again.", err=True)
+    if violations or faulty:
         click.get_current_context().exit(VIOLATIONS)

@@ -16,13 +16,28 @@ if TYPE_CHECKING:
     from mlflow_safelock.operations.sweeping import Orphan, Swept
 
 
-def sweep_artifacts(mlflow_address: MlflowAddress, form: str, *, delete: bool) -> None:
-    """List orphans, and delete them where that is wanted: by ``delete``, or by an answer on a terminal."""
+def sweep_artifacts(
+    mlflow_address: MlflowAddress,
+    form: str,
+    *,
+    delete: bool,
+    ledgers: Sequence[str] = (),
+    only_this_ledger: bool = False,
+) -> None:
+    """List orphans, and delete them where that is wanted: by ``delete``, or by an answer on a terminal.
+
+    Args:
+        mlflow_address: The registry.
+        form: Form of the output.
+        delete: Whether they are deleted without asking.
+        ledgers: Databases with the ledgers of clients that guard the registry by themselves.
+        only_this_ledger: Whether there are no other ledgers, whatever tags say.
+    """
     from mlflow_safelock.operations.reconciliation import sweeping
 
     with working("Looking beside the fine-tunes"):
         uri = database_of(mlflow_address, "only there is it known what is needed")
-        sweep = sweeping(open_guarded(mlflow_address), uri)
+        sweep = sweeping(open_guarded(mlflow_address), uri, ledgers, only_known=only_this_ledger)
         orphans = sweep.orphans()
     if not delete and form == "table":
         _show(orphans)

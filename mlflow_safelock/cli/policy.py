@@ -19,6 +19,12 @@ from mlflow_safelock.cli.guarded import (
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options, parse_settings
 from mlflow_safelock.cli.output import announce, show_json, show_lines
 
+_OVERRIDES = {
+    "unlock": "Who may take a lock off",
+    "revoke": "Who may revoke a lock",
+    "other_alpha": "Who may promote with another alpha than the default",
+}
+
 
 @click.group(
     cls=Group,
@@ -92,6 +98,7 @@ def check(
     choice = None if model is None else found.choose(model, tags)
     if form == "json":
         shown: dict[str, object] = {"digest": found.digest, "policy": found.model_dump(mode="json")}
+        shown["who_may"] = {key: str(who) for key, who in found.overrides.items()}
         if model is not None and choice is not None:
             shown["model"] = model
             shown["gate"] = choice.rule.model_dump(mode="json") if choice.rule else None
@@ -101,5 +108,6 @@ def check(
         return
     text = yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     show_lines(text.rstrip(), "", f"digest  {found.digest}")
+    show_lines(*(f"{_OVERRIDES[key]}: {who}" for key, who in found.overrides.items()))
     if choice is not None:
         show_lines("", *choice.steps)

@@ -25,20 +25,27 @@ from mlflow_safelock.cli.output import (
         "safelock prepare models:/support-bot/3 --registry-uri safelock+postgresql://mlflow@db/mlflow",
         "safelock prepare models:/support-bot/3 --registry-uri safelock+sqlite:///registry.db \\",
         "    --artifacts-destination s3://bucket/mlflow",
+        "safelock prepare models:/support-bot/3 --again --registry-uri safelock+sqlite:///registry.db",
     ),
 )
 @click.argument("version", metavar="URI", callback=version_of)
+@click.option("--again", is_flag=True, help="Measure every byte anew, whatever is on record.")
 @destination_option
 @format_option
 @mlflow_options
 def prepare(
-    version: tuple[str, int], artifacts_destination: str | None, form: str, mlflow_address: MlflowAddress
+    version: tuple[str, int],
+    again: bool,
+    artifacts_destination: str | None,
+    form: str,
+    mlflow_address: MlflowAddress,
 ) -> None:
     """Write what the promotion of the version at URI needs: a standalone model, a full fingerprint.
 
     A standalone model, where the policy asks for that carrier, lies beside the fine-tune and shares its
     weights: by links on one file system, by copies that S3 makes itself. For a full fingerprint every byte of
-    the fine-tune is read. The promotion then finds them and compares them. Doing this again changes nothing.
+    the fine-tune is read. The promotion then finds them and compares them. Doing this again changes nothing,
+    unless a file was written since, by the file system's word, or --again is given: then it measures anew.
     After a failure it goes on where it was, with the copies that S3 made and with the files that were read;
     files that had to be copied on disks, or through a server, are copied anew. Nothing is promoted
     here, and the checks are those of a promotion, refusals included.
@@ -51,7 +58,7 @@ def prepare(
     use_destination(artifacts_destination)
     store = open_guarded(mlflow_address)
     with moving() as progress:
-        made = store.prepare(name, number, progress)
+        made = store.prepare(name, number, progress, measure_anew=again)
     written, measured = made.written, made.measured
     if form == "json":
         show_json(

@@ -38,6 +38,16 @@ _LEFT = "left as it is"
 @click.option("--demote", is_flag=True, help="Take what is not locked out of its gated stage and aliases.")
 @click.option("--sweep", is_flag=True, help="List locked models in the artifact store that nobody needs.")
 @click.option("--yes", is_flag=True, help="With --sweep: delete them, without asking.")
+@click.option(
+    "--ledger",
+    "ledgers",
+    metavar="URI",
+    multiple=True,
+    help="With --sweep: the database where safelock+http clients have their ledger; may be repeated.",
+)
+@click.option(
+    "--only-this-ledger", is_flag=True, help="With --sweep: there are no such clients, whatever tags say."
+)
 @click.option("--watch", is_flag=True, help="Do it again and again, until SIGTERM or Ctrl-C.")
 @click.option(
     "--interval",
@@ -65,6 +75,8 @@ def reconcile(
     demote: bool,
     sweep: bool,
     yes: bool,
+    ledgers: tuple[str, ...],
+    only_this_ledger: bool,
     watch: bool,
     interval: float | None,
     listen: tuple[str, int] | None,
@@ -82,7 +94,9 @@ def reconcile(
     where something differs, and is left.
 
     With --sweep it lists the locked models beside fine-tunes that no version and no row of the ledger needs,
-    with the bytes that they take, and deletes them with --yes, or once you say so on a terminal.
+    with the bytes that they take, and deletes them with --yes, or once you say so on a terminal. Where a
+    version has the tags of a promotion that the ledger does not know, clients may guard the registry with a
+    ledger of their own: it then sweeps nothing, unless it is told of that ledger, or that there is none.
 
     With --watch it is the companion of a server that has no gate: it looks again and again, and tells what it
     did, and once what it leaves. SIGTERM ends it after the pass that is under way. With --listen a delivery
@@ -93,13 +107,13 @@ def reconcile(
     """
     if sweep and (lock or demote or watch or models):
         raise click.UsageError("--sweep goes by itself: what is needed is asked of all versions.")
-    if yes and not sweep:
-        raise click.UsageError("--yes is for --sweep.")
+    if (yes or ledgers or only_this_ledger) and not sweep:
+        raise click.UsageError("--yes, --ledger and --only-this-ledger are for --sweep.")
     if (interval is not None or listen is not None) and not watch:
         raise click.UsageError("--interval and --listen are for --watch.")
     if sweep:
         use_destination(artifacts_destination)
-        sweep_artifacts(mlflow_address, form, delete=yes)
+        sweep_artifacts(mlflow_address, form, delete=yes, ledgers=ledgers, only_this_ledger=only_this_ledger)
         return
     ways: tuple[Way, ...] = (*(("lock",) if lock else ()), *(("demote",) if demote else ()))
     use_destination(artifacts_destination)

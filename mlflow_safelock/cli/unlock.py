@@ -27,8 +27,8 @@ reason_option = click.option("--reason", required=True, metavar="TEXT", help="Wh
 def unlock(version: tuple[str, int], reason: str, form: str, mlflow_address: MlflowAddress) -> None:
     """Let the version at URI serve its fine-tune again, unlocked.
 
-    It is refused while the version is in a gated stage or under a gated alias, or where the policy says
-    "unlock: deny". The ledger keeps who did it, and why. This works on a registry that is guarded in this
+    It is refused while the version is in a gated stage or under a gated alias, or where the policy ("unlock")
+    does not let you. The ledger keeps who did it, and why. This works on a registry that is guarded in this
     process (--registry-uri safelock+...), not through its server.
     """
     name, number = version

@@ -8,6 +8,7 @@ from typing import Any
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.ledger import Event, LedgerEntry, TokenizerFinding
 from mlflow_safelock.gate.locks import RegisteredLock, find_lock
+from mlflow_safelock.gate.permissions import require
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry, Target
 from mlflow_safelock.gate.source import PROMPT_SOURCE, PROMPT_TAG, BaseHint, examine
@@ -160,11 +161,20 @@ def approve(
         original,
         chosen.registered,
         chosen.kinship,
-        alpha_for(found, rule),
+        _permitted_alpha(request, policy, rule, found),
         chosen.hint,
         chosen.tokenizer,
         is_known=chosen.is_known,
     )
+
+
+def _permitted_alpha(request: Request, policy: Policy, rule: GateRule, found: ModelVersion) -> float:
+    """The strength, where who promotes may have it; what is prepared or measured is not in force yet."""
+    alpha = alpha_for(found, rule)
+    if alpha != rule.alpha.default and request.target.kind in ("stage", "alias"):
+        what = f"promote with another alpha than {rule.alpha.default:g} (the version asks for {alpha:g})"
+        require(policy.other_alpha, request.actor, "alpha_denied", what, "other_alpha")
+    return alpha
 
 
 def is_prompt(found: ModelVersion) -> bool:

@@ -13,6 +13,7 @@ from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion
 from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate, is_in_force, promoted_entry, tags_of
 from mlflow_safelock.gate.strength import ALPHA_TAG
+from mlflow_safelock.gate.transient import unreadable
 
 Outcome = Literal["lock", "nothing to do", "pass unlocked", "refuse", "not gated"]
 """``lock``: it would be locked and promoted. ``nothing to do``: it runs that lock already. ``pass unlocked``:
@@ -112,7 +113,7 @@ def explain(gate: Gate, request: Request, found: ModelVersion | None = None) -> 
     except PromotionRefused as refusal:
         return _refused(begun, refusal.reason, refusal)
     except SafelockError as error:
-        return _refused(begun, "unreadable", error)
+        return _refused(begun, unreadable(error).reason, error)
 
 
 def _explained(
@@ -153,7 +154,7 @@ def _explained(
     except PromotionRefused as refusal:
         return _refused(begun, refusal.reason, refusal)
     except SafelockError as error:
-        return _refused(begun, "unreadable", error)
+        return _refused(begun, unreadable(error).reason, error)
 
 
 def _writes(gate: Gate, approved: Approved) -> tuple[str, ...]:

@@ -17,10 +17,13 @@ from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce, now
 from mlflow_safelock.gate.locks import check_moves_forward
+from mlflow_safelock.gate.permissions import require
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Target
 from mlflow_safelock.gate.promotion import NOT_AN_LLM, REGISTERED, Gate, registered_entry
 from mlflow_safelock.gate.source import examine
+from mlflow_safelock.gate.tags import LOCK_TAGS, STATE_TAG, UNLOCKED
+from mlflow_safelock.gate.transient import is_transient, unreadable
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import Actor
 
@@ -79,6 +82,9 @@ class Guard:
         """Why a version may not be where it is, as ``fault_of``; what it serves is compared too.
 
         Files of weights are compared by their sizes alone: the loader compares blocks of them.
+
+        Raises:
+            PromotionRefused: The store does not answer now.
         """
         fault = fault_of(found, rule, decision)
         if fault is not None or decision is None or not rule.gated_places(found):
@@ -89,6 +95,8 @@ class Guard:
             elif not self.gate.is_let_through(decision, found):
                 return "was let through unlocked, and is not what was let through: its files were changed."
         except SafelockError as error:
+            if is_transient(error):
+                raise unreadable(error) from error
             return f"does not serve what passed the gate: {error.cause}"
         return None
 
@@ -111,12 +119,7 @@ class Guard:
         found = self.gate.registry.model_version(name, version)
         known = self.gate.registry.promotion_at(found.location)
         who = f"{name!r} version {version}"
-        if policy.unlock == "deny":
-            raise PromotionRefused(
-                "unlock_denied",
-                "The policy lets nobody take a lock off.",
-                next_step="Set 'unlock: allow' in the policy.",
-            )
+        require(policy.unlock, actor, "unlock_denied", "take a lock off", "unlock")
         if known is None or known.original_location is None:
             raise PromotionRefused(
                 "not_locked", f"{who} is not locked.", next_step="There is nothing to unlock."
@@ -150,7 +153,8 @@ class Guard:
                 version=version,
                 expected_location=found.location,
                 location=known.original_location,
-                tags={"safelock.state": "unlocked"},
+                tags={STATE_TAG: UNLOCKED},
+                removed_tags=LOCK_TAGS,
                 entries=(entry,),
                 lease=lease,
             )
@@ -167,8 +171,9 @@ class Guard:
         """Put on record that a registered lock may not be applied any more.
 
         Raises:
-            PromotionRefused: It is no lock, or was revoked already.
+            PromotionRefused: The policy forbids it, it is no lock, or was revoked already.
         """
+        require(self.gate.policy().revoke, actor, "revoke_denied", "revoke a lock", "revoke")
         applied = self._lock_registered_as(name, version, workspace)
         if self.gate.registry.revocation_of(applied.digest) is not None:
             raise PromotionRefused(
@@ -256,7 +261,9 @@ class Guard:
         reader = self.gate.artifacts.reader(self.gate.artifacts.resolve(found.location))
         try:
             return examine(reader) is None
-        except SafelockError:
+        except SafelockError as error:
+            if is_transient(error):
+                raise unreadable(error) from error  # what it is will be told once its store answers
             return False  # a language model that cannot be locked, or nothing that can be read
 
 

@@ -71,14 +71,37 @@ class Measurements:
     def make(self, approved: Approved, progress: Progress) -> Measured:
         """Measure a fine-tune and put it on record, unless what is on record still holds.
 
+        It does where the blocks are the same and no file was written since: an edit may hit no block.
+
         Raises:
             SourceError: The fine-tune cannot be read, or the fingerprint not be written beside it.
             VerificationError: The fine-tune was changed meanwhile.
         """
         try:
-            return self._known(approved)
+            known = self._known(approved)
         except PromotionRefused:
-            pass
+            return self.make_anew(approved, progress)
+        entry = self.registry.preparation_of(approved.original)
+        if entry is None or self._is_written_since(approved.original, entry):
+            return self.make_anew(approved, progress)
+        return known
+
+    def _is_written_since(self, original: str, entry: LedgerEntry) -> bool:
+        """Whether a file system says that a file was written after it was measured.
+
+        An object store tells by its ETags, which are part of the fingerprint.
+        """
+        measured = datetime.fromisoformat(entry.time).timestamp()
+        files = self.artifacts.reader(original).files()
+        return any(file.modified is not None and file.modified / 1e9 > measured for file in files)
+
+    def make_anew(self, approved: Approved, progress: Progress) -> Measured:
+        """Measure a fine-tune and put it on record, whatever is there.
+
+        Raises:
+            SourceError: The fine-tune cannot be read, or the fingerprint not be written beside it.
+            VerificationError: The fine-tune was changed meanwhile.
+        """
         fingerprint = self.artifacts.measure(approved.original, progress)
         reach("measured")
         data = fingerprint.to_bytes()

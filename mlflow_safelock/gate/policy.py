@@ -16,6 +16,7 @@ from mlflow_safelock.errors import KeyFileError
 from mlflow_safelock.evaluate.suites import SHIPPED, load_suite
 from mlflow_safelock.gate.globs import Glob, matches
 from mlflow_safelock.gate.ledger import TokenizerFinding
+from mlflow_safelock.gate.permissions import ANYBODY, Permission
 from mlflow_safelock.gate.ports import ModelVersion, Target
 from mlflow_safelock.kinship import MIN_KINSHIP
 from mlflow_safelock.provenance import PublicKey
@@ -229,13 +230,17 @@ class Policy(_Section):
         gates: Gates; the first decides whose ``models`` matches a registered model's name, and whose
             ``tags`` match, where it has any.
         bases: Base model of the registered models that match a glob, for fine-tunes that do not say.
-        unlock: Whether a lock may be taken off a version that is in no gated place.
+        unlock: Who may take a lock off a version that is in no gated place.
+        revoke: Who may revoke a lock.
+        other_alpha: Who may promote a version that asks for another alpha than its gate's default.
     """
 
     version: Literal[1]
     gates: tuple[GateRule, ...]
     bases: dict[Glob, NonEmpty] = Field(default_factory=dict)
-    unlock: Literal["allow", "deny"] = "allow"
+    unlock: Permission = ANYBODY
+    revoke: Permission = ANYBODY
+    other_alpha: Permission = ANYBODY
 
     @field_validator("gates")
     @classmethod
@@ -288,6 +293,11 @@ class Policy(_Section):
         """Where a version is that would be gated with some tags, if not with those it has."""
         places = (place for rule in self.candidates(version.name) for place in rule.gated_places(version))
         return tuple(dict.fromkeys(places))
+
+    @property
+    def overrides(self) -> dict[str, Permission]:
+        """Who may override something, by key."""
+        return {"unlock": self.unlock, "revoke": self.revoke, "other_alpha": self.other_alpha}
 
     def base_of(self, model: str) -> str | None:
         """The base model that the policy names for a registered model."""

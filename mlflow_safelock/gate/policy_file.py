@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class PolicySource:
     """The policy in force: read when it is made, and again whenever its file has changed.
 
     A file that has become unusable, or is gone, leaves the policy in force that was, and says so in the log
-    once for each change.
+    once for each change. Whoever is told of a policy that came into force, and fails, is told again when the
+    policy is asked for next.
 
     Raises:
         PolicyError: ``SAFELOCK_POLICY`` names a file that cannot be used.
@@ -33,7 +35,9 @@ class PolicySource:
         self._policy = DEFAULT_POLICY if self._path is None else load_policy(self._path)
         self._fault: PolicyError | None = None
         self._listeners: list[Callable[[Policy], None]] = []
+        self._untold: deque[tuple[Callable[[Policy], None], Policy]] = deque()
         self._reading = threading.Lock()
+        self._telling = threading.Lock()
 
     def when_changed(self, listener: Callable[[Policy], None]) -> None:
         """Call ``listener`` with every policy that comes into force from now on."""
@@ -46,14 +50,29 @@ class PolicySource:
 
     def __call__(self) -> Policy:
         """The policy in force now."""
-        if self._path is None or self._state_of_file() == self._state:
-            return self._policy
-        with self._reading:
-            state = self._state_of_file()
-            if state != self._state:
-                self._state = state
-                self._read_again(self._path)
+        if self._path is not None and self._state_of_file() != self._state:
+            with self._reading:
+                state = self._state_of_file()
+                if state != self._state:
+                    self._state = state
+                    self._read_again(self._path)
+        if self._untold:
+            self._tell()
         return self._policy
+
+    def _tell(self) -> None:
+        """Tell listeners of the policies that came into force, in that order; nobody waits for that."""
+        if not self._telling.acquire(blocking=False):
+            return
+        try:
+            while self._untold:
+                listener, policy = self._untold[0]
+                listener(policy)
+                self._untold.popleft()
+        except Exception:
+            _logger.exception("A policy that came into force is not on record yet, and is put there later")
+        finally:
+            self._telling.release()
 
     def _read_again(self, path: Path) -> None:
         try:
@@ -71,8 +90,7 @@ class PolicySource:
             return
         _logger.warning("The policy was changed: %s, and was %s", policy.digest, self._policy.digest)
         self._policy = policy
-        for listener in self._listeners:
-            listener(policy)
+        self._untold.extend((listener, policy) for listener in self._listeners)
 
     def _state_of_file(self) -> tuple[int, ...] | None:
         if self._path is None:

@@ -75,6 +75,7 @@ class Redirection:
         tags: Tags to set.
         entries: Rows for the ledger.
         lease: The lease that ends with it.
+        removed_tags: Keys of the tags that are taken off.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Redirection:
     tags: Mapping[str, str]
     entries: tuple[LedgerEntry, ...]
     lease: Lease | None = None
+    removed_tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,13 @@ class LockedFolder:
 
 class Registry(Protocol):
     """The registry that the gate guards."""
+
+    def registered_name(self, name: str) -> str:
+        """The name of a registered model as the registry has it; the same where there is no such model.
+
+        A database may take ``BOT`` for ``bot``. Policy, ledger and leases do not, so whoever has a client's
+        spelling asks this first.
+        """
 
     def model_version(self, name: str, version: int) -> ModelVersion:
         """One version; MLflow's own error where there is none."""

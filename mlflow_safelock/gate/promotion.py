@@ -27,6 +27,8 @@ from mlflow_safelock.gate.measurements import Measured, Measurements
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
 from mlflow_safelock.gate.source import examine
+from mlflow_safelock.gate.tags import Stated
+from mlflow_safelock.gate.transient import AGAIN, is_transient, unreadable
 from mlflow_safelock.provenance import EvaluationStatement, Receipt, contents_of
 
 _logger = logging.getLogger(__name__)
@@ -118,23 +120,29 @@ class Gate:
             self.reject(request, policy, refusal)
             raise
         except SafelockError as error:
-            unreadable = PromotionRefused("unreadable", error.cause, next_step=error.next_step)
-            self.reject(request, policy, unreadable)
-            raise unreadable from error
+            failure = unreadable(error)
+            self.reject(request, policy, failure)
+            raise failure from error
         except Exception as error:
             _logger.exception("Promoting %s version %s failed", request.name, request.version)
+            reason, again = ("unreachable", f"{AGAIN} ") if is_transient(error) else ("failed", "")
             failed = PromotionRefused(
-                "failed", f"{error} Nothing was promoted.", next_step="The server's log has the details."
+                reason,
+                f"{error} Nothing was promoted.",
+                next_step=f"{again}The server's log has the details.",
             )
             self.reject(request, policy, failed)
             raise failed from error
 
-    def prepare(self, request: Request, progress: Progress = silent) -> Preparation:
+    def prepare(
+        self, request: Request, progress: Progress = silent, *, measure_anew: bool = False
+    ) -> Preparation:
         """Write what a promotion needs and must not take the time for; doing it again changes nothing.
 
         Args:
             request: What is prepared, and for whom.
             progress: Is told how many bytes were moved, and of how many.
+            measure_anew: Whether a full fingerprint is made also where the one on record seems to hold.
 
         Raises:
             PromotionRefused: The version could not be promoted as it is; nothing was written.
@@ -145,11 +153,12 @@ class Gate:
         work = Work(request.workspace, request.name, request.version, "prepare")
         try:
             with self.registry.lease(work) as lease:
-                return self._prepare(request, policy, rule, found, renewing(lease, progress))
+                moved = renewing(lease, progress)
+                return self._prepare(request, policy, rule, found, moved, measure_anew=measure_anew)
         except PromotionRefused:
             raise
         except SafelockError as error:
-            raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+            raise unreadable(error) from error
 
     def file_evaluation(self, request: Request, statement: EvaluationStatement) -> LedgerEntry:
         """Put on record how a version was measured, for its promotions; see ``gate.evaluations``.
@@ -163,7 +172,7 @@ class Gate:
         except PromotionRefused:
             raise
         except SafelockError as error:
-            raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+            raise unreadable(error) from error
 
     def check_measured(self, request: Request, lock: str, alpha: float) -> None:
         """Refuse before anything is measured that would never count; the target names the suite.
@@ -184,13 +193,20 @@ class Gate:
         except PromotionRefused:
             raise
         except SafelockError as error:
-            raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+            raise unreadable(error) from error
         if approved is None:
             raise _nothing_to_lock(request)
         return approved
 
     def _prepare(
-        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, progress: Progress
+        self,
+        request: Request,
+        policy: Policy,
+        rule: GateRule,
+        found: ModelVersion,
+        progress: Progress,
+        *,
+        measure_anew: bool,
     ) -> Preparation:
         approved = approve(request, policy, rule, found, self.registry, self.artifacts)
         if approved is None:
@@ -199,7 +215,8 @@ class Gate:
         reach("prepare-approved")
         measured = None
         if rule.fingerprint == "full":
-            measured = self.measurements.make(approved, progress)
+            measure = self.measurements.make_anew if measure_anew else self.measurements.make
+            measured = measure(approved, progress)
             approved = replace(approved, measured=measured.fingerprint)
         if rule.carrier == "overlay":
             return Preparation("overlay", None, lock, approved.alpha, measured=measured)
@@ -366,15 +383,9 @@ def tags_of(promoted: LedgerEntry) -> dict[str, str]:
     lock, alpha, receipt = promoted.lock, promoted.alpha, promoted.receipt
     if lock is None or alpha is None or receipt is None:
         raise ValueError("only what was locked has them")
-    return {
-        "safelock.state": "locked",
-        "safelock.lock": f"models:/{lock.model}/{lock.version}",
-        "safelock.lock_digest": lock.digest,
-        "safelock.applied_alpha": f"{alpha:g}",
-        "safelock.base": lock.base_model,
-        "safelock.kinship": "unknown" if promoted.kinship is None else f"{promoted.kinship:.4f}",
-        "safelock.receipt": receipt,
-    }
+    return Stated(
+        lock.model, lock.version, lock.digest, alpha, lock.base_model, promoted.kinship, receipt
+    ).tags
 
 
 def reconciled_entry(request: Request, policy: Policy, done: str, message: str) -> LedgerEntry:

@@ -30,11 +30,12 @@ _logger = logging.getLogger(__name__)
 Way = Literal["lock", "demote"]
 """What a repair may do: lock what slipped through, or take it out of its gated places."""
 
-Done = Literal["restored", "renamed", "locked", "let through", "taken out"]
+Done = Literal["restored", "renamed", "locked", "let through", "taken out", "gone"]
 """What a repair did, and what its row in the ledger has as its reason.
 
 ``restored``: location and tags are what the ledger says. ``renamed``: what was decided under the model's
 former name goes on. ``locked``, ``let through``: the gate decided so. ``taken out``: it is in no gated place.
+``gone``: somebody deleted the version meanwhile, so there was nothing left to do, and there is no row.
 """
 
 

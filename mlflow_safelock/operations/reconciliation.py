@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 
+import sqlalchemy as sa
 from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.utils.workspace_context import WorkspaceContext
 
-from mlflow_safelock.audit.database import database_rows
+from mlflow_safelock.audit.database import database_rows, open_database
 from mlflow_safelock.audit.report import wanted
 from mlflow_safelock.audit.rows import AuditRow
+from mlflow_safelock.errors import LedgerError
+from mlflow_safelock.gate import leases, ledger
+from mlflow_safelock.gate.explanation import Refusal
 from mlflow_safelock.gate.guard import Guard
 from mlflow_safelock.gate.policy import Policy
-from mlflow_safelock.gate.reconciling import Reconciling, Repair, Way
+from mlflow_safelock.gate.reconciling import Difference, Reconciling, Repair, Way
 from mlflow_safelock.operations.sweeping import Sweeping
 from mlflow_safelock.registry.actor import current_actor
 from mlflow_safelock.registry.explaining import reading_gate
+from mlflow_safelock.registry.rest import ClientsLedger, LedgerDatabase
 from mlflow_safelock.registry.stores import SafelockStore, SafelockWorkspaceStore, connect
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,12 +71,28 @@ class Reconciliation:
             try:
                 difference = reconciling.examine(row.model, row.version, row.workspace, current_actor())
             except MlflowException as error:
-                if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                if _is_gone(error):
                     return None  # it was deleted since the audit saw it
                 raise
             if difference is None:
                 return None
-            return reconciling.repair(difference, ways) if ways else Repair(difference, None)
+            return _repaired(reconciling, difference, ways) if ways else Repair(difference, None)
+
+
+def _repaired(reconciling: Reconciling, difference: Difference, ways: Collection[Way]) -> Repair:
+    """The repair; what goes wrong with one version is said of that one, and the pass goes on."""
+    try:
+        return reconciling.repair(difference, ways)
+    except Exception as error:
+        if isinstance(error, MlflowException) and _is_gone(error):
+            return Repair(difference, "gone")
+        request = difference.request
+        _logger.exception("Putting %s version %s right failed", request.name, request.version)
+        return Repair(difference, None, Refusal("failed", f"{error}", "The log has the details."))
+
+
+def _is_gone(error: MlflowException) -> bool:
+    return bool(error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST))
 
 
 def reading_only(
@@ -83,9 +107,42 @@ def reading_only(
     return Reconciliation(registry_uri, lambda: policy, reconciling, wanted(models))
 
 
-def sweeping(store: SafelockStore | SafelockWorkspaceStore, registry_uri: str) -> Sweeping:
-    """What sweeps the artifact store of an open registry."""
-    return Sweeping(registry_uri, store.reconciling.gate)
+def sweeping(
+    store: SafelockStore | SafelockWorkspaceStore,
+    registry_uri: str,
+    clients: Sequence[str] = (),
+    *,
+    only_known: bool = False,
+) -> Sweeping:
+    """What sweeps the artifact store of an open registry.
+
+    Args:
+        store: The registry.
+        registry_uri: Its database.
+        clients: Databases in which clients that guard the registry by themselves have their ledgers.
+        only_known: Whether there are no others, whatever tags say.
+
+    Raises:
+        LedgerError: There is no ledger in one of them.
+    """
+    ledgers = tuple(_clients_ledger(uri) for uri in clients)
+    return Sweeping(registry_uri, store.reconciling.gate, ledgers, only_known)
+
+
+def _clients_ledger(uri: str) -> ClientsLedger:
+    engine = open_database(uri)
+    try:
+        tables = sa.inspect(engine)
+        if not all(tables.has_table(table.name) for table in (ledger.TABLE, leases.TABLE)):
+            raise LedgerError(
+                f"There is no ledger in the database {engine.url!r}.",
+                next_step="Name the one that SAFELOCK_LEDGER names where the clients run.",
+            )
+    except sa.exc.SQLAlchemyError as error:
+        raise LedgerError(f"The ledger in {engine.url!r} cannot be read: {error}.") from error
+    finally:
+        engine.dispose()
+    return ClientsLedger(LedgerDatabase(uri))
 
 
 def repairing(

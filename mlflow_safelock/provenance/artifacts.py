@@ -49,13 +49,16 @@ class ArtifactFile:
         path: Path inside the folder, with forward slashes.
         size: Size in bytes.
         checksum: What the store says of its bytes; ``None`` where it says nothing.
-        changed: When the file system says that it was changed last, in nanoseconds; ``None`` elsewhere.
+        changed: When the file system says that it was changed last, in nanoseconds; ``None`` elsewhere. Its
+            times, owner and links count, too.
+        modified: When its bytes were written last, as far as that was not set by hand; likewise.
     """
 
     path: str
     size: int
     checksum: StoreChecksum | None = None
     changed: int | None = field(default=None, compare=False)
+    modified: int | None = field(default=None, compare=False)
 
 
 class ArtifactReader(Protocol):
@@ -153,7 +156,12 @@ def _files_below(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -
                 yield from _files_below(entry.path, f"{prefix}{entry.name}/", (*above, identity))
             elif entry.is_file():
                 found = entry.stat()
-                yield ArtifactFile(prefix + entry.name, found.st_size, changed=found.st_ctime_ns)
+                yield ArtifactFile(
+                    prefix + entry.name,
+                    found.st_size,
+                    changed=found.st_ctime_ns,
+                    modified=found.st_mtime_ns,
+                )
 
 
 def _read_span(descriptor: int, target: Path, start: int, length: int) -> bytes:

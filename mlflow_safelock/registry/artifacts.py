@@ -42,7 +42,7 @@ from mlflow_safelock.provenance import (
 from mlflow_safelock.registry.beside import delete_folder, found_folders
 from mlflow_safelock.registry.derived import derive_by_download, derive_locally, derive_on_s3
 from mlflow_safelock.registry.proxied import PROXIED_SCHEMES, ProxiedArtifacts
-from mlflow_safelock.registry.remote import RemoteArtifacts
+from mlflow_safelock.registry.remote import RemoteArtifacts, source_error
 from mlflow_safelock.registry.s3 import SCHEME, S3Artifacts
 from mlflow_safelock.registry.s3_publication import S3Publication
 
@@ -81,7 +81,7 @@ class RegistryArtifacts:
                 raise SourceError(f"The location {uri} is not one of a logged model.")
             return str(client.get_logged_model(model_id).artifact_location)
         except MlflowException as error:
-            raise SourceError(f"The location {uri} cannot be resolved: {error.message}") from error
+            raise source_error(f"The location {uri} cannot be resolved", error, "") from error
 
     def reader(self, uri: str) -> ArtifactReader:
         """The folder at ``uri``.
@@ -113,9 +113,10 @@ class RegistryArtifacts:
             else:
                 _publish_remotely(folder, get_artifact_repository(physical))
         except (MlflowException, OSError) as error:
-            raise SourceError(
-                f"The locked model cannot be written to {uri}: {error}.",
-                next_step="Let the registry's process write beside the model's artifacts.",
+            raise source_error(
+                f"The locked model cannot be written to {uri}",
+                error,
+                "Let the registry's process write beside the model's artifacts.",
             ) from error
 
     def measure(self, uri: str, progress: Progress = silent) -> SourceFingerprint:
@@ -173,9 +174,10 @@ class RegistryArtifacts:
                 return derive_on_s3(source, S3Artifacts(physical), lock, write, progress)
             return derive_by_download(source, lambda folder: self.publish(folder, uri), write, progress)
         except OSError as error:
-            raise SourceError(
-                f"The locked model cannot be written to {uri}: {error}.",
-                next_step="Make room, or let this process write beside the model's artifacts.",
+            raise source_error(
+                f"The locked model cannot be written to {uri}",
+                error,
+                "Make room, or let this process write beside the model's artifacts.",
             ) from error
 
 

@@ -66,6 +66,7 @@ def explain_promotion(
     """
     store = connect(registry_uri)
     gate = reading_gate(store, tracking_uri, policy)
+    name = gate.registry.registered_name(name)
     return explain(gate, Request(name, version, target, current_actor(), store._workspace))
 
 

@@ -16,7 +16,7 @@ from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.provenance import Span
 from mlflow_safelock.registry.ranges import PARALLEL_FILES, PARALLEL_REQUESTS, read_spans
-from mlflow_safelock.registry.remote import RemoteArtifacts
+from mlflow_safelock.registry.remote import RemoteArtifacts, source_error
 
 PROXIED_SCHEMES = frozenset({"http", "https", "mlflow-artifacts"})
 
@@ -73,9 +73,10 @@ class ProxiedArtifacts(RemoteArtifacts):
                 self._check_unchanged(name, path, answer)
                 data: bytes = answer.content
         except (MlflowException, requests.RequestException) as error:
-            raise SourceError(
-                f"{name} cannot be read: {error}.",
-                next_step="Look whether the server answers and this process may read there; do it again.",
+            raise source_error(
+                f"{name} cannot be read",
+                error,
+                "Look whether the server answers and this process may read there; do it again.",
             ) from error
         if len(data) != length:
             raise SourceError(

@@ -12,8 +12,22 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from mlflow_safelock.errors import SourceError
+from mlflow_safelock.errors import SourceError, UnreachableError
+from mlflow_safelock.gate.transient import AGAIN, is_transient
 from mlflow_safelock.provenance import ArtifactFile, LocalArtifacts, Span
+
+
+def source_error(what: str, error: Exception, next_step: str) -> SourceError:
+    """The error of a store that raised ``error``, by whether that may be over in a while.
+
+    Args:
+        what: What cannot be done, such as ``The file 'x' at gs://… cannot be read``.
+        error: What the store's client raised.
+        next_step: What to do about it where it lasts.
+    """
+    if is_transient(error):
+        return UnreachableError(f"{what} now: {error}.", next_step=f"{AGAIN} If it lasts: {next_step}")
+    return SourceError(f"{what}: {error}.", next_step=next_step)
 
 
 @dataclass(frozen=True)
@@ -55,9 +69,10 @@ class RemoteArtifacts:
             try:
                 self._repository.download_artifacts(path, str(local))
             except Exception as error:  # each kind of store raises its own
-                raise SourceError(
-                    f"The file {path!r} at {self.uri} cannot be read: {error}.",
-                    next_step="Look whether it is there, and whether this process may read it.",
+                raise source_error(
+                    f"The file {path!r} at {self.uri} cannot be read",
+                    error,
+                    "Look whether it is there, and whether this process may read it.",
                 ) from error
         return LocalArtifacts(local)
 
@@ -75,9 +90,10 @@ class RemoteArtifacts:
         except SourceError:
             raise
         except Exception as error:  # each kind of store raises its own
-            raise SourceError(
-                f"The artifacts at {self.uri} cannot be listed: {error}.",
-                next_step="Look whether they are there, and whether this process may list them.",
+            raise source_error(
+                f"The artifacts at {self.uri} cannot be listed",
+                error,
+                "Look whether they are there, and whether this process may list them.",
             ) from error
         if not entries:
             raise SourceError(

@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from mlflow.entities.model_registry import ModelVersionTag
 from mlflow.entities.model_registry.model_version_status import ModelVersionStatus
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.store.db.utils import (
     _get_managed_session_maker,
     create_sqlalchemy_engine_with_retry,
@@ -87,6 +88,20 @@ class LedgerDatabase:
 
 
 @dataclass(frozen=True)
+class ClientsLedger(SqlLedger):
+    """A ledger that clients of a server keep, looked at without them.
+
+    Attributes:
+        database: The database that it is in.
+    """
+
+    database: LedgerDatabase
+
+    def _session(self, *, read_only: bool = True) -> AbstractContextManager[Any]:
+        return self.database.session(read_only=read_only)
+
+
+@dataclass(frozen=True)
 class RestRegistry(SqlLedger):
     """A registry behind a server, with what is decided about it in another database.
 
@@ -100,6 +115,15 @@ class RestRegistry(SqlLedger):
 
     def _session(self, *, read_only: bool = True) -> AbstractContextManager[Any]:
         return self.database.session(read_only=read_only)
+
+    def registered_name(self, name: str) -> str:
+        """The name of a registered model as the server has it, whose database may take others for it."""
+        try:
+            return str(self.store.get_registered_model(name).name)
+        except MlflowException as error:
+            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                return name
+            raise
 
     def model_version(self, name: str, version: int) -> ModelVersion:
         """One version, at the place that it was last decided to be served from, else at the server's."""
@@ -149,7 +173,7 @@ class RestRegistry(SqlLedger):
         found = self.store.get_model_version(name, version)
         model = self.store.get_registered_model(name)
         return ModelVersion(
-            name=name,
+            name=model.name,
             version=int(found.version),
             source=found.source,
             location=str(self.store.get_model_version_download_uri(name, version)),
@@ -167,6 +191,8 @@ class RestRegistry(SqlLedger):
                 self.store.set_model_version_tag(
                     redirection.name, redirection.version, ModelVersionTag(key, value)
                 )
+            for key in redirection.removed_tags:
+                self.store.delete_model_version_tag(redirection.name, redirection.version, key)
         except MlflowException as error:
             _logger.warning("The server did not take the tags of a promotion: %s", error)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError
 
-from mlflow_safelock.errors import SourceError
+from mlflow_safelock.errors import SourceError, UnreachableError
 
 CHANGED = (
     "was changed after it was listed",
@@ -61,4 +61,5 @@ def s3_errors(what: str) -> Iterator[None]:
 
 def _error(what: str, means: tuple[str, str], error: Exception) -> SourceError:
     cause, next_step = means
-    return SourceError(f"{what} {cause} ({error}).", next_step=next_step)
+    kind = UnreachableError if means is BUSY else SourceError
+    return kind(f"{what} {cause} ({error}).", next_step=next_step)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -14,6 +15,7 @@ from mlflow.entities.model_registry.model_version_status import ModelVersionStat
 from mlflow.store.model_registry.dbmodels.models import (
     SqlModelVersion,
     SqlModelVersionTag,
+    SqlRegisteredModel,
     SqlRegisteredModelAlias,
 )
 from mlflow.utils.time import get_current_time_millis
@@ -42,6 +44,25 @@ class SqlRegistry(SqlLedger):
     def _session(self, *, read_only: bool = True) -> AbstractContextManager[Any]:
         session: AbstractContextManager[Any] = self.store.ManagedSessionMaker(read_only=read_only)
         return session
+
+    def registered_name(self, name: str) -> str:
+        """The name of a registered model as the database has it, which may take other spellings for it."""
+        if self._tells_spellings_apart:
+            return name
+        with self._session() as session:
+            query = self.store._get_query(session, SqlRegisteredModel)
+            found = query.filter(SqlRegisteredModel.name == name).one_or_none()
+            return name if found is None else str(found.name)
+
+    @cached_property
+    def _tells_spellings_apart(self) -> bool:
+        """Whether names are the same only where all of their characters are; asking costs every request."""
+        dialect = self.store.engine.dialect.name
+        if dialect != "sqlite":
+            return bool(dialect == "postgresql")
+        with self._session() as session:
+            table = sa.text("SELECT sql FROM sqlite_master WHERE name = 'registered_models'")
+            return "COLLATE" not in str(session.execute(table).scalar_one()).upper()
 
     def model_version(self, name: str, version: int) -> ModelVersion:
         """One version; MLflow's own error where there is none."""
@@ -131,7 +152,7 @@ class SqlRegistry(SqlLedger):
                 SqlModelVersionTag.workspace == self.store._get_active_workspace(),
                 SqlModelVersionTag.name == redirection.name,
                 SqlModelVersionTag.version == redirection.version,
-                SqlModelVersionTag.key.in_(redirection.tags),
+                SqlModelVersionTag.key.in_([*redirection.tags, *redirection.removed_tags]),
             )
         )
         session.add_all(
@@ -144,7 +165,8 @@ class SqlRegistry(SqlLedger):
 
 def _view(row: Any) -> ModelVersion:
     return ModelVersion(
-        name=row.name,
+        # Not the row's own: a version may be registered by another spelling of its model's name.
+        name=row.registered_model.name,
         version=row.version,
         source=row.source,
         location=row.storage_location or row.source,

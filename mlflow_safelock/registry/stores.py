@@ -39,6 +39,7 @@ from mlflow_safelock.gate.promotion import Gate, Preparation
 from mlflow_safelock.gate.reconciling import Reconciling
 from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
+from mlflow_safelock.gate.transient import AGAIN, is_transient
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import EvaluationStatement, configured_signing_key
 from mlflow_safelock.registry.actor import current_actor, process_actor
@@ -70,6 +71,7 @@ ERROR_CODES = {
     "other_tokenizer": RESOURCE_CONFLICT,
     "already_locked": RESOURCE_CONFLICT,
     "source_changed": RESOURCE_CONFLICT,
+    "unreachable": RESOURCE_CONFLICT,
     "damaged_lock": INVALID_PARAMETER_VALUE,
     "unreadable": INVALID_PARAMETER_VALUE,
     "bad_alpha": INVALID_PARAMETER_VALUE,
@@ -151,13 +153,13 @@ class GateMixin:
         if number is not None:
             self._refusing(
                 f"hand out {name!r} version {number}",
-                lambda: self._guard.check_read(name, number, self._workspace, current_actor()),
+                lambda: self._guard.check_read(self._name(name), number, self._workspace, current_actor()),
             )
         return self._download_uri(name, version)
 
     def rename_registered_model(self, name: str, new_name: str) -> RegisteredModel:
         """MLflow's own renaming, where no unlocked version comes into a gated place by it."""
-        renaming, workspace = Renaming(self._gate), self._workspace
+        renaming, workspace, name = Renaming(self._gate), self._workspace, self._name(name)
         if not self._patiently(lambda: renaming.is_half_done(name, new_name, workspace)):
             self._refusing(
                 f"rename {name!r} to {new_name!r}",
@@ -172,20 +174,23 @@ class GateMixin:
         )
         return self.get_registered_model(new_name)  # type: ignore[attr-defined]
 
-    def prepare(self, name: str, version: int, progress: Progress = silent) -> Preparation:
+    def prepare(
+        self, name: str, version: int, progress: Progress = silent, *, measure_anew: bool = False
+    ) -> Preparation:
         """Write ahead what the version's promotion needs; see ``Gate.prepare``.
 
         Args:
             name: Registered model.
             version: Its version.
             progress: Is told how many bytes were moved, and of how many.
+            measure_anew: Whether a full fingerprint is made also where the one on record seems to hold.
 
         Raises:
             PromotionRefused: The version could not be promoted as it is.
             MlflowException: There is no such version.
         """
-        target = Target("prepare", "standalone")
-        return self._gate.prepare(Request(name, version, target, current_actor(), self._workspace), progress)
+        request = self._request(name, version, Target("prepare", "standalone"))
+        return self._gate.prepare(request, progress, measure_anew=measure_anew)
 
     def file_evaluation(self, name: str, version: int, statement: EvaluationStatement) -> LedgerEntry:
         """Put on record how a version was measured; see ``Gate.file_evaluation``.
@@ -207,7 +212,7 @@ class GateMixin:
         self._gate.check_measured(self._measuring(name, version, suite), lock, alpha)
 
     def _measuring(self, name: str, version: int, suite: str) -> Request:
-        return Request(name, version, Target("evaluate", suite), current_actor(), self._workspace)
+        return self._request(name, version, Target("evaluate", suite))
 
     def unlock(self, name: str, version: int, reason: str) -> str:
         """Take the lock off a version that is in no gated place; see ``Guard.unlock``.
@@ -216,7 +221,7 @@ class GateMixin:
             PromotionRefused: It may not be unlocked.
             MlflowException: There is no such version.
         """
-        return self._guard.unlock(name, version, self._workspace, current_actor(), reason)
+        return self._guard.unlock(self._name(name), version, self._workspace, current_actor(), reason)
 
     def revoke_lock(self, name: str, version: int, reason: str) -> LockInForce:
         """Put on record that a registered lock may not be applied any more; see ``Guard.revoke``.
@@ -225,7 +230,7 @@ class GateMixin:
             PromotionRefused: It is no lock.
             MlflowException: There is no such version.
         """
-        return self._guard.revoke(name, version, self._workspace, current_actor(), reason)
+        return self._guard.revoke(self._name(name), version, self._workspace, current_actor(), reason)
 
     @property
     def reconciling(self) -> Reconciling:
@@ -236,6 +241,13 @@ class GateMixin:
     def _workspace(self) -> str:
         return str(self._get_active_workspace())  # type: ignore[attr-defined]
 
+    def _request(self, name: str, version: int, target: Target) -> Request:
+        return Request(self._name(name), version, target, current_actor(), self._workspace)
+
+    def _name(self, name: str) -> str:
+        """The name that the registry has for a client's spelling; every name comes through here."""
+        return self._gate.registry.registered_name(name)
+
     def _download_uri(self, name: str, version: Any) -> str:
         return str(super().get_model_version_download_uri(name, version))  # type: ignore[misc]
 
@@ -245,7 +257,7 @@ class GateMixin:
             return  # MLflow refuses it next, in its own words
         self._refusing(
             f"promote {name!r} version {number} to {target}",
-            lambda: self._gate.promote(Request(name, number, target, current_actor(), self._workspace)),
+            lambda: self._gate.promote(self._request(name, number, target)),
         )
         reach("gate-passed")
 
@@ -286,8 +298,10 @@ def _number(version: Any) -> int | None:
 
 def _failed(what: str, error: Exception) -> MlflowException:
     _logger.error("safelock could not %s", what, exc_info=error)
+    reason, again = ("unreachable", f" {AGAIN}") if is_transient(error) else ("failed", "")
     return MlflowException(
-        f"safelock could not {what} [failed]. {error} Nothing was changed. The server's log has the details.",
+        f"safelock could not {what} [{reason}]. {error} Nothing was changed.{again} The server's log has the "
+        "details.",
         RESOURCE_CONFLICT,
     )
 
@@ -315,7 +329,10 @@ class SafelockRestStore(GateMixin, RestStore):  # type: ignore[misc]
         return active_workspace()
 
     def _download_uri(self, name: str, version: Any) -> str:
-        return self.registry.model_version(name, int(version)).location
+        number = _number(version)
+        if number is None:
+            return super()._download_uri(name, version)  # which the server refuses, in its own words
+        return self.registry.model_version(name, number).location
 
 
 GuardedStore = SafelockStore | SafelockWorkspaceStore | SafelockRestStore

@@ -79,6 +79,15 @@ def test_a_version_pointed_back_at_its_source_is_unlocked(database: Path) -> Non
     assert drift == ("The tag safelock.state says 'locked', and no promotion is on record.",)
 
 
+def test_a_kinship_that_a_tag_makes_up_is_drift(database: Path) -> None:
+    change(
+        database,
+        "UPDATE model_version_tags SET value = '1.0000' WHERE name = 'bot' AND version = 1 "
+        "AND key = 'safelock.kinship'",
+    )
+    assert state_of(database)[1] == ("The tag safelock.kinship says '1.0000', and the ledger 'unknown'.",)
+
+
 def test_an_edited_ledger_row_proves_nothing(database: Path) -> None:
     change(
         database,

@@ -196,4 +196,5 @@ def test_the_fields_of_a_row_are_stable() -> None:
         "evidence",
         "drift",
         "violation",
+        "lock_faults",
     ]

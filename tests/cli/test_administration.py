@@ -175,6 +175,18 @@ class TestPolicy:
         assert done.exit_code == 0
         assert "min_cosine: 0.5" in done.stdout
         assert "digest  sha256:" in done.stdout
+        assert "Who may take a lock off: anybody" in done.stdout
+
+    def test_it_tells_who_may_override(self, run: Run, tmp_path: Path) -> None:
+        path = tmp_path / "safelock.yaml"
+        path.write_text(self.TEXT + "unlock: deny\nrevoke: {by: [ann, 'sec-*']}\n")
+        assert "Who may revoke a lock: ann, sec-*, authenticated" in run("policy", "check", path).stdout
+        found = run("policy", "check", path, "--format", "json").json
+        assert found["who_may"] == {
+            "unlock": "nobody",
+            "revoke": "ann, sec-*, authenticated",
+            "other_alpha": "anybody",
+        }
 
     def test_it_tells_which_gate_decides_and_why(self, run: Run, tmp_path: Path) -> None:
         path = tmp_path / "safelock.yaml"

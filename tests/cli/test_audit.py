@@ -17,9 +17,13 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_safelock.audit import audit
+from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.lock import SafetyLock
 from tests.cli.conftest import Run
-from tests.registries import base_lock, log_fine_tune, register_lock
+from tests.registries import BASE, base_lock, log_fine_tune, register_lock
 from tests.servers import BIN
+
+OTHER = "other\x1b[31m[bot]"
 
 FIELDS = {
     *(
@@ -34,7 +38,14 @@ FIELDS = {
         "lock_digest",
     ),
     *("base_model", "alpha", "when", "by", "by_verified", "evidence", "drift", "violation"),
+    "lock_faults",
 }
+
+
+def dated_lock() -> SafetyLock:
+    lock = base_lock()
+    metadata = lock.metadata.model_copy(update={"created": "2026-01-01T00:00:00+00:00"})
+    return SafetyLock(lock.heads, metadata, lock.scores)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,7 @@ def registry(empty_databases: Path, tmp_path_factory: pytest.TempPathFactory) ->
         mlflow.set_registry_uri(f"safelock+sqlite:///{folder}/registry.db")
         mlflow.set_experiment(experiment_id=mlflow.create_experiment("tests", str(folder / "artifacts")))
         client = MlflowClient()
-        register_lock(base_lock())
+        register_lock(dated_lock())
         log_fine_tune("bot")
         source = client.get_model_version_download_uri("bot", "1")
         client.create_registered_model("other\x1b[31m[bot]")
@@ -70,7 +81,7 @@ def test_json_is_the_rows_of_the_library(run: Run, registry: str) -> None:
 def test_the_table_shows_versions_locks_and_drift(run: Run, registry: str) -> None:
     lines = run("audit", "--registry-uri", f"safelock+{registry}").stdout.splitlines()
     (locked,) = (line for line in lines if line.startswith("bot "))
-    digest = base_lock().digest.removeprefix("sha256:")[:12]
+    digest = dated_lock().digest.removeprefix("sha256:")[:12]
     for told in ("champion", "locked", "safelock.org--tiny-base v1", digest, " 6 ", "(claimed)", "ledger"):
         assert told in locked
     other = "other\\x1b[31m[bot]"
@@ -113,6 +124,44 @@ def test_an_unlocked_version_in_a_gated_place_is_a_violation_and_exit_code_3(
     assert "Error: 1 model version(s)" in table.stderr
     assert "Next: " in table.stderr
     assert run("audit", *uri, "--model", "bot").exit_code == 0
+
+
+def test_who_runs_a_lock_that_would_not_be_applied_today_is_listed_with_exit_code_3(
+    run: Run, registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy.db"
+    shutil.copy(registry.removeprefix("sqlite:///"), copy)
+    uri = ("--registry-uri", f"safelock+sqlite:///{copy}")
+    lock = lock_model_name(BASE)
+    assert run("audit", *uri).exit_code == 0
+    assert run("lock", "revoke", f"models:/{lock}/1", "--reason", "it leaked", *uri).exit_code == 0
+    policy = tmp_path / "safelock.yaml"
+    policy.write_text("version: 1\ngates: [{lock: {min_version: 2, max_age_days: 30}}]\n")
+    monkeypatch.setenv("SAFELOCK_POLICY", str(policy))
+    done = run("audit", *uri, "--format", "json")
+    assert done.exit_code == 3
+    assert [(row["model"], row["violation"]) for row in done.json] == [("bot", None), (OTHER, None)]
+    revoked, too_low, too_old = done.json[0]["lock_faults"]
+    assert done.json[1]["lock_faults"] == [], "it is in no gated place, and runs none"
+    assert revoked.startswith(f"It runs lock {lock} version 1, which was revoked at 2")
+    assert revoked.endswith(": it leaked")
+    assert too_low == f"It runs lock {lock} version 1, and the policy asks for version 2 or later."
+    assert too_old == (
+        f"It runs lock {lock} version 1, which was made 2026-01-01T00:00:00+00:00, and the policy takes none "
+        "older than 30 days."
+    )
+    table = run("audit", *uri)
+    assert {f"bot version 1: {fault}" for fault in (revoked, too_low, too_old)} <= set(
+        table.stdout.splitlines()
+    )
+    assert "Error: 1 model version(s) run a lock that would not be applied today." in table.stderr
+
+    policy.write_text("version: 1\ngates: [{lock: {max_age_days: 30}}]\n")
+    with sqlite3.connect(copy) as connection:
+        connection.execute("UPDATE model_versions SET storage_location = '/gone' WHERE name = ?", (lock,))
+    connection.close()
+    faults = run("audit", *uri, "--model", "bot", "--format", "json").json[0]["lock_faults"]
+    assert any("whether that is too old cannot be told: The lock at /gone" in fault for fault in faults)
 
 
 def test_a_pattern_narrows_it_and_an_empty_answer_is_said(run: Run, registry: str) -> None:

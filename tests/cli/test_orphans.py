@@ -11,6 +11,7 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_safelock.gate import leases
 from mlflow_safelock.gate.leases import Work
@@ -175,6 +176,60 @@ def test_what_is_promoted_while_the_folders_are_listed_is_no_orphan(
     sweeping = Sweeping(f"sqlite:///{tmp_path}/registry.db", replace(gate, artifacts=Meanwhile()))
     assert sweeping.orphans() == ()
     assert files_below(beside)
+
+
+def test_what_is_needed_by_the_time_it_would_be_deleted_stays(
+    client: MlflowClient, tmp_path: Path, beside: Path
+) -> None:
+    stage(client, new_version(client))
+    orphaned = location(client, 2)
+    client.delete_model_version("bot", "2")
+    listings: list[str] = []
+
+    class Meanwhile(RegistryArtifacts):
+        """A store that takes so long to list that somebody needs again what was listed as an orphan."""
+
+        def locked_folders(self, original: str) -> Sequence[LockedFolder]:
+            found = super().locked_folders(original)
+            listings.extend([original] if found else [])
+            if len(listings) == 3:
+                statement = "UPDATE model_versions SET storage_location=? WHERE name='bot' AND version=1"
+                edit_row(tmp_path, statement, str(orphaned))
+            return found
+
+    gate = client._get_registry_client().store.reconciling.gate
+    sweeping = Sweeping(f"sqlite:///{tmp_path}/registry.db", replace(gate, artifacts=Meanwhile()))
+    listed = sweeping.orphans()
+    assert [orphan.folder.location for orphan in listed] == [str(orphaned)]
+    assert [swept.kept for swept in sweeping.delete(listed)] == ["it is needed by now"]
+    assert len(listings) == 3, "listed, listed again, and beside this fine-tune"
+    assert (orphaned / "MLmodel").is_file()
+
+
+def test_what_clients_with_a_ledger_of_their_own_wrote_is_not_swept(
+    run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], beside: Path
+) -> None:
+    original = location(client, 1)
+    stage(client, 1)
+    # As safelock+http leaves it: the server's row is as it was but for tags, and the ledger is elsewhere.
+    shutil.copy(tmp_path / "registry.db", tmp_path / "clients.db")
+    edit_row(tmp_path, "DELETE FROM safelock_ledger WHERE event='promoted'")
+    edit_row(tmp_path, "UPDATE model_versions SET storage_location=? WHERE name='bot'", f"file://{original}")
+    before = files_below(beside)
+    sweep = ("reconcile", "--sweep", *gated, "--format", "json")
+    for options in ((), ("--yes",)):
+        done = run(*sweep, *options)
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert "'bot' version 1 has the tags of a promotion that is in no ledger known here" in done.stderr
+        assert "Next: Name their ledger: --ledger URI" in done.stderr
+    assert run(*sweep, "--yes", "--ledger", f"sqlite:///{tmp_path}/clients.db").json == []
+    assert files_below(beside) == before
+    done = run(*sweep, "--ledger", f"sqlite:///{tmp_path}/tracking.db")
+    assert "There is no ledger in the database" in done.stderr
+    (orphan,) = run(*sweep, "--only-this-ledger").json
+    folder = Path(local_file_uri_to_path(orphan["location"]))
+    assert (folder.parent, orphan["deleted"]) == (beside, False)
+    assert run("reconcile", "--only-this-ledger", *gated).exit_code == 2
 
 
 def test_prepared_standalone_models_of_living_versions_stay(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlflow_safelock.errors import PolicyError
 from mlflow_safelock.gate.globs import check_glob, covers
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
 from mlflow_safelock.gate.policy_file import PolicySource, load_policy
 from mlflow_safelock.gate.ports import Target
+from mlflow_safelock.provenance import Actor
 from tests.keys import write_keys
 
 COMPLETE = """
@@ -113,6 +115,16 @@ def test_the_digest_is_of_what_the_policy_means_not_of_how_it_is_written(write) 
         ("version: 1\ngates:\n  - tags: {risk: 'h['}\n  - {}\n", "line 3: gates.0.tags.risk.*never closed"),
         ("version: 1\ngates:\n  - tags: {risk: 3}\n  - {}\n", "line 3: gates.0.tags.risk.*string"),
         ("version: 1\ngates:\n  - tags: [risk]\n  - {}\n", "line 3: gates.0.tags.*dict"),
+        ("version: 1\ngates: [{}]\nunlock: yes\n", "line 3: unlock: must be allow, deny, or names.*'yes'"),
+        ("version: 1\ngates: [{}]\nrevoke: [ann]\n", "line 3: revoke: must be allow, deny, or names"),
+        ("version: 1\ngates: [{}]\nunlock:\n  by: ann\n", "line 4: unlock.by must be a list"),
+        ("version: 1\ngates: [{}]\nunlock: {by: []}\n", "line 3: unlock: by names nobody.*deny"),
+        ("version: 1\ngates: [{}]\nunlock: {claimed: deny}\n", "line 3: unlock.by is missing"),
+        (
+            "version: 1\ngates: [{}]\nother_alpha:\n  by: [ann]\n  calimed: allow\n",
+            "line 5: the key other_alpha.calimed is not known; known here: by, claimed",
+        ),
+        ("version: 1\ngates: [{}]\nunlock: {by: ['team-[']}\n", "line 3: unlock.by.0: the bracket.*never"),
         ("version: 1\ngates: &g [{}]\nbases: *g\n", "aliases"),
         ("version: 1\ngates: [\n", "line"),
         ("", "not a YAML mapping"),
@@ -125,6 +137,32 @@ def test_a_policy_that_cannot_be_meant_is_an_error_that_names_the_place(
         load_policy(write(text))
 
 
+ANN, CLAIMED_ANN = Actor(name="ann", verified=True), Actor(name="ann", verified=False)
+BOB = Actor(name="team-bob", verified=True)
+
+
+@pytest.mark.parametrize(
+    ("written", "may", "told"),
+    [
+        ("allow", {ANN, CLAIMED_ANN, BOB}, "anybody"),
+        ("deny", set(), "nobody"),
+        ("{by: [ann]}", {ANN}, "ann, authenticated"),
+        ("{by: [ann], claimed: allow}", {ANN, CLAIMED_ANN}, "ann, authenticated or not"),
+        ("{by: [ann, 'team-*']}", {ANN, BOB}, "ann, team-*, authenticated"),
+        ("{by: [Ann]}", set(), "Ann, authenticated"),
+    ],
+)
+def test_who_may_override_is_told_by_names_that_are_authenticated(
+    write, written: str, may: set[Actor], told: str
+) -> None:
+    policy = load_policy(write(f"version: 1\ngates: [{{}}]\nunlock: {written}\n"))
+    assert {actor for actor in (ANN, CLAIMED_ANN, BOB) if policy.unlock.is_for(actor)} == may
+    assert str(policy.unlock) == told
+    shown = yaml.safe_dump(policy.model_dump(mode="json"))
+    assert load_policy(write(shown)) == policy, "what is shown is a policy, and this one"
+    assert (policy.digest == DEFAULT_POLICY.digest) is (written == "allow")
+
+
 def test_the_environment_names_the_policy_file(write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SAFELOCK_POLICY", raising=False)
     assert PolicySource()() == DEFAULT_POLICY
@@ -133,6 +171,29 @@ def test_the_environment_names_the_policy_file(write, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SAFELOCK_POLICY", "/nowhere/safelock.yaml")
     with pytest.raises(PolicyError, match="cannot be read"):
         PolicySource()()
+
+
+def test_who_could_not_be_told_of_a_policy_is_told_when_it_is_asked_for_next(
+    write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(COMPLETE)
+    monkeypatch.setenv("SAFELOCK_POLICY", str(path))
+    source, told, is_down = PolicySource(), [], True
+
+    def put_on_record(policy: Policy) -> None:
+        if is_down:
+            raise RuntimeError("the database is down")
+        told.append(policy.gates[0].models)
+
+    source.when_changed(put_on_record)
+    for models in ("second", "the-third"):
+        path.write_text(f"version: 1\ngates: [{{models: {models}}}]\n")
+        assert source().gates[0].models == models, "it is in force all the same"
+    assert "not on record yet" in caplog.text
+    is_down = False
+    for _ in range(2):
+        source()
+        assert told == ["second", "the-third"]
 
 
 class TestGatesByTag:

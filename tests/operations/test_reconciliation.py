@@ -18,7 +18,7 @@ from mlflow_safelock.gate import ledger
 from mlflow_safelock.gate.policy import DEFAULT_POLICY
 from mlflow_safelock.gate.ports import Withdrawal
 from mlflow_safelock.gate.promotion import reconciled_entry
-from mlflow_safelock.gate.reconciling import Reconciling, Way
+from mlflow_safelock.gate.reconciling import Difference, Reconciling, Way
 from mlflow_safelock.operations.reconciliation import Reconciliation, repairing
 from mlflow_safelock.provenance import Actor
 from mlflow_safelock.registry.stores import open_store
@@ -143,6 +143,27 @@ class TestRaces:
         assert stock.get_model_version("bot", "1").current_stage == "Staging"
         assert stock.get_model_version_download_uri("bot", "1") == location
         assert reconciling.examine("bot", 1, "default", ACTOR) is None
+
+    @pytest.mark.parametrize("ways", [("demote",), ("lock", "demote")])
+    def test_what_was_deleted_meanwhile_is_told_and_the_pass_goes_on(
+        self, slipped: tuple[MlflowClient, Reconciling], tmp_path: Path, ways: tuple[Way, ...]
+    ) -> None:
+        stock, reconciling = slipped
+        stock.create_model_version("bot", stock.get_model_version("bot", "1").source)
+        stock.transition_model_version_stage("bot", "2", "Production")
+
+        class DeletingTheFirst(Reconciling):
+            def examine(self, name: str, version: int, workspace: str, actor: Actor) -> Difference | None:
+                difference = super().examine(name, version, workspace, actor)
+                if version == 1:
+                    stock.delete_model_version(name, "1")
+                return difference
+
+        registry = f"sqlite:///{tmp_path}/registry.db"
+        racing = DeletingTheFirst(reconciling.guard)
+        reconciliation = Reconciliation(registry, lambda: DEFAULT_POLICY, lambda: racing, lambda _: True)
+        done = [repair.done for repair in reconciliation.repairs(ways)]
+        assert done == ["gone", "locked" if "lock" in ways else "taken out"]
 
     def test_what_was_moved_meanwhile_is_not_taken_out_of_where_it_was(
         self, slipped: tuple[MlflowClient, Reconciling]

@@ -112,6 +112,14 @@ def test_who_shares_the_ledger_sees_what_was_decided_and_who_has_none_does_not(
         MlflowClient().get_model_version_download_uri("shared", str(version))
 
 
+def test_a_number_that_is_none_is_refused_in_the_servers_words(client: MlflowClient) -> None:
+    client.create_registered_model("numbered")
+    with pytest.raises(MlflowException) as info:
+        client.get_model_version_download_uri("numbered", "three")
+    assert info.value.get_http_status_code() < 500
+    assert info.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
 def test_a_lock_comes_off_where_it_may_and_the_chain_holds(
     client: MlflowClient, server: MlflowServer
 ) -> None:
@@ -125,6 +133,7 @@ def test_a_lock_comes_off_where_it_may_and_the_chain_holds(
     assert loaded_biases(f"models:/undone/{version}"), "what was locked stays locked"
     safelock("unlock", f"models:/undone/{version}", "--reason", "test", *registry)
     assert not loaded_biases(f"models:/undone/{version}")
+    assert client.get_model_version("undone", str(version)).tags == {"safelock.state": "unlocked"}
     assert "The ledger holds" in safelock("ledger", "verify", "--registry-uri", f"safelock+{server.url}")
 
 

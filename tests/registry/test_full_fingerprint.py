@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -131,6 +132,27 @@ def test_preparing_again_reads_nothing_and_a_change_is_measured_anew(
         stage(full, 1)
     assert prepare(tmp_path, 1)["fingerprint"] != first["fingerprint"]
     stage(full, 1)
+
+
+def test_an_edit_that_hits_no_block_is_measured_anew(full: MlflowClient, tmp_path: Path) -> None:
+    original = download_uri(full, 1)
+    first = prepare(tmp_path, 1)
+    fingerprint = SourceFingerprint.model_validate_json(
+        (folder_of(first["fingerprint_location"]) / "fingerprint.json").read_bytes()
+    )
+    weights = folder_of(original) / WEIGHTS
+    written = weights.stat().st_mtime_ns
+    edit_unseen(original, fingerprint)
+    second = prepare(tmp_path, 1)
+    assert second["measured_bytes"] == first["measured_bytes"]
+    stage(full, 1)
+    assert biases_of(mlflow.pyfunc.load_model("models:/bot/Staging")._model_impl.pipeline.model)
+
+    # Somebody who sets the time back is not seen by it, and --again does not look.
+    edit_unseen(original, fingerprint_at(download_uri(full, 1)))
+    os.utime(weights, ns=(written, written))
+    assert prepare(tmp_path, 1)["measured_bytes"] is None
+    assert prepare(tmp_path, 1, "--again")["measured_bytes"] == first["measured_bytes"]
 
 
 @pytest.mark.parametrize("how", ["gone", "edited"])

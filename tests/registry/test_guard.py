@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import shutil
 import sqlite3
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LinearRegression
 
 from mlflow_safelock.apply import attention_of
+from mlflow_safelock.audit import audit
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
@@ -486,8 +488,15 @@ class TestUnlocking:
         assert info.value.reason == "still_gated"
         client.transition_model_version_stage("bot", str(version), "Archived")
         assert loaded_biases(f"models:/bot/{version}"), "leaving a stage takes no lock off"
+        client.set_model_version_tag("bot", str(version), "team", "support")
         store_of(client).unlock("bot", version, "to retrain it")
         assert download_uri(client, version) == original
+        assert state_of(client, "bot", version)["tags"] == {"safelock.state": "unlocked", "team": "support"}
+        (audited,) = audit(f"sqlite:///{tmp_path}/registry.db", models="bot")
+        assert (audited.state, audited.drift) == ("unlocked", ())
+        client.set_model_version_tag("bot", str(version), "safelock.kinship", "1.0000")
+        (audited,) = audit(f"sqlite:///{tmp_path}/registry.db", models="bot")
+        assert audited.drift == ("It has tags of a promotion (safelock.kinship), and none is on record.",)
         assert not loaded_biases(f"models:/bot/{version}")
         row = ledger_rows(tmp_path)[-1]
         assert (row["event"], row["message"]) == ("unlocked", "to retrain it")
@@ -507,6 +516,42 @@ class TestUnlocking:
         client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{}]\nunlock: deny\n")
         with pytest.raises(PromotionRefused, match="lets nobody"):
             store_of(client).unlock("bot", version, "why not")
+
+
+class TestWhoMayOverride:
+    """Outside a server with MLflow's authentication every name is only claimed, that of these tests too."""
+
+    ONLY = "version: 1\ngates: [{{}}]\n{key}: {{by: ['*']}}\n"
+
+    def test_a_claimed_name_is_none_that_may_unlock_or_revoke(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        version, original = locked_version(client)
+        client.transition_model_version_stage("bot", str(version), "None")
+        client = open_with_policy(tmp_path, monkeypatch, self.ONLY.format(key="unlock"))
+        with pytest.raises(PromotionRefused, match=r"lets \*, authenticated.*is only claimed") as info:
+            store_of(client).unlock("bot", version, "why not")
+        assert info.value.reason == "unlock_denied"
+        (tmp_path / "safelock.yaml").write_text(self.ONLY.format(key="revoke"))
+        with pytest.raises(PromotionRefused, match=r"revoke a lock.*is only claimed") as info:
+            store_of(client).revoke_lock(lock_model_name(BASE), 1, "why not")
+        assert info.value.reason == "revoke_denied"
+        named = f"version: 1\ngates: [{{}}]\nunlock: {{by: [{getpass.getuser()}], claimed: allow}}\n"
+        (tmp_path / "safelock.yaml").write_text(named)
+        assert store_of(client).unlock("bot", version, "to retrain it") == original
+
+    def test_another_alpha_than_the_default_is_for_those_who_may(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = open_with_policy(tmp_path, monkeypatch, self.ONLY.format(key="other_alpha"))
+        version = log_fine_tune("bot")
+        register_lock(base_lock())
+        client.set_model_version_tag("bot", str(version), "safelock.alpha", "4.5")
+        with pytest.raises(MlflowException, match=r"alpha_denied.*than 6 \(the version asks for 4\.5\)"):
+            stage(client, version)
+        client.set_model_version_tag("bot", str(version), "safelock.alpha", "6.0")
+        stage(client, version)
+        assert ledger_rows(tmp_path)[-1]["alpha"] == 6.0
 
 
 class TestPolicyThatChanges:
@@ -699,11 +744,41 @@ def test_an_overlay_that_does_not_read_back_is_not_promoted(
     assert state_of(client, "bot", version) == before
 
 
+def test_a_store_that_does_not_answer_is_told_to_be_worth_another_try(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    client.create_registered_model("away")
+    client.create_model_version("away", "http://127.0.0.1:1/api/2.0/mlflow-artifacts/artifacts/model")
+    for _ in range(2):
+        with pytest.raises(MlflowException, match=r"\[unreachable\].*over in a while: do it again") as info:
+            stage(client, 1, "away")
+        assert info.value.get_http_status_code() == 409
+    assert ledger_rows(tmp_path)[-1]["reason"] == "unreachable"
+    edit_row(tmp_path, "UPDATE model_versions SET current_stage='Staging' WHERE name='away'")
+    with pytest.raises(MlflowException, match=r"\[unreachable\].*do it again") as info:
+        download_uri(client, 1, "away")
+    assert info.value.get_http_status_code() == 409
+
+
 @pytest.mark.parametrize(
-    "error", [RuntimeError("boom"), MlflowException("busy", error_code=TEMPORARILY_UNAVAILABLE)]
+    ("error", "reason", "told"),
+    [
+        (RuntimeError("boom"), "failed", "boom Nothing was promoted. The server's log"),
+        (
+            MlflowException("busy", error_code=TEMPORARILY_UNAVAILABLE),
+            "unreachable",
+            "busy Nothing was promoted. It may be over in a while: do it again.",
+        ),
+    ],
 )
 def test_what_nobody_foresaw_is_a_refusal_with_a_row(
-    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    client: MlflowClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: str,
+    told: str,
 ) -> None:
     from mlflow_safelock.registry.artifacts import RegistryArtifacts
 
@@ -715,11 +790,12 @@ def test_what_nobody_foresaw_is_a_refusal_with_a_row(
 
     monkeypatch.setattr(RegistryArtifacts, "publish", fail)
     before = state_of(client, "bot", version)
-    with pytest.raises(MlflowException, match=r"failed.*Nothing was promoted") as info:
+    with pytest.raises(MlflowException, match=rf"\[{reason}\]") as info:
         stage(client, version)
+    assert told in str(info.value)
     assert info.value.get_http_status_code() == 409
     assert state_of(client, "bot", version) == before
-    assert ledger_rows(tmp_path)[-1]["reason"] == "failed"
+    assert ledger_rows(tmp_path)[-1]["reason"] == reason
 
 
 def test_a_lock_that_is_not_ready_is_none_and_stands_in_the_way_until_revoked(

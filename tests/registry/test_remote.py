@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mlflow_safelock.errors import SourceError
+from mlflow_safelock.errors import SourceError, UnreachableError
 from mlflow_safelock.provenance import LocalArtifacts, check_fingerprint, take_fingerprint
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.proxied import ProxiedArtifacts
@@ -162,13 +162,15 @@ def test_a_part_that_is_too_short_is_an_error(proxy: Proxy) -> None:
 @pytest.mark.parametrize("status", [403, 404, 416, 503])
 def test_a_server_s_refusal_is_an_error_that_names_the_file(proxy: Proxy, status: int) -> None:
     proxy.status = status
-    with pytest.raises(SourceError, match=r"model\.safetensors"):
+    with pytest.raises(SourceError, match=r"model\.safetensors") as info:
         ProxiedArtifacts(proxy.url).read(WEIGHTS, 0, 100)
+    assert isinstance(info.value, UnreachableError) is (status == 503)
+    assert ("may be over in a while" in str(info.value)) is (status == 503)
 
 
 def test_nobody_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(SourceError, match="cannot be listed"):
+    with pytest.raises(UnreachableError, match="cannot be listed now"):
         ProxiedArtifacts(f"http://127.0.0.1:1{ROOT}").files()
 
 

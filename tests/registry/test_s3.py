@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from safetensors.numpy import save_file
 
 from mlflow_safelock.apply.checkpoint.progress import silent
-from mlflow_safelock.errors import SourceError, VerificationError
+from mlflow_safelock.errors import SourceError, UnreachableError, VerificationError
 from mlflow_safelock.flavors.overlay import read_overlay
 from mlflow_safelock.flavors.standalone import Patches, WeightsFile
 from mlflow_safelock.provenance import (
@@ -226,6 +226,7 @@ def test_access_denied_is_an_error_that_names_the_rights(
     server.fail("denied", containing=containing)
     with pytest.raises(SourceError, match="may not be accessed") as info:
         S3Artifacts(URI).read("MLmodel")
+    assert not isinstance(info.value, UnreachableError)
     assert "s3:GetObject" in info.value.next_step
 
 
@@ -234,7 +235,7 @@ def test_a_busy_store_is_asked_again_and_then_given_up(source: Path, server: S3S
     assert S3Artifacts(URI).read("MLmodel") == b"flavors: {}\n"
     server.forget()
     server.fail("busy", containing="MLmodel")
-    with pytest.raises(SourceError, match=r"overloaded.*SlowDown") as info:
+    with pytest.raises(UnreachableError, match=r"overloaded.*SlowDown") as info:
         S3Artifacts(URI).read("MLmodel")
     assert "AWS_MAX_ATTEMPTS" in info.value.next_step
     assert len([passed for passed in server.passed if "MLmodel" in passed.target]) == 2

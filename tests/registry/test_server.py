@@ -304,7 +304,10 @@ def test_the_caller_is_verified_where_mlflows_authentication_is_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     password = "a-long-enough-password"
+    policy = tmp_path / "safelock.yaml"
+    policy.write_text("version: 1\ngates: [{}]\nother_alpha: {by: [adm*]}\n")
     environment = {
+        "SAFELOCK_POLICY": str(policy),
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "static-for-all-workers",
         "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
@@ -324,9 +327,11 @@ def test_the_caller_is_verified_where_mlflows_authentication_is_on(
         )
         assert unauthorised.status_code == 401
         register_lock(base_lock(base="org/auth"))
+        client.set_model_version_tag("bot", str(version), "safelock.alpha", "4.5")
         client.set_registered_model_alias("bot", "staging", str(version))
         with sqlite3.connect(running.registry_uri.removeprefix("safelock+sqlite:///")) as connection:
             bodies = connection.execute("SELECT body FROM safelock_ledger WHERE event != 'policy'").fetchall()
-    rows = [json.loads(body) for (body,) in bodies]
-    assert [row["event"] for row in rows] == ["registered", "promoted"]
-    assert [row["actor"] for row in rows] == 2 * [{"name": "admin", "verified": True}]
+    registered, promoted = (json.loads(body) for (body,) in bodies)
+    assert (registered["event"], promoted["event"]) == ("registered", "promoted")
+    assert registered["actor"] == promoted["actor"] == {"name": "admin", "verified": True}
+    assert promoted["alpha"] == 4.5, "the policy lets authenticated users of such names ask for another alpha"

@@ -64,19 +64,20 @@ def stage(client: MlflowClient, version: int) -> None:
     client.transition_model_version_stage("bot", str(version), "Staging")
 
 
-def run_prepare(tmp_path: Path, version: int, form: str = "json") -> Result:
+def run_prepare(tmp_path: Path, version: int, *options: str, form: str = "json") -> Result:
     return CliRunner().invoke(
         main,
         [
             *("prepare", f"models:/bot/{version}", "--format", form),
             *("--registry-uri", f"safelock+sqlite:///{tmp_path}/registry.db"),
             *("--tracking-uri", f"sqlite:///{tmp_path}/tracking.db"),
+            *options,
         ],
     )
 
 
-def prepare(tmp_path: Path, version: int) -> dict[str, Any]:
-    done = run_prepare(tmp_path, version)
+def prepare(tmp_path: Path, version: int, *options: str) -> dict[str, Any]:
+    done = run_prepare(tmp_path, version, *options)
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -238,7 +239,7 @@ def test_a_preparation_says_what_rounding_costs_and_how_weights_came_there(
     assert how in ("reflink", "hard link")
     assert made["check"].startswith("reloaded")
     shutil.rmtree(folder_of(made["location"]))
-    shown = run_prepare(tmp_path, version, "table").stdout
+    shown = run_prepare(tmp_path, version, form="table").stdout
     assert f"1 {how}" in shown
     assert f"{made['bias_error']:.1e}, relative" in shown
 
