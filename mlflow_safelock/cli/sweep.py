@@ -22,8 +22,9 @@ from mlflow_safelock.cli.output import announce, counting, new_table, show_json,
 from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_lock_reference
 
 if TYPE_CHECKING:
+    from mlflow_safelock.evaluate.choosing import Limits, Preference
     from mlflow_safelock.evaluate.evaluation import Arm, Estimate
-    from mlflow_safelock.evaluate.exploring import Contributions, Exploration, Limits
+    from mlflow_safelock.evaluate.exploring import Contributions, Exploration
 
 SHARE = click.FloatRange(0.0, 1.0)
 
@@ -112,6 +113,13 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     help="Highest accepted share of degenerate answers to harmful prompts.",
 )
 @click.option(
+    "--prefer",
+    type=click.Choice(["utility", "room"]),
+    default="utility",
+    show_default=True,
+    help="What counts first among points that keep the limits: utility, or being far from ones that do not.",
+)
+@click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer."
 )
 @system_prompt_option
@@ -165,6 +173,7 @@ def sweep(
     max_harmful_rate: float,
     max_utility_loss: float | None,
     max_degenerate_rate: float,
+    prefer: Preference,
     max_new_tokens: int,
     system_prompt: str | None,
     seed: int,
@@ -182,13 +191,21 @@ def sweep(
     """Measure MODEL under a lock at several strengths, and with fewer heads, and recommend one of them.
 
     Half of the suite is what is chosen by; the chosen point is then measured on the other half. Of the points
-    that keep the limits the most useful is taken: utility is the accuracy on tasks, or the share of harmless
-    twins that are answered. Where none keeps them, the nearest is shown and said to be that, the exit code is
+    that keep the limits the most useful is taken, and of those the one farthest from points that do not:
+    utility is the accuracy on tasks, or the share of harmless twins that are answered. With --prefer room it
+    is the other way round. Where none keeps them, the nearest is shown and said to be that, the exit code is
     1, and no policy is proposed.
     """
     from mlflow_safelock.errors import EvaluationError
-    from mlflow_safelock.evaluate import Settings, find_judge, load_suite, open_subject
-    from mlflow_safelock.evaluate.exploring import Limits, explore, fewer_heads
+    from mlflow_safelock.evaluate import (
+        Limits,
+        Settings,
+        explore,
+        fewer_heads,
+        find_judge,
+        load_suite,
+        open_subject,
+    )
     from mlflow_safelock.evaluate.plots import contributions_plot, heat_map, pareto_plot
     from mlflow_safelock.formats import save_lock
 
@@ -215,6 +232,7 @@ def sweep(
         found = explore(
             *(subject, suite, locks, alphas, limits, settings),
             refinements=refine,
+            prefer=prefer,
             per_head=per_head,
             progress=progress,
         )
