@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -10,24 +11,22 @@ import click
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.guarded import destination_option, open_guarded, use_destination
 from mlflow_safelock.cli.options import (
+    Measuring,
     MlflowAddress,
-    batch_size_option,
     format_option,
-    in_existing_folder,
     lines_of,
+    measuring_options,
     mlflow_options,
     model_options,
-    system_prompt_option,
+    output_file_option,
 )
-from mlflow_safelock.cli.output import announce, counting, new_table, show_json, show_lines, show_table, shown
+from mlflow_safelock.cli.output import counting, new_table, show_json, show_lines, show_table, shown
 from mlflow_safelock.evaluate.transforms import TRANSFORMS
-from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_lock_reference
+from mlflow_safelock.loading import ModelLoading
 
 if TYPE_CHECKING:
     from mlflow_safelock.evaluate import Evaluation
     from mlflow_safelock.evaluate.evaluation import Estimate
-
-EXPERIMENT = "safelock-evaluations"
 
 
 @click.command(
@@ -40,31 +39,9 @@ EXPERIMENT = "safelock-evaluations"
     ),
 )
 @click.argument("model")
-@click.option(
-    "--lock",
-    "lock_reference",
-    metavar="LOCK",
-    help="Lock file or MLflow URI.  [default: that of a locked version]",
-)
+@measuring_options
 @click.option(
     "--alpha", type=float, help="Strength.  [default: that of a locked version, else the lock's own]"
-)
-@click.option(
-    "--suite",
-    "suite_name",
-    required=True,
-    metavar="SUITE",
-    help="A shipped suite, a folder with a manifest, a .jsonl or a .csv file.",
-)
-@click.option("--column", metavar="NAME", help="Column of a .jsonl or .csv file that holds the prompts.")
-@click.option(
-    "--judge",
-    "judge_name",
-    default="refusal-match",
-    show_default=True,
-    metavar="JUDGE",
-    help="Who calls answers harmful: refusal-match, classifier:PATH[#LABEL], guard:PATH, score:PATH, or the "
-    "URI of a model in MLflow.",
 )
 @click.option(
     "--transform",
@@ -72,9 +49,6 @@ EXPERIMENT = "safelock-evaluations"
     default="plain",
     show_default=True,
     help="Wrapper around the harmful prompts.",
-)
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Draw this many prompts of the suite.  [default: all]"
 )
 @click.option(
     "--text",
@@ -89,29 +63,10 @@ EXPERIMENT = "safelock-evaluations"
     metavar="FILE",
     help="The pairs that the lock was forged from, to find prompts that it knows.",
 )
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer."
+@output_file_option(
+    "File for the whole result, every answer in it. Answers are kept beside it as they come.",
+    default="evaluation.json",
 )
-@system_prompt_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw and of the intervals.")
-@batch_size_option
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    default=Path("evaluation.json"),
-    show_default=True,
-    callback=lambda _context, _parameter, path: in_existing_folder(path),
-    metavar="PATH",
-    help="File for the whole result, every answer in it. Answers are kept beside it as they come.",
-)
-@click.option(
-    "--experiment",
-    default=EXPERIMENT,
-    show_default=True,
-    metavar="NAME",
-    help="MLflow experiment to log a run to.",
-)
-@click.option("--no-mlflow", is_flag=True, help="Log no run.")
 @click.option(
     "--file",
     "filed",
@@ -124,22 +79,12 @@ EXPERIMENT = "safelock-evaluations"
 @mlflow_options
 def evaluate(
     model: str,
-    lock_reference: str | None,
+    measuring: Measuring,
     alpha: float | None,
-    suite_name: str,
-    column: str | None,
-    judge_name: str,
     transform: str,
-    limit: int | None,
     text_file: TextIO | None,
     forged_from: Path | None,
-    max_new_tokens: int,
-    system_prompt: str | None,
-    seed: int,
-    batch_size: int,
     output: Path,
-    experiment: str,
-    no_mlflow: bool,
     filed: bool,
     artifacts_destination: str | None,
     loading: ModelLoading,
@@ -157,30 +102,14 @@ def evaluate(
 
     After an interruption the same command goes on where it was.
     """
-    from mlflow_safelock.evaluate import Settings, find_judge, load_suite, open_subject
     from mlflow_safelock.evaluate import evaluate as measure
     from mlflow_safelock.forging import load_pairs
 
-    suite = load_suite(suite_name, column)
+    suite = measuring.suite()
     pairs = load_pairs(forged_from) if forged_from else ()
     texts = lines_of(text_file, "--text")
-    if not no_mlflow or any(is_mlflow_model(one) for one in (model, lock_reference or "", judge_name)):
-        mlflow_address.reach()
-    announce(f"Loading {model}")
-    lock = load_lock_reference(lock_reference) if lock_reference else None
-    subject = open_subject(model, loading).with_lock(lock, alpha)
-    settings = Settings(
-        judge=find_judge(judge_name),
-        transform=transform,
-        limit=limit,
-        texts=texts,
-        pairs=pairs,
-        seed=seed,
-        system_prompt=system_prompt,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        answers=output.with_name(f"{output.stem}-answers"),
-    )
+    subject = measuring.open(model, alpha, loading, mlflow_address)
+    settings = replace(measuring.settings(output), transform=transform, texts=texts, pairs=pairs)
     store = None
     if filed:
         if subject.version is None or subject.lock is None:
@@ -189,7 +118,7 @@ def evaluate(
         store = open_guarded(mlflow_address)
         # Now, and not after hours of generation.
         store.check_measured(
-            *(subject.version.name, subject.version.version, suite_name),
+            *(subject.version.name, subject.version.version, measuring.suite_name),
             *(subject.lock.digest, subject.strength or 0.0),
         )
     with counting() as progress:
@@ -199,10 +128,10 @@ def evaluate(
     if store is not None and subject.version is not None:
         entry = store.file_evaluation(subject.version.name, subject.version.version, found.statement())
     run = None
-    if not no_mlflow:
+    if measuring.experiment is not None:
         from mlflow_safelock.evaluate.mlflow_run import log_evaluation
 
-        run = log_evaluation(found, experiment=experiment, version=subject.version)
+        run = log_evaluation(found, experiment=measuring.experiment, version=subject.version)
     if form == "json":
         facts = found.model_dump(mode="json", exclude={"rows", "source"})
         show_json({"output": str(output), "run": run, "evidence": entry and entry.receipt, **facts})
