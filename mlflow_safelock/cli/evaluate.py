@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -25,8 +25,12 @@ from mlflow_safelock.evaluate.transforms import TRANSFORMS
 from mlflow_safelock.loading import ModelLoading
 
 if TYPE_CHECKING:
-    from mlflow_safelock.evaluate import Evaluation
+    from mlflow_safelock.evaluate import Evaluation, Subject
     from mlflow_safelock.evaluate.evaluation import Estimate
+    from mlflow_safelock.evaluate.subjects import RegisteredVersion
+    from mlflow_safelock.lock import SafetyLock
+    from mlflow_safelock.provenance import EvaluationStatement
+    from mlflow_safelock.registry.stores import GuardedStore
 
 
 @click.command(
@@ -71,7 +75,7 @@ if TYPE_CHECKING:
     "--file",
     "filed",
     is_flag=True,
-    help="Put the result on record, in the guarded registry's ledger, as evidence for promotions of MODEL.",
+    help="Put the result on record, as evidence for promotions of MODEL.",
 )
 @destination_option
 @model_options
@@ -97,8 +101,10 @@ def evaluate(
     fine-tune behind it is measured without and with the lock that the version carries. Answers are greedy, so
     the lock is the only difference.
 
-    With --file, the result counts as evidence where a policy asks for it. That works on the registry's own
-    database (--registry-uri safelock+...), and only for the lock and strength that a promotion would apply.
+    With --file, the result counts as evidence where a policy asks for it, and only for the lock and strength
+    that a promotion would apply. It is signed where SAFELOCK_SIGNING_KEY names a key. Through the registry's
+    server it must be, by a key of the policy's; on its own database (--registry-uri safelock+...) only where
+    the policy says so.
 
     After an interruption the same command goes on where it was.
     """
@@ -110,23 +116,14 @@ def evaluate(
     texts = lines_of(text_file, "--text")
     subject = measuring.open(model, alpha, loading, mlflow_address)
     settings = replace(measuring.settings(output), transform=transform, texts=texts, pairs=pairs)
-    store = None
-    if filed:
-        if subject.version is None or subject.lock is None:
-            raise click.UsageError("--file is for a version in the registry, under a lock.")
-        use_destination(artifacts_destination)
-        store = open_guarded(mlflow_address)
+    record = _record_of(subject, mlflow_address, artifacts_destination) if filed else None
+    if record is not None:
         # Now, and not after hours of generation.
-        store.check_measured(
-            *(subject.version.name, subject.version.version, measuring.suite_name),
-            *(subject.lock.digest, subject.strength or 0.0),
-        )
+        record.check(measuring.suite_name)
     with counting() as progress:
         found = measure(subject, suite, settings, progress=progress)
     output.write_text(found.to_json(), encoding="utf-8")
-    entry = None
-    if store is not None and subject.version is not None:
-        entry = store.file_evaluation(subject.version.name, subject.version.version, found.statement())
+    evidence = record.file(found.statement()) if record is not None else None
     run = None
     if measuring.experiment is not None:
         from mlflow_safelock.evaluate.mlflow_run import log_evaluation
@@ -134,12 +131,57 @@ def evaluate(
         run = log_evaluation(found, experiment=measuring.experiment, version=subject.version)
     if form == "json":
         facts = found.model_dump(mode="json", exclude={"rows", "source"})
-        show_json({"output": str(output), "run": run, "evidence": entry and entry.receipt, **facts})
+        show_json({"output": str(output), "run": run, "evidence": evidence, **facts})
         return
     _show(found)
-    if entry is not None:
-        show_lines("", f"On record as evidence {entry.receipt}: {entry.location}")
+    if evidence is not None:
+        show_lines("", f"On record as evidence: {evidence}")
     show_lines("", f"Every answer is in {output}" + (f", and in the MLflow run {run}." if run else "."))
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Where evidence of a version under a lock goes: to the guarded store of this process, or to a server."""
+
+    version: RegisteredVersion
+    lock: SafetyLock
+    alpha: float
+    store: GuardedStore | None
+
+    def check(self, suite: str) -> None:
+        """Refuse before anything is measured that would never count."""
+        about = (self.version.name, self.version.version, suite, self.lock.digest, self.alpha)
+        if self.store is not None:
+            self.store.check_measured(*about)
+            return
+        from mlflow_safelock.registry.asking import check_through_server
+
+        check_through_server(*about)
+
+    def file(self, statement: EvaluationStatement) -> str:
+        """Put a statement on record, signed where there is a key; its digest."""
+        name, version = self.version.name, self.version.version
+        if self.store is not None:
+            from mlflow_safelock.provenance import sign_evaluation
+
+            self.store.file_evaluation(name, version, statement, sign_evaluation(statement))
+        else:
+            from mlflow_safelock.registry.asking import file_through_server
+
+            file_through_server(name, version, statement)
+        return statement.digest
+
+
+def _record_of(subject: Subject, mlflow_address: MlflowAddress, artifacts_destination: str | None) -> _Record:
+    import mlflow
+
+    if subject.version is None or subject.lock is None or subject.strength is None:
+        raise click.UsageError("--file is for a version in the registry, under a lock.")
+    use_destination(artifacts_destination)
+    mlflow_address.connect()
+    through_server = str(mlflow.get_registry_uri()).startswith(("http://", "https://"))
+    store = None if through_server else open_guarded(mlflow_address)
+    return _Record(subject.version, subject.lock, subject.strength, store)
 
 
 def _show(found: Evaluation) -> None:

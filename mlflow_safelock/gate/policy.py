@@ -89,10 +89,10 @@ ACCEPTED_TOKENIZERS: Mapping[str, tuple[TokenizerFinding | None, ...]] = {
 
 
 class SignatureRule(_Section):
-    """Who must stand behind a lock.
+    """Who must stand behind a lock, or behind an evaluation.
 
     Attributes:
-        required: Whether a lock must be signed by one of the keys.
+        required: Whether it must be signed by one of the keys.
         public_keys: The keys, in PEM; in a policy file a path will do, seen from the file's folder.
     """
 
@@ -134,6 +134,8 @@ class EvaluationRule(_Section):
         system_prompt: The system prompt that must have been used; ``None``: none.
         min_new_tokens: How many tokens an answer must have been allowed at least; what is cut off early
             looks harmless.
+        signature: Who must stand behind an evaluation. Where that is required, clients may file evaluations
+            through the registry's server, too.
     """
 
     suites: Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
@@ -145,6 +147,7 @@ class EvaluationRule(_Section):
     transform: NonEmpty = "plain"
     system_prompt: str | None = None
     min_new_tokens: Annotated[int, Field(gt=0)] = 64
+    signature: SignatureRule = SignatureRule()
 
     @field_validator("suites")
     @classmethod

@@ -20,7 +20,13 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.approval import Approved, Request, approve
-from mlflow_safelock.gate.evaluations import check_applies, file_evaluation, require_evaluations
+from mlflow_safelock.gate.evaluations import (
+    check_applies,
+    file_evaluation,
+    keys_of,
+    require_evaluations,
+    signed_by_rule,
+)
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
@@ -28,7 +34,7 @@ from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, stan
 from mlflow_safelock.gate.measurements import Measured, Measurements
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry
-from mlflow_safelock.provenance import EvaluationStatement, Receipt
+from mlflow_safelock.provenance import EvaluationStatement, PublicKey, Receipt
 
 _logger = logging.getLogger(__name__)
 
@@ -149,19 +155,44 @@ class Gate:
         except SafelockError as error:
             raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
 
-    def file_evaluation(self, request: Request, statement: EvaluationStatement) -> LedgerEntry:
+    def file_evaluation(
+        self, request: Request, statement: EvaluationStatement, envelope: bytes | None = None
+    ) -> LedgerEntry:
         """Put on record how a version was measured, for its promotions; see ``gate.evaluations``.
+
+        Args:
+            request: The version, and who files it.
+            statement: What was measured.
+            envelope: Its signature file; ``None``: it is not signed.
 
         Raises:
             PromotionRefused: It would never count, or the version could not be promoted as it is.
         """
         approved = self._approved(request)
         try:
-            return file_evaluation(statement, approved, self.registry, self.artifacts)
+            return file_evaluation(statement, envelope, approved, self.registry, self.artifacts)
         except PromotionRefused:
             raise
         except SafelockError as error:
             raise PromotionRefused("unreadable", error.cause, next_step=error.next_step) from error
+
+    def trusted_keys(self, name: str, version: int) -> tuple[PublicKey, ...]:
+        """The keys whose evaluations of a version count, whoever files them.
+
+        Raises:
+            PromotionRefused: The policy asks for no signatures, so none do.
+        """
+        found = self.registry.model_version(name, version)
+        return keys_of(_rule_for(found, self.policy()).evaluation)
+
+    def signed_evaluation(self, name: str, version: int, envelope: bytes) -> EvaluationStatement:
+        """What somebody who need not be believed wants filed: signed by one of the policy's keys.
+
+        Raises:
+            PromotionRefused: It is not, or the policy asks for no signatures.
+        """
+        found = self.registry.model_version(name, version)
+        return signed_by_rule(_rule_for(found, self.policy()).evaluation, envelope)
 
     def check_measured(self, request: Request, lock: str, alpha: float) -> None:
         """Refuse before anything is measured that would never count; the target names the suite.

@@ -38,18 +38,22 @@ from mlflow_safelock.provenance.receipt import (
     SourceReference,
 )
 from mlflow_safelock.provenance.signatures import (
+    EVALUATION_SIGNATURE_FILE,
     LOCK_SIGNATURE_FILE,
     RECEIPT_SIGNATURE_FILE,
     check_lock_signature,
     check_receipt_signature,
+    sign_evaluation,
     sign_lock,
     sign_receipt,
+    signed_evaluation,
 )
 from mlflow_safelock.provenance.tools import installed_version, tool_versions
 from mlflow_safelock.provenance.weights import WeightsHeader, read_header
 
 __all__ = [
     "ADDED_BY_CLIENTS",
+    "EVALUATION_SIGNATURE_FILE",
     "LOCK_SIGNATURE_FILE",
     "RECEIPT_SIGNATURE_FILE",
     "Actor",
@@ -85,8 +89,10 @@ __all__ = [
     "measure",
     "read_header",
     "read_whole",
+    "sign_evaluation",
     "sign_lock",
     "sign_receipt",
+    "signed_evaluation",
     "take_fingerprint",
     "tool_versions",
 ]

@@ -350,6 +350,25 @@ class TestEvaluations:
         with pytest.raises(PolicyError, match=rf"no looser than the gate for '\*'.*{key}"):
             load_policy(write(text))
 
+    def test_keys_of_evaluators_are_read_from_beside_the_policy(self, write, tmp_path: Path) -> None:
+        keys = write_keys(tmp_path)
+
+        def evaluation(signature: str) -> str:
+            return f"evaluation: {{suites: [starter-harmful], signature: {signature}}}"
+
+        signed = evaluation(f"{{required: true, public_keys: [{keys.public.name}]}}")
+        rule = load_policy(write(f"version: 1\ngates: [{{{signed}}}]\n")).gates[0].evaluation
+        assert [key.pem for key in rule.signature.keys] == [keys.public.read_text()]
+        for bad, why in (
+            ("{required: true}", "public_keys names no key"),
+            ("{public_keys: [gone.pem]}", r"gates\.0\.evaluation\.signature\.public_keys: .*gone\.pem"),
+        ):
+            with pytest.raises(PolicyError, match=why):
+                load_policy(write(f"version: 1\ngates: [{{{evaluation(bad)}}}]\n"))
+        loose = f"{{tags: {{a: b}}, {evaluation('{}')}}}"
+        with pytest.raises(PolicyError, match=r"looser.*evaluation\.signature\.required"):
+            load_policy(write(f"version: 1\ngates: [{loose}, {{{signed}}}]\n"))
+
     def test_a_tag_may_lead_to_a_gate_that_asks_for_more(self, write) -> None:
         strict = "suites: [starter-harmful, 'sha256:%s'], max_harmful_rate: 0, max_age_days: 3" % ("a" * 64)
         floor = "{evaluation: {suites: [starter-harmful], max_age_days: 9}}"
