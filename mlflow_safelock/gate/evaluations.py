@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,8 +39,11 @@ USUAL_NEW_TOKENS = 128
 """Most tokens of an answer where ``safelock evaluate`` is told no number."""
 
 
-def require_evaluations(approved: Approved, registry: Registry, artifacts: Artifacts) -> None:
+def require_evaluations(approved: Approved, registry: Registry, artifacts: Artifacts) -> Approved:
     """Refuse a promotion that the policy wants measured, unless it was, and well enough.
+
+    Returns:
+        What is approved, with the evaluations that it rests on.
 
     Raises:
         PromotionRefused: There is no evaluation of exactly this promotion for one of the policy's suites, it
@@ -48,11 +52,12 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
     """
     rule = approved.rule.evaluation
     if rule is None:
-        return
+        return approved
+    relied_on = []
     filed = tuple(_filed(approved, rule, registry, artifacts))
     for suite in rule.suites:
         digest = rule.digest_of(suite)
-        bound = [one for one in filed if _is_bound(one, approved, rule, digest)]
+        bound = [one for one in filed if _is_bound(one.predicate, approved, rule, digest)]
         if not bound:
             raise _refusal(
                 "missing_evaluation",
@@ -63,7 +68,8 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
                 rule,
                 suite,
             )
-        newest = max(bound, key=lambda one: one.time)
+        statement = max(bound, key=lambda one: one.predicate.time)
+        newest = statement.predicate
         _check_age(newest, approved, rule, suite)
         for what, found, allowed in _rates(newest, rule):
             if found is None or found > allowed:
@@ -78,6 +84,8 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
             check_fingerprint(newest.source, artifacts.reader(approved.original))
         except VerificationError as error:
             raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
+        relied_on.append(statement.digest)
+    return replace(approved, evaluations=tuple(relied_on))
 
 
 def check_applies(approved: Approved, lock: str, alpha: float, suite: str) -> None:
@@ -240,7 +248,7 @@ def file_evaluation(
 
 def _filed(
     approved: Approved, rule: EvaluationRule, registry: Registry, artifacts: Artifacts
-) -> Iterator[Measured]:
+) -> Iterator[EvaluationStatement]:
     """What is on record of the fine-tune; a statement that is not the one of its row is as good as none.
 
     And so is one without the signature that the policy asks for.
@@ -255,7 +263,7 @@ def _filed(
         except SafelockError:
             continue
         if f"sha256:{hashlib.sha256(data).hexdigest()}" == row.receipt:
-            yield statement.predicate
+            yield statement
 
 
 def _is_bound(measured: Measured, approved: Approved, rule: EvaluationRule, suite: str) -> bool:

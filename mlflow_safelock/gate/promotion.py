@@ -251,7 +251,7 @@ class Gate:
         if approved is None:
             self._let_through(request, policy, found, NOT_AN_LLM)
             return
-        require_evaluations(approved, self.registry, self.artifacts)
+        approved = require_evaluations(approved, self.registry, self.artifacts)
         reach("approved")
         known = self.registry.decision_on(request.workspace, request.name, request.version)
         if (
@@ -393,6 +393,7 @@ def promoted_entry(approved: Approved, receipt: Receipt, location: str) -> Ledge
         location=location,
         receipt=receipt.digest,
         kinship=approved.promotion.kinship,
+        evaluations=approved.evaluations,
         fingerprint=fingerprint.digest if fingerprint.is_full else None,
         tokenizer=approved.tokenizer,
     )

@@ -24,6 +24,7 @@ from mlflow_safelock.gate.ledger import verify_chain
 from mlflow_safelock.provenance import (
     EVALUATION_SIGNATURE_FILE,
     EvaluationStatement,
+    Receipt,
     SigningKey,
     load_signing_key,
     sign_evaluation,
@@ -348,6 +349,27 @@ def test_evidence_is_signed_where_the_policy_says_by_whom(
     shop.promote()
     shop.want_signed(others)
     assert "[missing_evaluation]" in shop.refused().message, "a key that was taken out of the policy"
+
+
+def test_a_promotion_names_the_evaluations_that_it_rests_on(shop: Shop) -> None:
+    tasks = Suite("tasks", shop.toy.suite(4, tasks=4).prompts)
+    shop.want(suites=[shop.suite.digest, tasks.digest])
+    statement, other = shop.measured().statement(), shop.measured(suite=tasks).statement()
+    shop.file(older(statement, days=1))
+    shop.file(statement)
+    shop.file(other)
+    shop.promote()
+    relied_on = [statement.digest, other.digest]
+    with sqlite3.connect(shop.folder / "registry.db") as connection:
+        chosen = "SELECT body FROM safelock_ledger WHERE event = 'promoted'"
+        (row,) = (json.loads(body) for (body,) in connection.execute(chosen))
+    assert row["evaluations"] == relied_on
+    with shop.store.engine.connect() as connection:
+        verify_chain(connection)
+    overlay = Path(shop.client.get_model_version_download_uri("bot", "1").removeprefix("file://"))
+    receipt = Receipt.parse((overlay / "receipt.json").read_bytes(), origin="it")
+    assert receipt.digest == row["receipt"]
+    assert list(receipt.predicate.promotion.evaluations) == relied_on
 
 
 def test_a_client_without_the_ledger_files_only_what_a_key_of_the_policy_signed(
