@@ -236,7 +236,7 @@ def _facts(found: Exploration, limits: Limits) -> dict[str, Any]:
 
 
 def _show(found: Exploration, limits: Limits) -> None:
-    from mlflow_safelock.evaluate.exploring import harm_of, utility_of
+    from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
 
     table = new_table(None, "heads", "alpha", "harmful", "degenerate", "utility", "keeps the limits")
     unlocked = found.chosen.evaluation.unlocked
@@ -262,7 +262,7 @@ def _show(found: Exploration, limits: Limits) -> None:
 
 
 def _show_heads(found: Contributions) -> None:
-    from mlflow_safelock.evaluate.exploring import harm_of, utility_of
+    from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
 
     table = new_table(f"Without one head, at alpha {found.alpha:g}", "layer", "head", "harmful", "utility")
     table.add_row("-", "-", _cell(harm_of(found.whole)), _cell(utility_of(found.whole)))
@@ -273,7 +273,7 @@ def _show_heads(found: Contributions) -> None:
 
 
 def _harm_and_utility(arm: Arm) -> str:
-    from mlflow_safelock.evaluate.exploring import harm_of, utility_of
+    from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
 
     return f"harmful {_cell(harm_of(arm))}, utility {_cell(utility_of(arm))}"
 

@@ -15,7 +15,7 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate.choosing import Limits, Point, Preference, Rates, choose
 from mlflow_safelock.evaluate.evaluating import USUAL, Settings, drawn_by, evaluate, measuring
-from mlflow_safelock.evaluate.evaluation import Arm, Estimate, Evaluation
+from mlflow_safelock.evaluate.evaluation import Arm, Estimate, Evaluation, harm_of, utility_of
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, halves
 from mlflow_safelock.lock import LockedHead, SafetyLock
@@ -80,26 +80,6 @@ class Exploration:
         while high + 1 < len(same) and same[high + 1].excess(limits) == 0.0:
             high += 1
         return tuple(one.alpha for one in same[low : high + 1])
-
-
-def harm_of(arm: Arm) -> Estimate:
-    """The harmful rate by the judge, or by refusal match where the judge came to no verdict at all."""
-    return arm.figures.get("harmful_rate") or arm.figures["attack_success_rate"]
-
-
-def utility_of(arm: Arm) -> Estimate:
-    """How useful a model is: right answers to tasks, where there are any, else answered harmless prompts.
-
-    Raises:
-        EvaluationError: There are neither.
-    """
-    for name in ("task_accuracy", "task_score", "harmless_answered_rate"):
-        if name in arm.figures:
-            return arm.figures[name]
-    raise EvaluationError(
-        "The suite has neither harmless twins nor tasks, so what a lock costs cannot be seen.",
-        next_step="Take one that has, such as starter-harmful.",
-    )
 
 
 def _rates(arm: Arm) -> Rates:

@@ -295,6 +295,9 @@ def _check_age(measured: Measured, approved: Approved, rule: EvaluationRule, sui
 def _rates(measured: Measured, rule: EvaluationRule) -> Iterator[tuple[str, float | None, float]]:
     harmful = measured.harmful
     yield "harmful rate", None if harmful is None else harmful.value, rule.max_harmful_rate
+    if rule.max_utility_drop is not None:
+        utility = measured.utility
+        yield "drop of utility", None if utility is None else utility.drop, rule.max_utility_drop
     for what, name, allowed in (
         ("over-refusal rate", "over_refusal_rate", rule.max_over_refusal_rate),
         ("degenerate rate", "degenerate_rate", rule.max_degenerate_rate),

@@ -65,7 +65,10 @@ def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
 def _looser_evaluation(gate: EvaluationRule | None, floor: EvaluationRule | None) -> dict[str, bool]:
     if floor is None or gate is None:
         return {"evaluation": floor is not None}
-    limits = ("max_harmful_rate", "max_over_refusal_rate", "max_degenerate_rate", "max_age_days")
+    limits = (
+        *("max_harmful_rate", "max_utility_drop", "max_over_refusal_rate"),
+        *("max_degenerate_rate", "max_age_days"),
+    )
     return {
         "evaluation.suites": not set(floor.suites) <= set(gate.suites),
         "evaluation.judge": gate.judge != floor.judge,

@@ -27,6 +27,7 @@ from mlflow_safelock.provenance.measured import (
     Measured,
     MeasuredRate,
     MeasuredSuite,
+    MeasuredUtility,
 )
 from mlflow_safelock.provenance.measuring import check_every_byte, kept_digests, measure, read_whole
 from mlflow_safelock.provenance.receipt import (
@@ -66,6 +67,7 @@ __all__ = [
     "Measured",
     "MeasuredRate",
     "MeasuredSuite",
+    "MeasuredUtility",
     "Promotion",
     "PublicKey",
     "Receipt",

@@ -305,8 +305,11 @@ class TestEvaluations:
     def test_a_shipped_suite_is_asked_for_by_its_digest(self, write) -> None:
         from mlflow_safelock.evaluate import load_suite
 
-        rule = load_policy(write("version: 1\ngates: [{evaluation: {suites: [starter-harmful]}}]\n")).gates[0]
+        limits = "{max_harmful_rate: 0.05, max_utility_drop: 0.03}"
+        rule = load_policy(write(f"version: 1\ngates: [{{evaluation: {limits}}}]\n")).gates[0]
         assert rule.evaluation is not None
+        assert rule.evaluation.suites == ("starter-harmful",), "where none is named"
+        assert rule.evaluation.max_utility_drop == 0.03
         assert rule.evaluation.digest_of("starter-harmful") == load_suite("starter-harmful").digest
         other = f"sha256:{'a' * 64}"
         assert rule.evaluation.digest_of(other) == other
@@ -320,7 +323,7 @@ class TestEvaluations:
             ("{suites: [starter-harmful], max_harmful_rate: 5}", "max_harmful_rate"),
             ("{suites: [starter-harmful], max_age_days: 0}", "max_age_days"),
             ("{suites: [starter-harmful], harm: 0}", "harm"),
-            ("{max_harmful_rate: 0.1}", "suites"),
+            ("{max_utility_drop: -0.1}", "max_utility_drop"),
         ],
     )
     def test_what_cannot_be_asked_for_is_an_error(self, write, evaluation: str, fault: str) -> None:
@@ -335,6 +338,7 @@ class TestEvaluations:
             ("evaluation: {suites: [starter-harmful]}", "evaluation.max_age_days"),
             ("evaluation: {suites: [starter-harmful], max_harmful_rate: 0.2}", "evaluation.max_harmful_rate"),
             ("evaluation: {suites: [starter-harmful], max_degenerate_rate: 1}", "max_degenerate_rate"),
+            ("evaluation: {suites: [starter-harmful], max_utility_drop: 0.2}", "max_utility_drop"),
             ("evaluation: {suites: [starter-harmful], judge: me}", "evaluation.judge"),
             ("evaluation: {suites: [starter-harmful], transform: encoding}", "evaluation.transform"),
             ("evaluation: {suites: [starter-harmful], min_new_tokens: 1}", "evaluation.min_new_tokens"),
@@ -344,7 +348,7 @@ class TestEvaluations:
     def test_a_tag_never_leads_to_a_gate_that_asks_for_less(self, write, gate: str, key: str) -> None:
         floor = (
             "evaluation: {suites: [starter-harmful], max_age_days: 9, max_degenerate_rate: 0.5, "
-            "max_over_refusal_rate: 0.1}"
+            "max_over_refusal_rate: 0.1, max_utility_drop: 0.1}"
         )
         text = f"version: 1\ngates:\n  - {{tags: {{a: b}}{', ' if gate else ''}{gate}}}\n  - {{{floor}}}\n"
         with pytest.raises(PolicyError, match=rf"no looser than the gate for '\*'.*{key}"):
