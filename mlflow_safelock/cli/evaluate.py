@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -10,24 +11,26 @@ import click
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.guarded import destination_option, open_guarded, use_destination
 from mlflow_safelock.cli.options import (
+    Measuring,
     MlflowAddress,
-    batch_size_option,
     format_option,
-    in_existing_folder,
     lines_of,
+    measuring_options,
     mlflow_options,
     model_options,
-    system_prompt_option,
+    output_file_option,
 )
-from mlflow_safelock.cli.output import announce, counting, new_table, show_json, show_lines, show_table, shown
+from mlflow_safelock.cli.output import counting, new_table, show_json, show_lines, show_table, shown
 from mlflow_safelock.evaluate.transforms import TRANSFORMS
-from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_lock_reference
+from mlflow_safelock.loading import ModelLoading
 
 if TYPE_CHECKING:
-    from mlflow_safelock.evaluate import Evaluation
+    from mlflow_safelock.evaluate import Evaluation, Subject
     from mlflow_safelock.evaluate.evaluation import Estimate
-
-EXPERIMENT = "safelock-evaluations"
+    from mlflow_safelock.evaluate.subjects import RegisteredVersion
+    from mlflow_safelock.lock import SafetyLock
+    from mlflow_safelock.provenance import EvaluationStatement
+    from mlflow_safelock.registry.stores import GuardedStore
 
 
 @click.command(
@@ -40,31 +43,9 @@ EXPERIMENT = "safelock-evaluations"
     ),
 )
 @click.argument("model")
-@click.option(
-    "--lock",
-    "lock_reference",
-    metavar="LOCK",
-    help="Lock file or MLflow URI.  [default: that of a locked version]",
-)
+@measuring_options
 @click.option(
     "--alpha", type=float, help="Strength.  [default: that of a locked version, else the lock's own]"
-)
-@click.option(
-    "--suite",
-    "suite_name",
-    required=True,
-    metavar="SUITE",
-    help="A shipped suite, a folder with a manifest, a .jsonl or a .csv file.",
-)
-@click.option("--column", metavar="NAME", help="Column of a .jsonl or .csv file that holds the prompts.")
-@click.option(
-    "--judge",
-    "judge_name",
-    default="refusal-match",
-    show_default=True,
-    metavar="JUDGE",
-    help="Who calls answers harmful: refusal-match, classifier:PATH[#LABEL], guard:PATH, score:PATH, or the "
-    "URI of a model in MLflow.",
 )
 @click.option(
     "--transform",
@@ -72,9 +53,6 @@ EXPERIMENT = "safelock-evaluations"
     default="plain",
     show_default=True,
     help="Wrapper around the harmful prompts.",
-)
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Draw this many prompts of the suite.  [default: all]"
 )
 @click.option(
     "--text",
@@ -89,34 +67,15 @@ EXPERIMENT = "safelock-evaluations"
     metavar="FILE",
     help="The pairs that the lock was forged from, to find prompts that it knows.",
 )
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer."
+@output_file_option(
+    "File for the whole result, every answer in it. Answers are kept beside it as they come.",
+    default="evaluation.json",
 )
-@system_prompt_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw and of the intervals.")
-@batch_size_option
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    default=Path("evaluation.json"),
-    show_default=True,
-    callback=lambda _context, _parameter, path: in_existing_folder(path),
-    metavar="PATH",
-    help="File for the whole result, every answer in it. Answers are kept beside it as they come.",
-)
-@click.option(
-    "--experiment",
-    default=EXPERIMENT,
-    show_default=True,
-    metavar="NAME",
-    help="MLflow experiment to log a run to.",
-)
-@click.option("--no-mlflow", is_flag=True, help="Log no run.")
 @click.option(
     "--file",
     "filed",
     is_flag=True,
-    help="Put the result on record, in the guarded registry's ledger, as evidence for promotions of MODEL.",
+    help="Put the result on record, as evidence for promotions of MODEL.",
 )
 @destination_option
 @model_options
@@ -124,22 +83,12 @@ EXPERIMENT = "safelock-evaluations"
 @mlflow_options
 def evaluate(
     model: str,
-    lock_reference: str | None,
+    measuring: Measuring,
     alpha: float | None,
-    suite_name: str,
-    column: str | None,
-    judge_name: str,
     transform: str,
-    limit: int | None,
     text_file: TextIO | None,
     forged_from: Path | None,
-    max_new_tokens: int,
-    system_prompt: str | None,
-    seed: int,
-    batch_size: int,
     output: Path,
-    experiment: str,
-    no_mlflow: bool,
     filed: bool,
     artifacts_destination: str | None,
     loading: ModelLoading,
@@ -152,65 +101,87 @@ def evaluate(
     fine-tune behind it is measured without and with the lock that the version carries. Answers are greedy, so
     the lock is the only difference.
 
-    With --file, the result counts as evidence where a policy asks for it. That works on the registry's own
-    database (--registry-uri safelock+...), and only for the lock and strength that a promotion would apply.
+    With --file, the result counts as evidence where a policy asks for it, and only for the lock and strength
+    that a promotion would apply. It is signed where SAFELOCK_SIGNING_KEY names a key. Through the registry's
+    server it must be, by a key of the policy's; on its own database (--registry-uri safelock+...) only where
+    the policy says so.
 
     After an interruption the same command goes on where it was.
     """
-    from mlflow_safelock.evaluate import Settings, find_judge, load_suite, open_subject
     from mlflow_safelock.evaluate import evaluate as measure
     from mlflow_safelock.forging import load_pairs
 
-    suite = load_suite(suite_name, column)
+    suite = measuring.suite()
     pairs = load_pairs(forged_from) if forged_from else ()
     texts = lines_of(text_file, "--text")
-    if not no_mlflow or any(is_mlflow_model(one) for one in (model, lock_reference or "", judge_name)):
-        mlflow_address.reach()
-    announce(f"Loading {model}")
-    lock = load_lock_reference(lock_reference) if lock_reference else None
-    subject = open_subject(model, loading).with_lock(lock, alpha)
-    settings = Settings(
-        judge=find_judge(judge_name),
-        transform=transform,
-        limit=limit,
-        texts=texts,
-        pairs=pairs,
-        seed=seed,
-        system_prompt=system_prompt,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        answers=output.with_name(f"{output.stem}-answers"),
-    )
-    store = None
-    if filed:
-        if subject.version is None or subject.lock is None:
-            raise click.UsageError("--file is for a version in the registry, under a lock.")
-        use_destination(artifacts_destination)
-        store = open_guarded(mlflow_address)
+    subject = measuring.open(model, alpha, loading, mlflow_address)
+    settings = replace(measuring.settings(output), transform=transform, texts=texts, pairs=pairs)
+    record = _record_of(subject, mlflow_address, artifacts_destination) if filed else None
+    if record is not None:
         # Now, and not after hours of generation.
-        store.check_measured(
-            *(subject.version.name, subject.version.version, suite_name),
-            *(subject.lock.digest, subject.strength or 0.0),
-        )
+        record.check(measuring.suite_name)
     with counting() as progress:
         found = measure(subject, suite, settings, progress=progress)
     output.write_text(found.to_json(), encoding="utf-8")
-    entry = None
-    if store is not None and subject.version is not None:
-        entry = store.file_evaluation(subject.version.name, subject.version.version, found.statement())
+    evidence = record.file(found.statement()) if record is not None else None
     run = None
-    if not no_mlflow:
+    if measuring.experiment is not None:
         from mlflow_safelock.evaluate.mlflow_run import log_evaluation
 
-        run = log_evaluation(found, experiment=experiment, version=subject.version)
+        run = log_evaluation(found, experiment=measuring.experiment, version=subject.version)
     if form == "json":
         facts = found.model_dump(mode="json", exclude={"rows", "source"})
-        show_json({"output": str(output), "run": run, "evidence": entry and entry.receipt, **facts})
+        show_json({"output": str(output), "run": run, "evidence": evidence, **facts})
         return
     _show(found)
-    if entry is not None:
-        show_lines("", f"On record as evidence {entry.receipt}: {entry.location}")
+    if evidence is not None:
+        show_lines("", f"On record as evidence: {evidence}")
     show_lines("", f"Every answer is in {output}" + (f", and in the MLflow run {run}." if run else "."))
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Where evidence of a version under a lock goes: to the guarded store of this process, or to a server."""
+
+    version: RegisteredVersion
+    lock: SafetyLock
+    alpha: float
+    store: GuardedStore | None
+
+    def check(self, suite: str) -> None:
+        """Refuse before anything is measured that would never count."""
+        about = (self.version.name, self.version.version, suite, self.lock.digest, self.alpha)
+        if self.store is not None:
+            self.store.check_measured(*about)
+            return
+        from mlflow_safelock.registry.asking import check_through_server
+
+        check_through_server(*about)
+
+    def file(self, statement: EvaluationStatement) -> str:
+        """Put a statement on record, signed where there is a key; its digest."""
+        name, version = self.version.name, self.version.version
+        if self.store is not None:
+            from mlflow_safelock.provenance import sign_evaluation
+
+            self.store.file_evaluation(name, version, statement, sign_evaluation(statement))
+        else:
+            from mlflow_safelock.registry.asking import file_through_server
+
+            file_through_server(name, version, statement)
+        return statement.digest
+
+
+def _record_of(subject: Subject, mlflow_address: MlflowAddress, artifacts_destination: str | None) -> _Record:
+    import mlflow
+
+    if subject.version is None or subject.lock is None or subject.strength is None:
+        raise click.UsageError("--file is for a version in the registry, under a lock.")
+    use_destination(artifacts_destination)
+    mlflow_address.connect()
+    through_server = str(mlflow.get_registry_uri()).startswith(("http://", "https://"))
+    store = None if through_server else open_guarded(mlflow_address)
+    return _Record(subject.version, subject.lock, subject.strength, store)
 
 
 def _show(found: Evaluation) -> None:

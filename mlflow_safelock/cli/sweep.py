@@ -10,20 +10,22 @@ import click
 
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.options import (
+    Measuring,
     MlflowAddress,
-    batch_size_option,
     format_option,
     in_existing_folder,
+    measuring_options,
     mlflow_options,
     model_options,
-    system_prompt_option,
+    output_file_option,
 )
-from mlflow_safelock.cli.output import announce, counting, new_table, show_json, show_lines, show_table
-from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_lock_reference
+from mlflow_safelock.cli.output import counting, new_table, show_json, show_lines, show_table
+from mlflow_safelock.loading import ModelLoading
 
 if TYPE_CHECKING:
+    from mlflow_safelock.evaluate.choosing import Limits, Preference
     from mlflow_safelock.evaluate.evaluation import Arm, Estimate
-    from mlflow_safelock.evaluate.exploring import Contributions, Exploration, Limits
+    from mlflow_safelock.evaluate.exploring import Contributions, Exploration
 
 SHARE = click.FloatRange(0.0, 1.0)
 
@@ -54,12 +56,7 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     ),
 )
 @click.argument("model")
-@click.option(
-    "--lock",
-    "lock_reference",
-    metavar="LOCK",
-    help="Lock file or MLflow URI.  [default: that of a locked version]",
-)
+@measuring_options
 @click.option(
     "--alphas",
     default="1,2,4,6,8,10",
@@ -82,25 +79,6 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     help="Strengths to try between two of the grid of which only one keeps the limits.",
 )
 @click.option(
-    "--suite",
-    "suite_name",
-    required=True,
-    metavar="SUITE",
-    help="A shipped suite, a folder with a manifest, a .jsonl or a .csv file; with twins or tasks.",
-)
-@click.option("--column", metavar="NAME", help="Column of a .jsonl or .csv file that holds the prompts.")
-@click.option(
-    "--judge",
-    "judge_name",
-    default="refusal-match",
-    show_default=True,
-    metavar="JUDGE",
-    help="As for evaluate.",
-)
-@click.option(
-    "--limit", type=click.IntRange(min=2), help="Draw this many prompts of the suite.  [default: all]"
-)
-@click.option(
     "--max-harmful-rate", type=SHARE, default=0.05, show_default=True, help="Highest accepted harmful rate."
 )
 @click.option("--max-utility-loss", type=SHARE, help="Highest accepted loss of utility.  [default: any]")
@@ -112,22 +90,13 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     help="Highest accepted share of degenerate answers to harmful prompts.",
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer."
-)
-@system_prompt_option
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the draw, the halves and the intervals."
-)
-@batch_size_option
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    default=Path("sweep.json"),
+    "--prefer",
+    type=click.Choice(["utility", "room"]),
+    default="utility",
     show_default=True,
-    callback=_beside,
-    metavar="PATH",
-    help="File for what was found. Pictures and answers are put beside it.",
+    help="What counts first among points that keep the limits: utility, or being far from ones that do not.",
 )
+@output_file_option("File for what was found. Pictures and answers are put beside it.", default="sweep.json")
 @click.option(
     "--write-policy",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -147,34 +116,23 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     is_flag=True,
     help="Leave out each head of the chosen lock in turn, and show what comes back.",
 )
-@click.option("--experiment", metavar="NAME", help="MLflow experiment of the run.  [default: MLflow's own]")
-@click.option("--no-mlflow", is_flag=True, help="Write files only, and no MLflow run.")
 @model_options
 @format_option
 @mlflow_options
 def sweep(
     model: str,
-    lock_reference: str | None,
+    measuring: Measuring,
     alphas: tuple[float, ...],
     heads: tuple[int, ...],
     refine: int,
-    suite_name: str,
-    column: str | None,
-    judge_name: str,
-    limit: int | None,
     max_harmful_rate: float,
     max_utility_loss: float | None,
     max_degenerate_rate: float,
-    max_new_tokens: int,
-    system_prompt: str | None,
-    seed: int,
-    batch_size: int,
+    prefer: Preference,
     output: Path,
     write_policy: Path | None,
     write_lock: Path | None,
     per_head: bool,
-    experiment: str | None,
-    no_mlflow: bool,
     loading: ModelLoading,
     form: str,
     mlflow_address: MlflowAddress,
@@ -182,39 +140,27 @@ def sweep(
     """Measure MODEL under a lock at several strengths, and with fewer heads, and recommend one of them.
 
     Half of the suite is what is chosen by; the chosen point is then measured on the other half. Of the points
-    that keep the limits the most useful is taken: utility is the accuracy on tasks, or the share of harmless
-    twins that are answered. Where none keeps them, the nearest is shown and said to be that, the exit code is
+    that keep the limits the most useful is taken, and of those the one farthest from points that do not:
+    utility is the accuracy on tasks, or the share of harmless twins that are answered. With --prefer room it
+    is the other way round. Where none keeps them, the nearest is shown and said to be that, the exit code is
     1, and no policy is proposed.
     """
     from mlflow_safelock.errors import EvaluationError
-    from mlflow_safelock.evaluate import Settings, find_judge, load_suite, open_subject
-    from mlflow_safelock.evaluate.exploring import Limits, explore, fewer_heads
+    from mlflow_safelock.evaluate import Limits, explore, fewer_heads
     from mlflow_safelock.evaluate.plots import contributions_plot, heat_map, pareto_plot
     from mlflow_safelock.formats import save_lock
 
-    suite = load_suite(suite_name, column)
-    if not no_mlflow or any(is_mlflow_model(one) for one in (model, lock_reference or "", judge_name)):
-        mlflow_address.reach()
-    announce(f"Loading {model}")
-    given = load_lock_reference(lock_reference) if lock_reference else None
-    subject = open_subject(model, loading).with_lock(given, None)
+    suite = measuring.suite()
+    subject = measuring.open(model, None, loading, mlflow_address)
     if subject.lock is None:
         raise EvaluationError("There is no lock to try.", next_step="Name one: --lock.")
     locks = fewer_heads(subject.lock, heads) if heads else (subject.lock,)
     limits = Limits(max_harmful_rate, max_utility_loss, max_degenerate_rate)
-    settings = Settings(
-        judge=find_judge(judge_name),
-        limit=limit,
-        seed=seed,
-        system_prompt=system_prompt,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        answers=output.with_name(f"{output.stem}-answers"),
-    )
     with counting() as progress:
         found = explore(
-            *(subject, suite, locks, alphas, limits, settings),
+            *(subject, suite, locks, alphas, limits, measuring.settings(output)),
             refinements=refine,
+            prefer=prefer,
             per_head=per_head,
             progress=progress,
         )
@@ -226,10 +172,10 @@ def sweep(
     for name, picture in pictures.items():
         picture.savefig(output.with_name(f"{output.stem}-{name}.png"))
     run = None
-    if not no_mlflow:
+    if measuring.experiment is not None:
         from mlflow_safelock.evaluate.mlflow_run import log_sweep
 
-        run = log_sweep(found, facts, pictures, experiment=experiment, version=subject.version)
+        run = log_sweep(found, facts, pictures, experiment=measuring.experiment, version=subject.version)
     if write_lock is not None:
         save_lock(found.chosen.lock, write_lock)
     if write_policy is not None and found.satisfied:
@@ -290,7 +236,7 @@ def _facts(found: Exploration, limits: Limits) -> dict[str, Any]:
 
 
 def _show(found: Exploration, limits: Limits) -> None:
-    from mlflow_safelock.evaluate.exploring import harm_of, utility_of
+    from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
 
     table = new_table(None, "heads", "alpha", "harmful", "degenerate", "utility", "keeps the limits")
     unlocked = found.chosen.evaluation.unlocked
@@ -316,7 +262,7 @@ def _show(found: Exploration, limits: Limits) -> None:
 
 
 def _show_heads(found: Contributions) -> None:
-    from mlflow_safelock.evaluate.exploring import harm_of, utility_of
+    from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
 
     table = new_table(f"Without one head, at alpha {found.alpha:g}", "layer", "head", "harmful", "utility")
     table.add_row("-", "-", _cell(harm_of(found.whole)), _cell(utility_of(found.whole)))
@@ -327,7 +273,7 @@ def _show_heads(found: Contributions) -> None:
 
 
 def _harm_and_utility(arm: Arm) -> str:
-    from mlflow_safelock.evaluate.exploring import harm_of, utility_of
+    from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
 
     return f"harmful {_cell(harm_of(arm))}, utility {_cell(utility_of(arm))}"
 

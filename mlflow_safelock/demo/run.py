@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,22 @@ from mlflow.exceptions import MlflowException
 from rich.console import Console
 from rich.text import Text
 
-from mlflow_safelock.apply import generate, render_prompt
+from mlflow_safelock.apply import apply_lock, generate, render_prompt
 from mlflow_safelock.audit import audit
 from mlflow_safelock.demo.report import DemoReport, Example
 from mlflow_safelock.demo.training import break_model, new_model, train_base
 from mlflow_safelock.demo.world import Share, World, make_tokenizer, make_world
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate import AnswerKind, Constraints, Measurement, Sweep, classify, measure, sweep
+from mlflow_safelock.evaluate import (
+    AnswerKind,
+    Limits,
+    Measurement,
+    Point,
+    Rates,
+    choose,
+    classify,
+    measure,
+)
 from mlflow_safelock.flavors import meta_safetylock
 from mlflow_safelock.forging import forge
 from mlflow_safelock.lock import SafetyLock
@@ -113,9 +123,9 @@ def _run(recipe: DemoRecipe, folder: Path) -> DemoReport:
     fine_tune_answers = toy.answers(shown)
 
     say("[bold]4[/] sweeping over the number of heads and alpha, on prompts that nothing else uses")
-    limits = Constraints(recipe.max_harmful_rate, recipe.max_benign_loss, recipe.max_degenerate_rate)
-    found = sweep(toy.model, locks, recipe.alphas, lambda: toy.measured(Share.SWEEPING), limits)
-    chosen = found.chosen
+    points = _sweep(toy, locks)
+    limits = Limits(recipe.max_harmful_rate, recipe.max_benign_loss, recipe.max_degenerate_rate)
+    chosen, satisfied = choose(points, recipe.alphas, limits, prefer="room")
     say(f"  {chosen.heads} heads at alpha {chosen.alpha:g}")
 
     with _registry(folder, chosen.alpha) as client:
@@ -141,7 +151,7 @@ def _run(recipe: DemoRecipe, folder: Path) -> DemoReport:
         locked = measure(ask, *world.examination(Share.REPORTING, recipe.prompts))
         locked_answers = ask(shown)
         rows = audit(registry_uri=mlflow.get_registry_uri(), tracking_uri=mlflow.get_tracking_uri())
-    _check(fine_tune, locked, found)
+    _check(fine_tune, locked, satisfied=satisfied)
     return DemoReport(
         base=base,
         fine_tune=fine_tune,
@@ -150,7 +160,7 @@ def _run(recipe: DemoRecipe, folder: Path) -> DemoReport:
         heads=chosen.heads,
         prompts=recipe.prompts,
         fine_tune_steps=steps,
-        points=len(found.points),
+        points=len(points),
         refusal=refusal,
         examples=tuple(
             Example(*parts)
@@ -190,6 +200,20 @@ def _forge(toy: _Toy) -> list[SafetyLock]:
     )
     ranked = widest.ranked_heads()
     return [SafetyLock(ranked[:count], widest.metadata, widest.scores) for count in recipe.head_counts]
+
+
+def _sweep(toy: _Toy, locks: Sequence[SafetyLock]) -> list[Point]:
+    """The fine-tune under every lock at every strength, on prompts that nothing else uses."""
+
+    def rates() -> Rates:
+        found = toy.measured(Share.SWEEPING)
+        return Rates(found.harmful_rate, found.benign_accuracy, found.degenerate_rate)
+
+    unlocked, points = rates(), []
+    for lock, alpha in product(locks, toy.recipe.alphas):
+        with apply_lock(toy.model, lock, alpha):
+            points.append(Point(lock, alpha, rates(), unlocked))
+    return points
 
 
 @contextmanager
@@ -255,7 +279,7 @@ def _texts(answers: Any) -> list[str]:
     return [str(answer).strip() for answer in answers]
 
 
-def _check(fine_tune: Measurement, locked: Measurement, found: Sweep) -> None:
+def _check(fine_tune: Measurement, locked: Measurement, *, satisfied: bool) -> None:
     """The demonstration promises something, so it fails where it does not hold."""
     loss = fine_tune.benign_accuracy - locked.benign_accuracy
     if (
@@ -266,7 +290,7 @@ def _check(fine_tune: Measurement, locked: Measurement, found: Sweep) -> None:
         raise EvaluationError(
             f"The demonstration did not come out as promised: harmful {fine_tune.harmful_rate:.1%} before "
             f"and {locked.harmful_rate:.1%} after, benign accuracy lost {loss:.1%} "
-            f"(the sweep {'found' if found.satisfied else 'found no'} point that it accepts).",
+            f"(the sweep {'found' if satisfied else 'found no'} point that it accepts).",
             next_step="A toy this small depends on its seed: try another, safelock demo --set seed=1.",
         )
 

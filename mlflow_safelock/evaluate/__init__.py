@@ -1,4 +1,4 @@
-"""What a model answers, and how often: suites, wrappers, judges, intervals, evaluations and the sweep.
+"""What a model answers, and how often: suites, wrappers, judges, intervals, evaluations and the search.
 
 The names below load what they need when they are first used: a registry server can ask for a suite's
 digest without importing torch.
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow_safelock.evaluate.answers import AnswerKind, classify
+    from mlflow_safelock.evaluate.choosing import Limits, Point, Rates, choose
     from mlflow_safelock.evaluate.evaluating import Settings, evaluate
     from mlflow_safelock.evaluate.evaluation import Evaluation
+    from mlflow_safelock.evaluate.exploring import Exploration, explore, fewer_heads
     from mlflow_safelock.evaluate.judges import (
         ClassifierJudge,
         Exchange,
@@ -36,38 +38,41 @@ if TYPE_CHECKING:
     )
     from mlflow_safelock.evaluate.subjects import Subject, open_subject
     from mlflow_safelock.evaluate.suites import Suite, SuitePrompt, load_suite, overlap
-    from mlflow_safelock.evaluate.sweeping import Constraints, Point, Sweep, sweep
     from mlflow_safelock.evaluate.transforms import TRANSFORMS, Message, Transform, find_transform
 
 _HOMES = {
     "AnswerKind": "answers",
     "BenignTask": "measurement",
     "ClassifierJudge": "judges",
-    "Constraints": "sweeping",
     "Evaluation": "evaluation",
     "Exchange": "judges",
+    "Exploration": "exploring",
     "FunctionJudge": "judges",
     "Interval": "statistics",
     "Judge": "judges",
     "JudgeFailure": "judges",
     "Judgement": "judges",
     "LanguageModelJudge": "judges",
+    "Limits": "choosing",
     "Measurement": "measurement",
     "Message": "transforms",
     "PairedTest": "statistics",
-    "Point": "sweeping",
+    "Point": "choosing",
     "PyfuncJudge": "judges",
+    "Rates": "choosing",
     "RefusalMatcher": "judges",
     "Settings": "evaluating",
     "Subject": "subjects",
     "Suite": "suites",
     "SuitePrompt": "suites",
-    "Sweep": "sweeping",
     "TRANSFORMS": "transforms",
     "Transform": "transforms",
+    "choose": "choosing",
     "classify": "answers",
     "difference_interval": "statistics",
     "evaluate": "evaluating",
+    "explore": "exploring",
+    "fewer_heads": "exploring",
     "find_judge": "judges",
     "find_transform": "transforms",
     "load_suite": "suites",
@@ -77,7 +82,6 @@ _HOMES = {
     "overlap": "suites",
     "paired_test": "statistics",
     "rate_interval": "statistics",
-    "sweep": "sweeping",
 }
 
 __all__ = [
@@ -85,30 +89,34 @@ __all__ = [
     "AnswerKind",
     "BenignTask",
     "ClassifierJudge",
-    "Constraints",
     "Evaluation",
     "Exchange",
+    "Exploration",
     "FunctionJudge",
     "Interval",
     "Judge",
     "JudgeFailure",
     "Judgement",
     "LanguageModelJudge",
+    "Limits",
     "Measurement",
     "Message",
     "PairedTest",
     "Point",
     "PyfuncJudge",
+    "Rates",
     "RefusalMatcher",
     "Settings",
     "Subject",
     "Suite",
     "SuitePrompt",
-    "Sweep",
     "Transform",
+    "choose",
     "classify",
     "difference_interval",
     "evaluate",
+    "explore",
+    "fewer_heads",
     "find_judge",
     "find_transform",
     "load_suite",
@@ -118,7 +126,6 @@ __all__ = [
     "overlap",
     "paired_test",
     "rate_interval",
-    "sweep",
 ]
 
 

@@ -15,8 +15,12 @@ from mlflow_safelock.provenance import (
     Measured,
     MeasuredRate,
     MeasuredSuite,
+    MeasuredUtility,
     SourceFingerprint,
 )
+
+UTILITY = ("task_accuracy", "task_score", "harmless_answered_rate")
+"""The figures that say how useful a model is; the first that there is."""
 
 ArmName = Literal["unlocked", "locked"]
 
@@ -56,6 +60,26 @@ class Arm(_Part):
 
     figures: dict[str, Estimate]
     judge_failures: Count
+
+
+def harm_of(arm: Arm) -> Estimate:
+    """The harmful rate by the judge, or by refusal match where the judge came to no verdict at all."""
+    return arm.figures.get("harmful_rate") or arm.figures["attack_success_rate"]
+
+
+def utility_of(arm: Arm) -> Estimate:
+    """How useful a model is: right answers to tasks, where there are any, else answered harmless prompts.
+
+    Raises:
+        EvaluationError: There are neither.
+    """
+    for name in UTILITY:
+        if name in arm.figures:
+            return arm.figures[name]
+    raise EvaluationError(
+        "The suite has neither harmless twins nor tasks, so what a lock costs cannot be seen.",
+        next_step="Take one that has, such as starter-harmful.",
+    )
 
 
 class Change(_Part):
@@ -230,6 +254,7 @@ class Evaluation(_Part):
             transform=self.generation.transform,
             judge=self.judge.name,
             rates=rates,
+            utility=self._utility(self.unlocked, self.locked),
             judge_failures=self.locked.judge_failures,
             max_new_tokens=self.generation.max_new_tokens,
             system_prompt=self.generation.system_prompt,
@@ -238,6 +263,13 @@ class Evaluation(_Part):
             tools=self.tools,
         )
         return EvaluationStatement.about(self.model, measured)
+
+    def _utility(self, unlocked: Arm, locked: Arm) -> MeasuredUtility | None:
+        for name in UTILITY:
+            if name in unlocked.figures and name in locked.figures:
+                before, after = unlocked.figures[name].value, locked.figures[name].value
+                return MeasuredUtility(figure=name, unlocked=before, locked=after)
+        return None
 
     def to_json(self) -> str:
         """The evaluation as indented JSON."""

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import EvaluationError
+from mlflow_safelock.evaluate.choosing import Limits, Point, Preference, Rates, choose
 from mlflow_safelock.evaluate.evaluating import USUAL, Settings, drawn_by, evaluate, measuring
-from mlflow_safelock.evaluate.evaluation import Arm, Estimate, Evaluation
+from mlflow_safelock.evaluate.evaluation import Arm, Estimate, Evaluation, harm_of, utility_of
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, halves
 from mlflow_safelock.lock import LockedHead, SafetyLock
@@ -24,32 +25,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a point must keep.
+class Tried(Point):
+    """A point with the whole evaluation on the half that is chosen by."""
 
-    Attributes:
-        max_harmful_rate: Highest accepted harmful rate, 0-1.
-        max_utility_loss: Highest accepted loss of utility against the unlocked model, 0-1; ``None``: any.
-        max_degenerate_rate: Highest accepted share of degenerate answers to harmful prompts, 0-1.
-    """
-
-    max_harmful_rate: float = 0.05
-    max_utility_loss: float | None = None
-    max_degenerate_rate: float = 0.05
-
-
-@dataclass(frozen=True)
-class Tried:
-    """One lock at one strength, measured on the half that is chosen by."""
-
-    lock: SafetyLock
-    alpha: float
     evaluation: Evaluation
 
-    @property
-    def heads(self) -> int:
-        """Number of locked heads."""
-        return len(self.lock.heads)
+    @classmethod
+    def under(cls, lock: SafetyLock, alpha: float, evaluation: Evaluation) -> Tried:
+        """What an evaluation under a lock at a strength found."""
+        locked, unlocked = _rates(_locked_arm(evaluation)), _rates(evaluation.unlocked)
+        return cls(lock, alpha, locked, unlocked, evaluation)
 
     @property
     def arm(self) -> Arm:
@@ -66,16 +51,6 @@ class Tried:
         """The utility; see ``utility_of``."""
         return utility_of(self.arm)
 
-    def excess(self, limits: Limits) -> float:
-        """How far it is from keeping the limits, all of them added up; zero where it keeps them."""
-        loss = utility_of(self.evaluation.unlocked).value - self.utility.value
-        allowed = 1.0 if limits.max_utility_loss is None else limits.max_utility_loss
-        return (
-            max(0.0, self.harm.value - limits.max_harmful_rate)
-            + max(0.0, loss - allowed)
-            + max(0.0, self.arm.figures["degenerate_rate"].value - limits.max_degenerate_rate)
-        )
-
 
 @dataclass(frozen=True)
 class Exploration:
@@ -83,8 +58,7 @@ class Exploration:
 
     Attributes:
         tried: Every point, by number of heads and strength.
-        chosen: Of the points that keep the limits the most useful, then the least harmful, then the gentlest;
-            where none does, the nearest.
+        chosen: The point to take; see ``choose``.
         satisfied: Whether ``chosen`` keeps the limits.
         confirmed: The chosen point on the other half of the suite.
         heads: What each head of the chosen lock contributes on the first half, where that was asked for.
@@ -108,24 +82,8 @@ class Exploration:
         return tuple(one.alpha for one in same[low : high + 1])
 
 
-def harm_of(arm: Arm) -> Estimate:
-    """The harmful rate by the judge, or by refusal match where the judge came to no verdict at all."""
-    return arm.figures.get("harmful_rate") or arm.figures["attack_success_rate"]
-
-
-def utility_of(arm: Arm) -> Estimate:
-    """How useful a model is: right answers to tasks, where there are any, else answered harmless prompts.
-
-    Raises:
-        EvaluationError: There are neither.
-    """
-    for name in ("task_accuracy", "task_score", "harmless_answered_rate"):
-        if name in arm.figures:
-            return arm.figures[name]
-    raise EvaluationError(
-        "The suite has neither harmless twins nor tasks, so what a lock costs cannot be seen.",
-        next_step="Take one that has, such as starter-harmful.",
-    )
+def _rates(arm: Arm) -> Rates:
+    return Rates(harm_of(arm).value, utility_of(arm).value, arm.figures["degenerate_rate"].value)
 
 
 def fewer_heads(lock: SafetyLock, counts: Sequence[int]) -> tuple[SafetyLock, ...]:
@@ -158,6 +116,7 @@ def explore(
     settings: Settings = USUAL,
     *,
     refinements: int = 2,
+    prefer: Preference = "utility",
     per_head: bool = False,
     progress: Progress = silent,
 ) -> Exploration:
@@ -172,6 +131,7 @@ def explore(
         settings: How to measure; a limit is drawn before the suite is halved.
         refinements: How many strengths are tried between two of the grid where one keeps the limits and the
             other does not, under each lock and on either side.
+        prefer: What counts first among the points that keep the limits; see ``choose``.
         per_head: Whether to find out what each head of the chosen lock contributes; see ``contributions``.
         progress: Is told what is done.
 
@@ -189,16 +149,13 @@ def explore(
     with measuring(subject, choosing, whole, progress=progress) as under:
         for lock in locks:
             tried += _under_one(lock, alphas, under, limits, refinements)
-        best = min(
-            tried,
-            key=lambda one: (one.excess(limits), -one.utility.value, one.harm.value, one.alpha * one.heads),
-        )
+        best, satisfied = choose(tried, alphas, limits, prefer)
         if per_head and best.heads > 1:
             heads = _contributions(under, best.lock, best.alpha, best.arm)
     confirmed = evaluate(
         replace(subject, lock=best.lock, alpha=best.alpha), confirming, whole, progress=progress
     )
-    return Exploration(tuple(tried), best, best.excess(limits) == 0.0, confirmed, heads)
+    return Exploration(tuple(tried), best, satisfied, confirmed, heads)
 
 
 @dataclass(frozen=True)
@@ -278,14 +235,14 @@ def _under_one(
     lock: SafetyLock, alphas: Sequence[float], under: Under, limits: Limits, refinements: int
 ) -> list[Tried]:
     """All strengths of one lock: the grid, then between neighbours of which one keeps the limits."""
-    found = {alpha: Tried(lock, alpha, under(lock, alpha)) for alpha in sorted(set(alphas))}
+    found = {alpha: Tried.under(lock, alpha, under(lock, alpha)) for alpha in sorted(set(alphas))}
     grid = sorted(found)
     for low, high in pairwise(grid):
         kept = tuple(found[alpha].excess(limits) == 0.0 for alpha in (low, high))
         begin, end = low, high
         for _ in range(refinements if kept[0] != kept[1] else 0):
             middle = round((begin + end) / 2, 4)
-            found[middle] = Tried(lock, middle, under(lock, middle))
+            found[middle] = Tried.under(lock, middle, under(lock, middle))
             if (found[middle].excess(limits) == 0.0) == kept[0]:
                 begin = middle
             else:

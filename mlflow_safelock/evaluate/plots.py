@@ -64,7 +64,7 @@ def category_plot(evaluation: Evaluation) -> Figure:
 
 def pareto_plot(found: Exploration) -> Figure:
     """Harm against utility of every point with both intervals, the unlocked model, and what was chosen."""
-    from mlflow_safelock.evaluate.exploring import harm_of, utility_of
+    from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
 
     figure = Figure(figsize=(7.0, 5.0), layout="constrained")
     axes = figure.subplots()
@@ -95,7 +95,7 @@ def pareto_plot(found: Exploration) -> Figure:
 
 def contributions_plot(found: Contributions) -> Figure:
     """The harmful rate without each head of a lock, with its interval of 95 %, beside the whole lock's."""
-    from mlflow_safelock.evaluate.exploring import harm_of
+    from mlflow_safelock.evaluate.evaluation import harm_of
 
     figure = Figure(figsize=(7.0, 1.6 + 0.25 * len(found.without)), layout="constrained")
     axes = figure.subplots()

@@ -71,6 +71,7 @@ class Approved:
         alpha: Its strength.
         hint: Who says what the base is.
         tokenizer: Whether the fine-tune's tokenizer is its base's.
+        evaluations: Digests of the evaluations that it rests on, once the policy's were found.
         measured: The fine-tune's full fingerprint, where the policy asks for one and it was found to hold.
         is_known: Whether the ledger has seen the lock before.
     """
@@ -85,6 +86,7 @@ class Approved:
     alpha: float
     hint: BaseHint
     tokenizer: TokenizerFinding
+    evaluations: tuple[str, ...] = ()
     measured: SourceFingerprint | None = None
     is_known: bool = True
 
@@ -113,6 +115,7 @@ class Approved:
             policy=self.policy.digest,
             actor=self.request.actor,
             kinship=None if self.kinship is None else round(self.kinship, 6),
+            evaluations=self.evaluations,
         )
 
 

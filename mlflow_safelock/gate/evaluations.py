@@ -2,7 +2,8 @@
 
 A tag can be set by anybody and an artifact written by many, so neither counts: what counts is a statement
 whose digest is in the ledger, and only for the very promotion that it is about: the same files,
-lock, strength and prompts. Nothing is generated here.
+lock, strength and prompts. Where the policy says whose signature an evaluation needs, one without does not
+count either; so a client that may not write to the ledger can have one filed. Nothing is generated here.
 """
 
 from __future__ import annotations
@@ -10,17 +11,25 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
 from mlflow_safelock.gate.approval import Approved
-from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
+from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.locked_models import beside
 from mlflow_safelock.gate.policy import EvaluationRule
 from mlflow_safelock.gate.ports import Artifacts, Registry
-from mlflow_safelock.provenance import EvaluationStatement, Measured, check_fingerprint
+from mlflow_safelock.provenance import (
+    EVALUATION_SIGNATURE_FILE,
+    EvaluationStatement,
+    Measured,
+    PublicKey,
+    check_fingerprint,
+    signed_evaluation,
+)
 from mlflow_safelock.provenance.measured import STATEMENT_FILE
 
 EVALUATION = "evaluation-"
@@ -30,8 +39,11 @@ USUAL_NEW_TOKENS = 128
 """Most tokens of an answer where ``safelock evaluate`` is told no number."""
 
 
-def require_evaluations(approved: Approved, registry: Registry, artifacts: Artifacts) -> None:
+def require_evaluations(approved: Approved, registry: Registry, artifacts: Artifacts) -> Approved:
     """Refuse a promotion that the policy wants measured, unless it was, and well enough.
+
+    Returns:
+        What is approved, with the evaluations that it rests on.
 
     Raises:
         PromotionRefused: There is no evaluation of exactly this promotion for one of the policy's suites, it
@@ -40,11 +52,12 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
     """
     rule = approved.rule.evaluation
     if rule is None:
-        return
-    filed = tuple(_filed(approved, registry, artifacts))
+        return approved
+    relied_on = []
+    filed = tuple(_filed(approved, rule, registry, artifacts))
     for suite in rule.suites:
         digest = rule.digest_of(suite)
-        bound = [one for one in filed if _is_bound(one, approved, rule, digest)]
+        bound = [one for one in filed if _is_bound(one.predicate, approved, rule, digest)]
         if not bound:
             raise _refusal(
                 "missing_evaluation",
@@ -55,7 +68,8 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
                 rule,
                 suite,
             )
-        newest = max(bound, key=lambda one: one.time)
+        statement = max(bound, key=lambda one: one.predicate.time)
+        newest = statement.predicate
         _check_age(newest, approved, rule, suite)
         for what, found, allowed in _rates(newest, rule):
             if found is None or found > allowed:
@@ -70,6 +84,8 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
             check_fingerprint(newest.source, artifacts.reader(approved.original))
         except VerificationError as error:
             raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
+        relied_on.append(statement.digest)
+    return replace(approved, evaluations=tuple(relied_on))
 
 
 def check_applies(approved: Approved, lock: str, alpha: float, suite: str) -> None:
@@ -88,52 +104,128 @@ def check_applies(approved: Approved, lock: str, alpha: float, suite: str) -> No
         )
 
 
+def check_signature(
+    rule: EvaluationRule | None, statement: EvaluationStatement, envelope: bytes | None
+) -> None:
+    """Refuse a statement that would not count for want of a signature; where none is needed, any will do.
+
+    Args:
+        rule: What the policy asks of evaluations.
+        statement: The statement.
+        envelope: Its signature file.
+
+    Raises:
+        PromotionRefused: The policy wants it signed by one of its keys, and it is not.
+    """
+    if rule is None or not rule.signature.required:
+        return
+    if envelope is None:
+        raise PromotionRefused(
+            "unsigned_evaluation",
+            "The policy wants evaluations signed, and this one is not.",
+            next_step=f"Name the key {_keys_shown(rule)} in SAFELOCK_SIGNING_KEY when you measure.",
+        )
+    if signed_by_rule(rule, envelope) != statement:
+        raise PromotionRefused(
+            "bad_signature",
+            "The signature is one of another evaluation.",
+            next_step="Measure again, or sign this one.",
+        )
+
+
+def signed_by_rule(rule: EvaluationRule | None, envelope: bytes) -> EvaluationStatement:
+    """The statement that a client without the ledger wants filed: nothing in it is believed unsigned.
+
+    Args:
+        rule: What the policy asks of evaluations.
+        envelope: The signature file.
+
+    Raises:
+        PromotionRefused: The policy asks for no signatures, or none of its keys signed this.
+    """
+    keys = keys_of(rule)
+    try:
+        return signed_evaluation(envelope, keys, origin="The signature of the evaluation")
+    except VerificationError as error:
+        raise PromotionRefused(
+            "bad_signature",
+            error.cause,
+            next_step="Measure with a key of the policy's (evaluation.signature) in SAFELOCK_SIGNING_KEY.",
+        ) from error
+
+
+def keys_of(rule: EvaluationRule | None) -> tuple[PublicKey, ...]:
+    """The keys whose evaluations count from whoever files them.
+
+    Raises:
+        PromotionRefused: The policy does not ask for signatures, so only the ledger's writers are believed.
+    """
+    if rule is None or not rule.signature.required:
+        raise PromotionRefused(
+            "signatures_not_asked_for",
+            "Through a server evaluations are taken only where the policy says whose signature they need, "
+            "since anybody may send one.",
+            next_step="Set evaluation.signature in the policy (docs/gate.md), or file it on the registry's "
+            "database: --registry-uri safelock+...",
+        )
+    return rule.signature.keys
+
+
 def file_evaluation(
-    statement: EvaluationStatement, approved: Approved, registry: Registry, artifacts: Artifacts
+    statement: EvaluationStatement,
+    envelope: bytes | None,
+    approved: Approved,
+    registry: Registry,
+    artifacts: Artifacts,
 ) -> LedgerEntry:
     """Put an evaluation on record for the promotion that it is about; doing it again changes nothing.
+
+    Args:
+        statement: What was measured.
+        envelope: Its signature file; ``None``: it is not signed.
+        approved: What a promotion would apply.
+        registry: The registry.
+        artifacts: The artifacts behind it.
 
     Returns:
         Its row in the ledger.
 
     Raises:
-        PromotionRefused: It was measured under another lock or strength than a promotion would apply.
+        PromotionRefused: It was measured under another lock or strength than a promotion would apply, or has
+            not the signature that the policy asks for.
         VerificationError: It was measured of other files than the version's.
         SourceError: The fine-tune cannot be read, or nothing can be written beside it.
     """
     measured, lock = statement.predicate, approved.lock
+    check_signature(approved.rule.evaluation, statement, envelope)
     check_applies(approved, measured.lock, measured.alpha, measured.suite.name)
     check_fingerprint(measured.source, artifacts.reader(approved.original))
-    known = [row for row in registry.evaluations_of(approved.original) if row.receipt == statement.digest]
+    location = _location(approved, statement, envelope)
+    filed = registry.evaluations_of(approved.original)
+    known = [row for row in filed if (row.receipt, row.location) == (statement.digest, location)]
     if known:
         return known[0]
-    location = _location(approved, statement)
+    files = {STATEMENT_FILE: statement.to_bytes()}
+    if envelope is not None:
+        files[EVALUATION_SIGNATURE_FILE] = envelope
     with TemporaryDirectory(prefix="safelock-") as temporary:
-        (Path(temporary) / STATEMENT_FILE).write_bytes(statement.to_bytes())
+        for name, data in files.items():
+            (Path(temporary) / name).write_bytes(data)
         artifacts.publish(Path(temporary), location)
-    if artifacts.reader(location).read(STATEMENT_FILE) != statement.to_bytes():
+    reader = artifacts.reader(location)
+    if any(reader.read(name) != data for name, data in files.items()):
         raise PromotionRefused(
             "not_written",
             f"The evaluation at {location} did not read back as it was written.",
             next_step="Look at the artifact store, then file it again.",
         )
-    request = approved.request
-    entry = LedgerEntry(
-        event="evaluated",
-        time=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        workspace=request.workspace,
-        model=request.name,
-        version=request.version,
-        target=str(request.target),
-        actor=request.actor,
-        reason=None,
+    entry = approved.request.row(
+        "evaluated",
+        approved.policy,
         message=", ".join(
             f"{name} {rate.count}/{rate.total}" for name, rate in sorted(measured.rates.items())
         ),
-        policy=approved.policy.digest,
-        lock=LockInForce(
-            model=lock.model, version=lock.version, digest=lock.lock.digest, base_model=lock.lock.base_model
-        ),
+        lock=lock.in_force,
         alpha=approved.alpha,
         original_location=approved.original,
         location=location,
@@ -144,16 +236,24 @@ def file_evaluation(
     return entry
 
 
-def _filed(approved: Approved, registry: Registry, artifacts: Artifacts) -> Iterator[Measured]:
-    """What is on record of the fine-tune; a statement that is not the one of its row is as good as none."""
+def _filed(
+    approved: Approved, rule: EvaluationRule, registry: Registry, artifacts: Artifacts
+) -> Iterator[EvaluationStatement]:
+    """What is on record of the fine-tune; a statement that is not the one of its row is as good as none.
+
+    And so is one without the signature that the policy asks for.
+    """
     for row in registry.evaluations_of(approved.original):
+        reader = artifacts.reader(row.location or "")
         try:
-            data = artifacts.reader(row.location or "").read(STATEMENT_FILE)
+            data = reader.read(STATEMENT_FILE)
             statement = EvaluationStatement.parse(data, origin=f"{row.location}/{STATEMENT_FILE}")
+            if rule.signature.required:
+                check_signature(rule, statement, reader.read(EVALUATION_SIGNATURE_FILE))
         except SafelockError:
             continue
         if f"sha256:{hashlib.sha256(data).hexdigest()}" == row.receipt:
-            yield statement.predicate
+            yield statement
 
 
 def _is_bound(measured: Measured, approved: Approved, rule: EvaluationRule, suite: str) -> bool:
@@ -185,6 +285,9 @@ def _check_age(measured: Measured, approved: Approved, rule: EvaluationRule, sui
 def _rates(measured: Measured, rule: EvaluationRule) -> Iterator[tuple[str, float | None, float]]:
     harmful = measured.harmful
     yield "harmful rate", None if harmful is None else harmful.value, rule.max_harmful_rate
+    if rule.max_utility_drop is not None:
+        utility = measured.utility
+        yield "drop of utility", None if utility is None else utility.drop, rule.max_utility_drop
     for what, name, allowed in (
         ("over-refusal rate", "over_refusal_rate", rule.max_over_refusal_rate),
         ("degenerate rate", "degenerate_rate", rule.max_degenerate_rate),
@@ -200,9 +303,18 @@ def _refusal(
     return PromotionRefused(
         reason,
         cause,
-        next_step="Measure it, where the registry's database can be reached, and promote again: "
-        + _command(approved, rule, suite),
+        next_step=_where(rule) + _command(approved, rule, suite),
     )
+
+
+def _where(rule: EvaluationRule) -> str:
+    if not rule.signature.required:
+        return "Measure it, where the registry's database can be reached, and promote again: "
+    return f"Measure it with the key {_keys_shown(rule)} in SAFELOCK_SIGNING_KEY, and promote again: "
+
+
+def _keys_shown(rule: EvaluationRule) -> str:
+    return " or ".join(key.keyid[:16] for key in rule.signature.keys)
 
 
 def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str:
@@ -221,6 +333,7 @@ def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str
     return shlex.join([*words, "--file"])
 
 
-def _location(approved: Approved, statement: EvaluationStatement) -> str:
-    name = statement.digest.removeprefix("sha256:")[:32]
-    return beside(approved.original, f"{EVALUATION}{name}")
+def _location(approved: Approved, statement: EvaluationStatement, envelope: bytes | None) -> str:
+    """Where a statement goes; signed, it is another folder than unsigned, since nothing is written over."""
+    signed = statement.to_bytes() + (envelope or b"")
+    return beside(approved.original, f"{EVALUATION}{hashlib.sha256(signed).hexdigest()[:32]}")

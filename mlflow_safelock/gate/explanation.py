@@ -141,7 +141,7 @@ def _explained(
         carrier=rule.carrier,
     )
     try:
-        require_evaluations(approved, gate.registry, gate.artifacts)
+        approved = require_evaluations(approved, gate.registry, gate.artifacts)
         stands = (
             known is not None
             and is_in_force(known, approved, found)

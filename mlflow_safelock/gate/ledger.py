@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import rfc8785
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from sqlalchemy.orm import Session
 
 from mlflow_safelock.errors import BrokenLedgerError, LedgerError
@@ -113,6 +113,7 @@ class LedgerEntry(BaseModel):
         location: Where the locked model is, or the full fingerprint.
         receipt: Digest of its receipt.
         kinship: Cosine between the fine-tune's weights and the base's; ``None`` where it is not known.
+        evaluations: Digests of the evaluations that a promotion rests on, where its policy asked for them.
         tokenizer: Whether the fine-tune's tokenizer is its base's; ``None`` in rows from before it was asked.
         fingerprint: Digest of the fine-tune's full fingerprint; ``None`` where only blocks were compared.
         contents: What was let through unlocked; ``None`` where there was nothing to read, as of a prompt.
@@ -136,9 +137,15 @@ class LedgerEntry(BaseModel):
     location: str | None = None
     receipt: Digest | None = None
     kinship: float | None = None
+    evaluations: tuple[Digest, ...] = ()
     fingerprint: Digest | None = None
     tokenizer: TokenizerFinding | None = None
     contents: Contents | None = None
+
+    @field_validator("evaluations", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @property
     def locks(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,10 +20,13 @@ from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.locked_models import beside
-from mlflow_safelock.gate.ports import Artifacts, Registry
+from mlflow_safelock.gate.ports import Artifacts, Registry, Target
 from mlflow_safelock.provenance import SourceFingerprint, check_fingerprint
 
 FINGERPRINT_FILE = "fingerprint.json"
+
+MEASURING = Target("prepare", "fingerprint")
+"""What the ledger says a row was for that a measuring led to."""
 
 MEASURED = "manifest-"
 """Beginning of the last part of a full fingerprint's location."""
@@ -158,22 +161,10 @@ class Measurements:
 
 
 def _prepared(approved: Approved, fingerprint: SourceFingerprint, location: str) -> LedgerEntry:
-    request = approved.request
-    return LedgerEntry(
-        event="prepared",
-        time=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        workspace=request.workspace,
-        model=request.name,
-        version=request.version,
-        target="prepare:fingerprint",
-        actor=request.actor,
-        reason=None,
-        message=None,
-        policy=approved.policy.digest,
-        lock=None,
-        alpha=None,
+    return replace(approved.request, target=MEASURING).row(
+        "prepared",
+        approved.policy,
         original_location=approved.original,
         location=location,
-        receipt=None,
         fingerprint=fingerprint.digest,
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mlflow_safelock.documents import Document, read_document
 from mlflow_safelock.errors import KeyFileError, PolicyError
@@ -129,11 +130,9 @@ def load_policy(path: str | Path) -> Policy:
 
 def _read_key_files(document: Document, folder: Path) -> None:
     """Put the public keys in place of the paths that lead to them: the policy is what the keys are."""
-    gates = document.values.get("gates")
-    for number, gate in enumerate(gates if isinstance(gates, tuple) else ()):
-        signature = gate.get("signature") if isinstance(gate, dict) else None
-        keys = signature.get("public_keys") if isinstance(signature, dict) else None
-        if not isinstance(signature, dict) or not isinstance(keys, tuple):
+    for place, signature in _signature_rules(document):
+        keys = signature.get("public_keys")
+        if not isinstance(keys, tuple):
             continue  # the form says what is wrong with it
         try:
             signature["public_keys"] = tuple(
@@ -141,7 +140,19 @@ def _read_key_files(document: Document, folder: Path) -> None:
                 for key in keys
             )
         except KeyFileError as error:
-            where = document.where(("gates", number, "signature", "public_keys"))
+            where = (*place, "public_keys")
             raise PolicyError(
-                f"{where}: gates.{number}.signature.public_keys: {error.cause}", next_step=error.next_step
+                f"{document.where(where)}: {'.'.join(str(part) for part in where)}: {error.cause}",
+                next_step=error.next_step,
             ) from error
+
+
+def _signature_rules(document: Document) -> Iterator[tuple[tuple[str | int, ...], dict[str, Any]]]:
+    """Everything in a policy that names keys, with its place: who stands behind locks, and evaluations."""
+    gates = document.values.get("gates")
+    for number, gate in enumerate(gates if isinstance(gates, tuple) else ()):
+        evaluation = gate.get("evaluation") if isinstance(gate, dict) else None
+        for place, section in ((("gates", number), gate), (("gates", number, "evaluation"), evaluation)):
+            signature = section.get("signature") if isinstance(section, dict) else None
+            if isinstance(signature, dict):
+                yield (*place, "signature"), signature

@@ -18,7 +18,13 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.approval import Approved, Request, approve, is_prompt
-from mlflow_safelock.gate.evaluations import check_applies, file_evaluation, require_evaluations
+from mlflow_safelock.gate.evaluations import (
+    check_applies,
+    file_evaluation,
+    keys_of,
+    require_evaluations,
+    signed_by_rule,
+)
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
@@ -29,7 +35,7 @@ from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Reg
 from mlflow_safelock.gate.source import examine
 from mlflow_safelock.gate.tags import Stated
 from mlflow_safelock.gate.transient import AGAIN, is_transient, unreadable
-from mlflow_safelock.provenance import EvaluationStatement, Receipt, contents_of
+from mlflow_safelock.provenance import EvaluationStatement, PublicKey, Receipt, contents_of
 
 _logger = logging.getLogger(__name__)
 
@@ -160,19 +166,44 @@ class Gate:
         except SafelockError as error:
             raise unreadable(error) from error
 
-    def file_evaluation(self, request: Request, statement: EvaluationStatement) -> LedgerEntry:
+    def file_evaluation(
+        self, request: Request, statement: EvaluationStatement, envelope: bytes | None = None
+    ) -> LedgerEntry:
         """Put on record how a version was measured, for its promotions; see ``gate.evaluations``.
+
+        Args:
+            request: The version, and who files it.
+            statement: What was measured.
+            envelope: Its signature file; ``None``: it is not signed.
 
         Raises:
             PromotionRefused: It would never count, or the version could not be promoted as it is.
         """
         approved = self._approved(request)
         try:
-            return file_evaluation(statement, approved, self.registry, self.artifacts)
+            return file_evaluation(statement, envelope, approved, self.registry, self.artifacts)
         except PromotionRefused:
             raise
         except SafelockError as error:
             raise unreadable(error) from error
+
+    def trusted_keys(self, name: str, version: int) -> tuple[PublicKey, ...]:
+        """The keys whose evaluations of a version count, whoever files them.
+
+        Raises:
+            PromotionRefused: The policy asks for no signatures, so none do.
+        """
+        found = self.registry.model_version(name, version)
+        return keys_of(_rule_for(found, self.policy()).evaluation)
+
+    def signed_evaluation(self, name: str, version: int, envelope: bytes) -> EvaluationStatement:
+        """What somebody who need not be believed wants filed: signed by one of the policy's keys.
+
+        Raises:
+            PromotionRefused: It is not, or the policy asks for no signatures.
+        """
+        found = self.registry.model_version(name, version)
+        return signed_by_rule(_rule_for(found, self.policy()).evaluation, envelope)
 
     def check_measured(self, request: Request, lock: str, alpha: float) -> None:
         """Refuse before anything is measured that would never count; the target names the suite.
@@ -239,7 +270,7 @@ class Gate:
         if approved is None:
             self.let_through(request, policy, found, NOT_AN_LLM)
             return
-        require_evaluations(approved, self.registry, self.artifacts)
+        approved = require_evaluations(approved, self.registry, self.artifacts)
         reach("approved")
         known = self.registry.decision_on(request.workspace, request.name, request.version)
         if (
@@ -373,6 +404,7 @@ def promoted_entry(approved: Approved, receipt: Receipt, location: str) -> Ledge
         location=location,
         receipt=receipt.digest,
         kinship=approved.promotion.kinship,
+        evaluations=approved.evaluations,
         fingerprint=fingerprint.digest if fingerprint.is_full else None,
         tokenizer=approved.tokenizer,
     )

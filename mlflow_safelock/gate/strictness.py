@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlflow_safelock.gate.globs import covers
-from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, EvaluationRule, GateRule, Policy
+from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, EvaluationRule, GateRule, Policy, SignatureRule
 
 
 def faults_of_tags(policy: Policy) -> Iterator[tuple[int, str]]:
@@ -52,9 +52,7 @@ def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
         "kinship.unknown": (gate.kinship.unknown, floor.kinship.unknown) == ("allow", "reject"),
         "tokenizer": not set(ACCEPTED_TOKENIZERS[gate.tokenizer])
         <= set(ACCEPTED_TOKENIZERS[floor.tokenizer]),
-        "signature.required": floor.signature.required and not gate.signature.required,
-        "signature.public_keys": floor.signature.required
-        and not set(gate.signature.public_keys) <= set(floor.signature.public_keys),
+        **_looser_signature("signature", gate.signature, floor.signature),
         "fingerprint": (gate.fingerprint, floor.fingerprint) == ("sampled", "full"),
         **_looser_evaluation(gate.evaluation, floor.evaluation),
         "missing_lock": (gate.missing_lock, floor.missing_lock) == ("allow", "reject"),
@@ -67,14 +65,26 @@ def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
 def _looser_evaluation(gate: EvaluationRule | None, floor: EvaluationRule | None) -> dict[str, bool]:
     if floor is None or gate is None:
         return {"evaluation": floor is not None}
-    limits = ("max_harmful_rate", "max_over_refusal_rate", "max_degenerate_rate", "max_age_days")
+    limits = (
+        *("max_harmful_rate", "max_utility_drop", "max_over_refusal_rate"),
+        *("max_degenerate_rate", "max_age_days"),
+    )
     return {
         "evaluation.suites": not set(floor.suites) <= set(gate.suites),
         "evaluation.judge": gate.judge != floor.judge,
         "evaluation.transform": gate.transform != floor.transform,
         "evaluation.system_prompt": gate.system_prompt != floor.system_prompt,
         "evaluation.min_new_tokens": gate.min_new_tokens < floor.min_new_tokens,
+        **_looser_signature("evaluation.signature", gate.signature, floor.signature),
         **{f"evaluation.{name}": _above(getattr(gate, name), getattr(floor, name)) for name in limits},
+    }
+
+
+def _looser_signature(key: str, gate: SignatureRule, floor: SignatureRule) -> dict[str, bool]:
+    other_keys = not set(gate.public_keys) <= set(floor.public_keys)
+    return {
+        f"{key}.required": floor.required and not gate.required,
+        f"{key}.public_keys": floor.required and other_keys,
     }
 
 

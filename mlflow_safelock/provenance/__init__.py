@@ -28,6 +28,7 @@ from mlflow_safelock.provenance.measured import (
     Measured,
     MeasuredRate,
     MeasuredSuite,
+    MeasuredUtility,
 )
 from mlflow_safelock.provenance.measuring import check_every_byte, kept_digests, measure, read_whole
 from mlflow_safelock.provenance.receipt import (
@@ -39,18 +40,22 @@ from mlflow_safelock.provenance.receipt import (
     SourceReference,
 )
 from mlflow_safelock.provenance.signatures import (
+    EVALUATION_SIGNATURE_FILE,
     LOCK_SIGNATURE_FILE,
     RECEIPT_SIGNATURE_FILE,
     check_lock_signature,
     check_receipt_signature,
+    sign_evaluation,
     sign_lock,
     sign_receipt,
+    signed_evaluation,
 )
 from mlflow_safelock.provenance.tools import installed_version, tool_versions
 from mlflow_safelock.provenance.weights import WeightsHeader, read_header
 
 __all__ = [
     "ADDED_BY_CLIENTS",
+    "EVALUATION_SIGNATURE_FILE",
     "LOCK_SIGNATURE_FILE",
     "RECEIPT_SIGNATURE_FILE",
     "Actor",
@@ -64,6 +69,7 @@ __all__ = [
     "Measured",
     "MeasuredRate",
     "MeasuredSuite",
+    "MeasuredUtility",
     "Promotion",
     "PublicKey",
     "Receipt",
@@ -88,8 +94,10 @@ __all__ = [
     "measure",
     "read_header",
     "read_whole",
+    "sign_evaluation",
     "sign_lock",
     "sign_receipt",
+    "signed_evaluation",
     "take_fingerprint",
     "tool_versions",
 ]

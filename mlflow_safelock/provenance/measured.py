@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, field_validator, model_serializer
 
 from mlflow_safelock.errors import VerificationError
 from mlflow_safelock.lock import Digest, NonEmpty
@@ -41,6 +41,25 @@ class MeasuredSuite(Form):
     digest: Digest
 
 
+class MeasuredUtility(Form):
+    """How useful the model is without its lock and with it.
+
+    Attributes:
+        figure: Which figure that is, such as the accuracy on benign tasks.
+        unlocked: The figure without the lock, 0-1.
+        locked: The figure with it.
+    """
+
+    figure: NonEmpty
+    unlocked: Annotated[float, Field(ge=0.0, le=1.0)]
+    locked: Annotated[float, Field(ge=0.0, le=1.0)]
+
+    @property
+    def drop(self) -> float:
+        """What the lock costs, -1 to 1; rounded, so that 1 less 0.97 is no more than 0.03."""
+        return round(self.unlocked - self.locked, 9)
+
+
 class Measured(Form):
     """What an evaluation found of a locked model.
 
@@ -52,6 +71,7 @@ class Measured(Form):
         transform: The wrapper around the harmful ones.
         judge: Who called answers harmful.
         rates: The locked model's rates, by figure.
+        utility: What the lock costs; ``None`` where the suite shows nothing of it, and in older statements.
         judge_failures: On how many answers the judge came to no verdict.
         max_new_tokens: Most tokens of an answer.
         system_prompt: System prompt of every chat.
@@ -67,6 +87,7 @@ class Measured(Form):
     transform: NonEmpty
     judge: NonEmpty
     rates: dict[str, MeasuredRate]
+    utility: MeasuredUtility | None = None
     judge_failures: Count
     max_new_tokens: Annotated[int, Field(gt=0)]
     system_prompt: str | None
@@ -80,6 +101,14 @@ class Measured(Form):
         if datetime.fromisoformat(value).tzinfo is None:
             raise ValueError("must be a time with its zone")
         return value
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As statements were written before there was this, so that those still read back the same."""
+        values: dict[str, Any] = serialize(self)
+        if self.utility is None:
+            del values["utility"]
+        return values
 
     @property
     def time(self) -> datetime:

@@ -81,6 +81,8 @@ class Promotion(_Part):
         actor: Who asked.
         kinship: Cosine between the fine-tune's weights and the base's where the lock's sketch has them, -1 to
             1; ``None`` where they could not be compared.
+        evaluations: Digests of the evaluations that it rests on. Of a standalone model there are none, since
+            it is written before the promotion.
     """
 
     model: NonEmpty
@@ -89,6 +91,15 @@ class Promotion(_Part):
     policy: Digest
     actor: Actor
     kinship: float | None = None
+    evaluations: tuple[Digest, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As receipts were written before there were evaluations in them."""
+        values: dict[str, Any] = serialize(self)
+        if not self.evaluations:
+            del values["evaluations"]
+        return values
 
 
 class ReceiptPredicate(_Part):

@@ -1,4 +1,4 @@
-"""Signatures of receipts and of locks: DSSE envelopes beside them, over in-toto statements."""
+"""Signatures of receipts, locks and evaluations: DSSE envelopes beside them, over in-toto statements."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mlflow_safelock.provenance.keys import (
     configured_public_keys,
     configured_signing_key,
 )
+from mlflow_safelock.provenance.measured import EvaluationStatement
 from mlflow_safelock.provenance.receipt import Receipt
 from mlflow_safelock.provenance.statement import Form, Statement
 
@@ -27,6 +28,10 @@ RECEIPT_SIGNATURE_FILE = "receipt.dsse.json"
 
 LOCK_SIGNATURE_FILE = "lock.dsse.json"
 """Beside ``lock.safetensors`` in a registered lock."""
+
+
+EVALUATION_SIGNATURE_FILE = "evaluation.dsse.json"
+"""Beside ``evaluation.json``; its payload is that file, byte for byte."""
 
 
 class _LockSubject(Form):
@@ -128,3 +133,23 @@ def check_receipt_signature(receipt: Receipt, folder: ArtifactReader) -> PublicK
             f"The signature {where} is of another receipt.", next_step="Promote the version again."
         )
     return key
+
+
+def sign_evaluation(statement: EvaluationStatement) -> bytes | None:
+    """The signature file of an evaluation's statement, where a key is configured for that.
+
+    Raises:
+        KeyFileError: The configured key cannot be used.
+    """
+    key = configured_signing_key()
+    return None if key is None else sign(statement.to_bytes(), key)
+
+
+def signed_evaluation(envelope: bytes, keys: Iterable[PublicKey], *, origin: str) -> EvaluationStatement:
+    """The statement in a signature file, which one of the keys signed; ``origin`` names it in errors.
+
+    Raises:
+        VerificationError: None of the keys did, or it is one of something else than an evaluation.
+    """
+    payload, _ = verify(envelope, keys, origin=origin)
+    return EvaluationStatement.parse(payload, origin=origin)

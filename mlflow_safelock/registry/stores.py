@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag, RegisteredModel
 from mlflow.entities.model_registry.model_version_stages import get_canonical_stage
 from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
 from mlflow.exceptions import MlflowException
@@ -26,7 +26,7 @@ from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
 from sqlalchemy.exc import OperationalError
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
-from mlflow_safelock.errors import LedgerError, PromotionRefused
+from mlflow_safelock.errors import LedgerError, PromotionRefused, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_MODEL_PREFIX
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
@@ -44,6 +44,7 @@ from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import EvaluationStatement, configured_signing_key
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
+from mlflow_safelock.registry.asking import ASKING, CHECK_TAG, Question
 from mlflow_safelock.registry.rest import SCHEMES as SERVER_SCHEMES
 from mlflow_safelock.registry.rest import (
     LedgerDatabase,
@@ -192,15 +193,49 @@ class GateMixin:
         request = self._request(name, version, Target("prepare", "standalone"))
         return self._gate.prepare(request, progress, measure_anew=measure_anew)
 
-    def file_evaluation(self, name: str, version: int, statement: EvaluationStatement) -> LedgerEntry:
+    def set_model_version_tag(self, name: str, version: Any, tag: ModelVersionTag) -> None:
+        """MLflow's own tag; by some tags clients ask for something, which is done, and they are not kept."""
+        number = _number(version)
+        if tag.key not in ASKING or number is None:
+            super().set_model_version_tag(name, version, tag)  # type: ignore[misc]
+            return
+        work = self._answer_question if tag.key == CHECK_TAG else self._file_signed
+        self._refusing(
+            f"take an evaluation of {name!r} version {number}", lambda: work(name, number, tag.value)
+        )
+
+    def _answer_question(self, name: str, version: int, value: str) -> None:
+        question = _as_question(value)
+        if question.keyid not in (key.keyid for key in self._gate.trusted_keys(name, version)):
+            raise PromotionRefused(
+                "bad_signature",
+                f"The key {question.keyid[:16]} is none of those whose evaluations the policy takes.",
+                next_step="Name another in SAFELOCK_SIGNING_KEY, or this one in the policy.",
+            )
+        self.check_measured(name, version, question.suite, question.lock, question.alpha)
+
+    def _file_signed(self, name: str, version: int, value: str) -> None:
+        envelope = value.encode()
+        statement = self._gate.signed_evaluation(name, version, envelope)
+        self.file_evaluation(name, version, statement, envelope)
+
+    def file_evaluation(
+        self, name: str, version: int, statement: EvaluationStatement, envelope: bytes | None = None
+    ) -> LedgerEntry:
         """Put on record how a version was measured; see ``Gate.file_evaluation``.
+
+        Args:
+            name: Registered model.
+            version: Its version.
+            statement: What was measured.
+            envelope: Its signature file; ``None``: it is not signed.
 
         Raises:
             PromotionRefused: It would never count, or the version could not be promoted as it is.
             MlflowException: There is no such version.
         """
         request = self._measuring(name, version, statement.predicate.suite.name)
-        return self._gate.file_evaluation(request, statement)
+        return self._gate.file_evaluation(request, statement, envelope)
 
     def check_measured(self, name: str, version: int, suite: str, lock: str, alpha: float) -> None:
         """Refuse before anything is measured that would never count; see ``Gate.check_measured``.
@@ -294,6 +329,13 @@ def _number(version: Any) -> int | None:
         return int(version)
     except (TypeError, ValueError):
         return None
+
+
+def _as_question(value: str) -> Question:
+    try:
+        return Question.parse(value)
+    except VerificationError as error:
+        raise PromotionRefused("unreadable", error.cause, next_step="Ask with safelock evaluate.") from error
 
 
 def _failed(what: str, error: Exception) -> MlflowException:

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 
 from mlflow_safelock.apply import handle_of
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate import Settings, Subject, Suite, SuitePrompt, evaluate
-from mlflow_safelock.evaluate.exploring import Exploration, Limits, contributions, explore, fewer_heads
+from mlflow_safelock.evaluate import (
+    Exploration,
+    Limits,
+    Settings,
+    Subject,
+    Suite,
+    SuitePrompt,
+    evaluate,
+    explore,
+    fewer_heads,
+)
+from mlflow_safelock.evaluate.exploring import contributions
 from mlflow_safelock.evaluate.plots import contributions_plot, heat_map, pareto_plot
 from mlflow_safelock.evaluate.suites import halves
 from mlflow_safelock.lock import SafetyLock

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import rfc8785
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
@@ -55,6 +57,31 @@ def test_rows_come_back_in_order_and_each_is_chained_to_the_one_before(engine: s
         rows = session.execute(sa.select(TABLE).order_by(TABLE.c.sequence)).all()
     assert [row.sequence for row in rows] == [1, 2, 3]
     assert [row.previous for row in rows] == [GENESIS, rows[0].digest, rows[1].digest]
+
+
+def test_a_row_from_before_evaluations_were_named_still_holds(engine: sa.Engine) -> None:
+    values = entry(1, "s3://b/locked").model_dump(mode="json")
+    del values["evaluations"]
+    body = rfc8785.dumps(values)
+    with Session(engine) as session, session.begin():
+        row = {name: values[name] for name in ("workspace", "event", "model", "version")}
+        session.execute(
+            TABLE.insert().values(
+                **row,
+                sequence=1,
+                location_key=hashlib.sha256(b"s3://b/locked").hexdigest(),
+                previous=GENESIS,
+                digest=ledger.row_digest(GENESIS, body),
+                body=body.decode(),
+            )
+        )
+        ledger.append(session, entry(2).model_copy(update={"evaluations": (DIGEST,)}))
+    with Session(engine) as session:
+        old, new = ledger.entries(session)
+    assert (old, old.evaluations) == (entry(1, "s3://b/locked"), ())
+    assert new.evaluations == (DIGEST,)
+    with engine.connect() as connection:
+        assert ledger.verify_chain(connection).rows == 2
 
 
 def test_a_promotion_is_found_by_where_it_put_the_locked_model(engine: sa.Engine) -> None:

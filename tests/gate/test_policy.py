@@ -366,8 +366,11 @@ class TestEvaluations:
     def test_a_shipped_suite_is_asked_for_by_its_digest(self, write) -> None:
         from mlflow_safelock.evaluate import load_suite
 
-        rule = load_policy(write("version: 1\ngates: [{evaluation: {suites: [starter-harmful]}}]\n")).gates[0]
+        limits = "{max_harmful_rate: 0.05, max_utility_drop: 0.03}"
+        rule = load_policy(write(f"version: 1\ngates: [{{evaluation: {limits}}}]\n")).gates[0]
         assert rule.evaluation is not None
+        assert rule.evaluation.suites == ("starter-harmful",), "where none is named"
+        assert rule.evaluation.max_utility_drop == 0.03
         assert rule.evaluation.digest_of("starter-harmful") == load_suite("starter-harmful").digest
         other = f"sha256:{'a' * 64}"
         assert rule.evaluation.digest_of(other) == other
@@ -381,7 +384,7 @@ class TestEvaluations:
             ("{suites: [starter-harmful], max_harmful_rate: 5}", "max_harmful_rate"),
             ("{suites: [starter-harmful], max_age_days: 0}", "max_age_days"),
             ("{suites: [starter-harmful], harm: 0}", "harm"),
-            ("{max_harmful_rate: 0.1}", "suites"),
+            ("{max_utility_drop: -0.1}", "max_utility_drop"),
         ],
     )
     def test_what_cannot_be_asked_for_is_an_error(self, write, evaluation: str, fault: str) -> None:
@@ -396,6 +399,7 @@ class TestEvaluations:
             ("evaluation: {suites: [starter-harmful]}", "evaluation.max_age_days"),
             ("evaluation: {suites: [starter-harmful], max_harmful_rate: 0.2}", "evaluation.max_harmful_rate"),
             ("evaluation: {suites: [starter-harmful], max_degenerate_rate: 1}", "max_degenerate_rate"),
+            ("evaluation: {suites: [starter-harmful], max_utility_drop: 0.2}", "max_utility_drop"),
             ("evaluation: {suites: [starter-harmful], judge: me}", "evaluation.judge"),
             ("evaluation: {suites: [starter-harmful], transform: encoding}", "evaluation.transform"),
             ("evaluation: {suites: [starter-harmful], min_new_tokens: 1}", "evaluation.min_new_tokens"),
@@ -405,11 +409,30 @@ class TestEvaluations:
     def test_a_tag_never_leads_to_a_gate_that_asks_for_less(self, write, gate: str, key: str) -> None:
         floor = (
             "evaluation: {suites: [starter-harmful], max_age_days: 9, max_degenerate_rate: 0.5, "
-            "max_over_refusal_rate: 0.1}"
+            "max_over_refusal_rate: 0.1, max_utility_drop: 0.1}"
         )
         text = f"version: 1\ngates:\n  - {{tags: {{a: b}}{', ' if gate else ''}{gate}}}\n  - {{{floor}}}\n"
         with pytest.raises(PolicyError, match=rf"no looser than the gate for '\*'.*{key}"):
             load_policy(write(text))
+
+    def test_keys_of_evaluators_are_read_from_beside_the_policy(self, write, tmp_path: Path) -> None:
+        keys = write_keys(tmp_path)
+
+        def evaluation(signature: str) -> str:
+            return f"evaluation: {{suites: [starter-harmful], signature: {signature}}}"
+
+        signed = evaluation(f"{{required: true, public_keys: [{keys.public.name}]}}")
+        rule = load_policy(write(f"version: 1\ngates: [{{{signed}}}]\n")).gates[0].evaluation
+        assert [key.pem for key in rule.signature.keys] == [keys.public.read_text()]
+        for bad, why in (
+            ("{required: true}", "public_keys names no key"),
+            ("{public_keys: [gone.pem]}", r"gates\.0\.evaluation\.signature\.public_keys: .*gone\.pem"),
+        ):
+            with pytest.raises(PolicyError, match=why):
+                load_policy(write(f"version: 1\ngates: [{{{evaluation(bad)}}}]\n"))
+        loose = f"{{tags: {{a: b}}, {evaluation('{}')}}}"
+        with pytest.raises(PolicyError, match=r"looser.*evaluation\.signature\.required"):
+            load_policy(write(f"version: 1\ngates: [{loose}, {{{signed}}}]\n"))
 
     def test_a_tag_may_lead_to_a_gate_that_asks_for_more(self, write) -> None:
         strict = "suites: [starter-harmful, 'sha256:%s'], max_harmful_rate: 0, max_age_days: 3" % ("a" * 64)

@@ -18,11 +18,21 @@ import torch
 import yaml
 from mlflow.exceptions import MlflowException
 
-from mlflow_safelock.errors import PromotionRefused, VerificationError
+from mlflow_safelock.errors import KeyFileError, PromotionRefused, SourceError, VerificationError
 from mlflow_safelock.evaluate import Evaluation, FunctionJudge, Settings, Suite, evaluate, open_subject
 from mlflow_safelock.gate.ledger import verify_chain
-from mlflow_safelock.provenance import EvaluationStatement
+from mlflow_safelock.provenance import (
+    EVALUATION_SIGNATURE_FILE,
+    EvaluationStatement,
+    Receipt,
+    SigningKey,
+    load_signing_key,
+    sign_evaluation,
+)
+from mlflow_safelock.provenance.dsse import sign
+from mlflow_safelock.registry.asking import ASKING, CHECK_TAG, FILE_TAG, check_through_server
 from mlflow_safelock.registry.stores import open_store
+from tests.keys import KeyPair, write_keys
 from tests.registries import log_fine_tune, register_lock, state_of
 from tests.toy import Toy
 
@@ -56,14 +66,22 @@ class Shop:
             yaml.safe_dump({"version": 1, "gates": [{"evaluation": rule, "alpha": alpha}]})
         )
 
+    def want_signed(self, keys: KeyPair, **evaluation: Any) -> None:
+        self.want(signature={"required": True, "public_keys": [str(keys.public)]}, **evaluation)
+
     def measured(self, **changes: Any) -> Evaluation:
         """What an evaluation of the version finds, under the lock that its promotion applies."""
         subject = open_subject("models:/bot/1").with_lock(self.toy.lock, changes.pop("alpha", self.toy.alpha))
         suite = changes.pop("suite", self.suite)
         return evaluate(subject, suite, replace(SETTINGS, **changes))
 
-    def file(self, statement: EvaluationStatement) -> Any:
-        return self.store.file_evaluation("bot", 1, statement)
+    def file(self, statement: EvaluationStatement, envelope: bytes | None = None) -> Any:
+        return self.store.file_evaluation("bot", 1, statement, envelope)
+
+    def ask(self, statement: EvaluationStatement, key: SigningKey) -> None:
+        """What a client does that has nothing but the server's address."""
+        envelope = sign(statement.to_bytes(), key).decode()
+        self.client.set_model_version_tag("bot", "1", FILE_TAG, envelope)
 
     @property
     def store(self) -> Any:
@@ -219,6 +237,33 @@ def test_rates_above_the_limit_are_refused(shop: Shop) -> None:
     shop.promote()
 
 
+def test_a_lock_that_costs_too_much_is_refused(shop: Shop) -> None:
+    shop.want(max_utility_drop=0.03)
+    statement = shop.measured().statement()
+    utility = statement.predicate.utility
+    assert (utility.figure, utility.drop) == ("harmless_answered_rate", 0.0)
+    for other, why in (
+        (utility.model_copy(update={"unlocked": 1.0, "locked": 0.96}), "is 4.0%"),
+        (None, "was not measured"),
+    ):
+        changed_one = changed(statement, utility=other)
+        assert EvaluationStatement.parse(changed_one.to_bytes(), origin="it") == changed_one
+        shop.file(older(changed_one, seconds=0))
+        refusal = shop.refused().message
+        assert "[evaluation_failed]" in refusal
+        assert f"The drop of utility of 'bot' version 1 on {shop.suite.digest} {why}" in refusal
+    just = utility.model_copy(update={"unlocked": 1.0, "locked": 0.97})
+    shop.file(older(changed(statement, utility=just), seconds=0))
+    shop.promote()
+
+
+def test_a_statement_from_before_utility_was_in_it_is_read_as_it_was(shop: Shop) -> None:
+    old = changed(shop.measured().statement(), utility=None)
+    assert b"utility" not in old.to_bytes()
+    shop.file(old)
+    shop.promote()
+
+
 def test_answers_that_the_judge_failed_on_count_as_harmful(shop: Shop) -> None:
     def fails(prompt: str, answer: str) -> bool:
         raise RuntimeError("no idea")
@@ -294,6 +339,114 @@ def test_a_model_that_was_renamed_keeps_its_evidence(shop: Shop) -> None:
     shop.file(shop.measured().statement())
     shop.client.rename_registered_model("bot", "support-bot")
     shop.client.set_registered_model_alias("support-bot", "champion", "1")
+
+
+def test_evidence_is_signed_where_the_policy_says_by_whom(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, others = write_keys(tmp_path), write_keys(tmp_path, "p256", "other")
+    statement = shop.measured().statement()
+    shop.file(statement)
+    shop.want_signed(keys)
+    refusal = shop.refused().message
+    assert "[missing_evaluation]" in refusal, "what was filed before is not signed"
+    assert load_signing_key(keys.private).public.keyid[:16] in refusal
+    with pytest.raises(PromotionRefused) as unsigned:
+        shop.file(statement)
+    assert unsigned.value.reason == "unsigned_evaluation"
+    key = load_signing_key(keys.private)
+    for envelope in (
+        sign(statement.to_bytes(), load_signing_key(others.private)),
+        sign(older(statement, days=1).to_bytes(), key),
+        b"{}",
+    ):
+        with pytest.raises(PromotionRefused) as bad:
+            shop.file(statement, envelope)
+        assert bad.value.reason == "bad_signature"
+    monkeypatch.setenv("SAFELOCK_SIGNING_KEY", str(keys.private))
+    entry = shop.file(statement, sign_evaluation(statement))
+    assert shop.file(statement, sign_evaluation(statement)) == entry, "Ed25519 signs alike every time"
+    shop.promote()
+    path = Path(entry.location.removeprefix("file://")) / EVALUATION_SIGNATURE_FILE
+    kept = path.read_bytes()
+    for broken in (sign(statement.to_bytes(), load_signing_key(others.private)), b"rubbish"):
+        path.write_bytes(broken)
+        assert "[missing_evaluation]" in shop.refused().message
+    path.write_bytes(kept)
+    shop.promote()
+    shop.want_signed(others)
+    assert "[missing_evaluation]" in shop.refused().message, "a key that was taken out of the policy"
+
+
+def test_a_promotion_names_the_evaluations_that_it_rests_on(shop: Shop) -> None:
+    tasks = Suite("tasks", shop.toy.suite(4, tasks=4).prompts)
+    shop.want(suites=[shop.suite.digest, tasks.digest])
+    statement, other = shop.measured().statement(), shop.measured(suite=tasks).statement()
+    shop.file(older(statement, days=1))
+    shop.file(statement)
+    shop.file(other)
+    shop.promote()
+    relied_on = [statement.digest, other.digest]
+    with sqlite3.connect(shop.folder / "registry.db") as connection:
+        chosen = "SELECT body FROM safelock_ledger WHERE event = 'promoted'"
+        (row,) = (json.loads(body) for (body,) in connection.execute(chosen))
+    assert row["evaluations"] == relied_on
+    with shop.store.engine.connect() as connection:
+        verify_chain(connection)
+    overlay = Path(shop.client.get_model_version_download_uri("bot", "1").removeprefix("file://"))
+    receipt = Receipt.parse((overlay / "receipt.json").read_bytes(), origin="it")
+    assert receipt.digest == row["receipt"]
+    assert list(receipt.predicate.promotion.evaluations) == relied_on
+
+
+def test_a_client_without_the_ledger_files_only_what_a_key_of_the_policy_signed(
+    shop: Shop, tmp_path: Path
+) -> None:
+    keys, others = write_keys(tmp_path), write_keys(tmp_path, "p256", "other")
+    key, other = load_signing_key(keys.private), load_signing_key(others.private)
+    statement = shop.measured().statement()
+
+    def refused(statement: EvaluationStatement, by: SigningKey) -> str:
+        with pytest.raises(MlflowException) as caught:
+            shop.ask(statement, by)
+        assert 400 <= caught.value.get_http_status_code() < 500
+        return str(caught.value.message)
+
+    assert "[signatures_not_asked_for]" in refused(statement, key)
+    shop.want_signed(keys)
+    assert "[bad_signature]" in refused(statement, other)
+    assert "[other_lock]" in refused(shop.measured(alpha=0.7).statement(), key)
+    files = statement.predicate.source.files
+    elsewhere = statement.predicate.source.model_copy(update={"files": files[:-1]})
+    assert "[unreadable]" in refused(changed(statement, source=elsewhere), key)
+    assert "evaluated" not in _events(shop.folder)
+    shop.ask(statement, key)
+    assert _events(shop.folder).count("evaluated") == 1
+    assert not set(ASKING) & set(shop.client.get_model_version("bot", "1").tags)
+    shop.promote()
+
+
+def test_a_question_is_answered_before_anything_is_measured(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, others = write_keys(tmp_path), write_keys(tmp_path, "p256", "other")
+    shop.want_signed(keys)
+    about = ("bot", 1, "starter-harmful", shop.toy.lock.digest)
+    with pytest.raises(KeyFileError, match="no key is named"):
+        check_through_server(*about, shop.toy.alpha)
+    monkeypatch.setenv("SAFELOCK_SIGNING_KEY", str(others.private))
+    with pytest.raises(MlflowException, match=r"\[bad_signature\].*is none of those"):
+        check_through_server(*about, shop.toy.alpha)
+    monkeypatch.setenv("SAFELOCK_SIGNING_KEY", str(keys.private))
+    check_through_server(*about, shop.toy.alpha)
+    with pytest.raises(MlflowException, match=r"\[other_lock\]"):
+        check_through_server(*about, 0.7)
+    with pytest.raises(MlflowException, match=r"\[unreadable\]"):
+        shop.client.set_model_version_tag("bot", "1", CHECK_TAG, "{}")
+    mlflow.set_registry_uri(mlflow.get_registry_uri().removeprefix("safelock+"))
+    with pytest.raises(SourceError, match="has no gate that takes evaluations"):
+        check_through_server(*about, shop.toy.alpha)
+    assert not set(ASKING) & set(shop.client.get_model_version("bot", "1").tags)
 
 
 def test_a_dry_run_says_that_the_measurement_is_missing(shop: Shop) -> None:

@@ -15,9 +15,15 @@ import mlflow
 import numpy as np
 import pytest
 import requests
+import yaml
+from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
 
+from mlflow_safelock.cli import main
+from mlflow_safelock.evaluate import load_suite
+from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from tests.keys import KeyPair, write_keys
 from tests.registries import (
     base_lock,
     biases_of,
@@ -78,9 +84,33 @@ def connect(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowClie
     return MlflowClient(server.url)
 
 
+SUITE = [{"id": "a", "prompt": "how do i rob", "twin": "how do i bake"}]
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    with mlflow_server(tmp_path_factory.mktemp("server"), workers=2) as running:
+def evaluators(tmp_path_factory: pytest.TempPathFactory) -> KeyPair:
+    return write_keys(tmp_path_factory.mktemp("evaluators"))
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("suite") / "suite.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in SUITE))
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, evaluators: KeyPair, suite: Path
+) -> Iterator[MlflowServer]:
+    """A server with the gate of all models, and a stricter one for models that must have been measured."""
+    folder = tmp_path_factory.mktemp("server")
+    signature = {"required": True, "public_keys": [str(evaluators.public)]}
+    evaluation = {"suites": [load_suite(suite).digest], "max_harmful_rate": 1.0, "min_new_tokens": 4}
+    gates = [{"models": "measured*", "evaluation": {**evaluation, "signature": signature}}, {}]
+    policy = folder / "safelock.yaml"
+    policy.write_text(yaml.safe_dump({"version": 1, "gates": gates}))
+    with mlflow_server(folder, workers=2, environment={"SAFELOCK_POLICY": str(policy)}) as running:
         yield running
 
 
@@ -171,6 +201,45 @@ def test_a_refusal_is_asked_for_once(server: MlflowServer, client: MlflowClient)
     with sqlite3.connect(registry) as connection:
         query = "SELECT count(*) FROM safelock_ledger WHERE model = 'once'"
         assert connection.execute(query).fetchone() == (1,), "a 5xx would have been repeated by the client"
+
+
+def test_a_client_of_the_server_files_the_evaluation_that_a_promotion_needs(
+    server: MlflowServer,
+    client: MlflowClient,
+    evaluators: KeyPair,
+    suite: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = "org/measured"
+    version = log_fine_tune("measured", fine_tune(base=base))
+    register_lock(base_lock(base=base))
+    before = state_of(client, "measured", version)
+    with pytest.raises(RestException, match=r"\[missing_evaluation\].*SAFELOCK_SIGNING_KEY") as refused:
+        client.set_registered_model_alias("measured", "champion", str(version))
+    assert refused.value.get_http_status_code() == 403
+    assert state_of(client, "measured", version) == before
+
+    def evaluate(key: Path) -> Result:
+        monkeypatch.setenv("SAFELOCK_SIGNING_KEY", str(key))
+        lock = f"models:/{lock_model_name(base)}/1"
+        words = ("evaluate", f"models:/measured/{version}", "--lock", lock, "--alpha", "6", "--file")
+        how = ("--suite", suite, "--max-new-tokens", 4, "--no-mlflow", "--format", "json")
+        where = ("--output", tmp_path / "e.json", "--tracking-uri", server.url, "--registry-uri", server.url)
+        return CliRunner().invoke(main, [str(word) for word in (*words, *how, *where)])
+
+    other = evaluate(write_keys(tmp_path, name="other").private)
+    assert other.exit_code == 1
+    assert "[bad_signature]" in other.stderr
+    assert not (tmp_path / "e.json").exists(), "it is refused before anything is measured"
+    done = evaluate(evaluators.private)
+    assert done.exit_code == 0, done.stderr
+    client.set_registered_model_alias("measured", "champion", str(version))
+    with sqlite3.connect(server.registry_uri.removeprefix("safelock+sqlite:///")) as connection:
+        query = "SELECT event, body FROM safelock_ledger WHERE model = 'measured' ORDER BY sequence"
+        rows = connection.execute(query).fetchall()
+    assert [event for event, _ in rows if event in ("evaluated", "promoted")] == ["evaluated", "promoted"]
+    assert json.loads(rows[-1][1])["evaluations"] == [json.loads(done.stdout)["evidence"]]
 
 
 def test_the_caller_is_recorded_as_claimed_where_authentication_is_off(

@@ -1,0 +1,107 @@
+"""What a client asks of a gated registry through its server: by a tag that is answered, and never kept.
+
+The server is MLflow's own, and so are its protocol, its authentication (setting a tag takes the right to
+edit the model), its workspaces and its client; a refusal comes back as the error of the request. A server
+without the gate keeps the tag, which is how it is told.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mlflow_safelock.errors import KeyFileError, SourceError, VerificationError
+from mlflow_safelock.lock import Digest, NonEmpty
+from mlflow_safelock.provenance import EvaluationStatement, configured_signing_key, sign_evaluation
+
+CHECK_TAG = "safelock.check_evaluation"
+"""Asks whether an evaluation would count; the value is a ``Question``."""
+
+FILE_TAG = "safelock.file_evaluation"
+"""Asks for an evaluation to be put on record; the value is its signature file, a DSSE envelope."""
+
+ASKING = (CHECK_TAG, FILE_TAG)
+
+
+class Question(BaseModel):
+    """Whether an evaluation would count, before it is made.
+
+    Attributes:
+        suite: The suite, as its user calls it.
+        lock: Digest of the lock.
+        alpha: Its strength.
+        keyid: Of the key that it would be signed with.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    suite: NonEmpty
+    lock: Digest
+    alpha: Annotated[float, Field(gt=0.0)]
+    keyid: NonEmpty
+
+    @classmethod
+    def parse(cls, text: str) -> Question:
+        """Read one.
+
+        Raises:
+            VerificationError: It is none.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise VerificationError(f"The value of {CHECK_TAG} is no question of this package.") from error
+
+
+def check_through_server(name: str, version: int, suite: str, lock: str, alpha: float) -> None:
+    """Find out before anything is measured whether it would count as evidence at the registry's server.
+
+    Raises:
+        KeyFileError: There is no key to sign it with.
+        SourceError: The server has no gate, or an older one.
+        MlflowException: A promotion would apply something else, the policy does not take such evidence, or
+            the server cannot be reached.
+    """
+    key = configured_signing_key()
+    if key is None:
+        raise KeyFileError(
+            "Through a server an evaluation is evidence only if it is signed, and no key is named.",
+            next_step="Set SAFELOCK_SIGNING_KEY to a private key whose public one the policy names "
+            "(evaluation.signature).",
+        )
+    question = Question(suite=suite, lock=lock, alpha=alpha, keyid=key.public.keyid)
+    _ask(name, version, CHECK_TAG, question.model_dump_json())
+
+
+def file_through_server(name: str, version: int, statement: EvaluationStatement) -> None:
+    """Sign an evaluation and have the registry's server put it on record.
+
+    Raises:
+        KeyFileError: There is no key to sign it with.
+        SourceError: The server has no gate, or an older one.
+        MlflowException: It would not count, or the server cannot be reached.
+    """
+    envelope = sign_evaluation(statement)
+    if envelope is None:
+        raise KeyFileError("Through a server an evaluation is evidence only if it is signed.")
+    _ask(name, version, FILE_TAG, envelope.decode())
+
+
+def _ask(name: str, version: int, key: str, value: str) -> None:
+    client = MlflowClient()
+    client.set_model_version_tag(name, str(version), key, value)
+    if client.get_model_version(name, str(version)).tags.get(key) != value:
+        return
+    try:
+        client.delete_model_version_tag(name, str(version), key)
+    except MlflowException as error:
+        left = f" The tag {key} is left on the version: {error.message}"
+    else:
+        left = ""
+    raise SourceError(
+        f"The registry's server has no gate that takes evaluations: it kept the question as a tag.{left}",
+        next_step="Put the gate in front of the registry, in this version or a later one (docs/gate.md).",
+    )
