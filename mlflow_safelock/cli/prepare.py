@@ -42,6 +42,9 @@ def prepare(
 ) -> None:
     """Write what the promotion of the version at URI needs: a standalone model, a full fingerprint.
 
+    Where the policy says "no_weights: snapshot", a model that was logged as a reference to a hub gets its
+    weights first, at the commit that it names; MLflow fetches them and writes them into the model's folder.
+
     A standalone model, where the policy asks for that carrier, lies beside the fine-tune and shares its
     weights: by links on one file system, by copies that S3 makes itself. For a full fingerprint every byte of
     the fine-tune is read. The promotion then finds them and compares them. Doing this again changes nothing,
@@ -71,6 +74,7 @@ def prepare(
                 "alpha": made.alpha,
                 "fingerprint": measured and measured.fingerprint.digest,
                 "fingerprint_location": measured and measured.location,
+                "fetched": made.fetched,
                 "measured_bytes": measured.fingerprint.size if measured and measured.is_new else None,
                 "check": written and written.check,
                 "bias_error": written and written.bias_error,
@@ -86,6 +90,7 @@ def prepare(
                 ("location", made.location or "the promotion writes it"),
                 ("lock", made.lock),
                 ("alpha", made.alpha),
+                ("fetched from the hub", made.fetched),
                 ("full fingerprint", measured and measured.location),
                 ("weights", written and in_words(file.sharing for file in written.weights)),
                 ("bias error", written and f"{written.bias_error:.1e}, relative"),

@@ -11,7 +11,7 @@ from mlflow_safelock.gate.locks import RegisteredLock, find_lock
 from mlflow_safelock.gate.permissions import require
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry, Target
-from mlflow_safelock.gate.source import PROMPT_SOURCE, PROMPT_TAG, BaseHint, examine
+from mlflow_safelock.gate.source import PROMPT_SOURCE, PROMPT_TAG, BaseHint, examine, hub_reference
 from mlflow_safelock.gate.strength import alpha_for
 from mlflow_safelock.provenance import Actor, LockReference, Promotion, SourceFingerprint
 
@@ -145,7 +145,18 @@ def approve(
         SourceError: Its artifacts cannot be read.
     """
     original = original_of(found, registry, artifacts)
-    source = None if is_prompt(found) else examine(artifacts.reader(original))
+    reader = artifacts.reader(original)
+    if rule.no_weights == "snapshot" and not is_prompt(found):
+        reference = hub_reference(reader)
+        if reference is not None:
+            raise PromotionRefused(
+                "no_weights",
+                f"{request.name!r} version {request.version} was logged as a reference to {reference}, "
+                "without weights, and the policy has them fetched before the promotion.",
+                next_step=f"Do that where the registry's database can be reached: safelock prepare "
+                f"models:/{request.name}/{request.version}. Then promote again.",
+            )
+    source = None if is_prompt(found) else examine(reader)
     if source is None:
         if rule.not_an_llm == "reject":
             raise PromotionRefused(

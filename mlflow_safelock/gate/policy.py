@@ -190,6 +190,8 @@ class GateRule(_Section):
         carrier: How the lock is carried: in an ``overlay``, or in a ``standalone`` model that is prepared
             before the promotion.
         missing_lock: What happens to a fine-tune whose base has no lock: ``reject``, or ``allow``, unlocked.
+        no_weights: What happens to a language model that was logged as a reference to a hub's repository at a
+            commit: ``reject``, or ``snapshot``, which lets ``safelock prepare`` fetch its weights before.
         not_an_llm: What happens to a model that is no language model.
         reads: What happens when a version is downloaded that is in a gated stage, or under a gated alias,
             without a promotion that locked it: ``refuse``, or ``warn``, for the time in which a registry that
@@ -209,6 +211,7 @@ class GateRule(_Section):
     evaluation: EvaluationRule | None = None
     carrier: Literal["overlay", "standalone"] = "overlay"
     missing_lock: Literal["reject", "allow"] = "reject"
+    no_weights: Literal["reject", "snapshot"] = "reject"
     not_an_llm: Literal["reject", "allow"] = "allow"
     reads: Literal["refuse", "warn"] = "refuse"
 

@@ -215,6 +215,13 @@ class Artifacts(Protocol):
     def publish(self, folder: Path, uri: str) -> None:
         """Write a local folder to ``uri``."""
 
+    def add_weights_from_hub(self, uri: str) -> None:
+        """Write the weights of a hub's model into the folder at ``uri``, which refers to it.
+
+        Raises:
+            SourceError: They cannot be fetched or written.
+        """
+
     def measure(self, uri: str, progress: Progress) -> SourceFingerprint:
         """Read every byte of the folder at ``uri``; one that was cut off goes on where it was.
 

@@ -15,9 +15,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
-from mlflow_safelock.errors import PromotionRefused, SafelockError
+from mlflow_safelock.errors import PromotionRefused, SafelockError, SourceError
 from mlflow_safelock.flavors.standalone import Standalone
-from mlflow_safelock.gate.approval import Approved, Request, approve, is_prompt
+from mlflow_safelock.gate.approval import Approved, Request, approve, is_prompt, original_of
 from mlflow_safelock.gate.evaluations import (
     check_applies,
     file_evaluation,
@@ -32,7 +32,7 @@ from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, stan
 from mlflow_safelock.gate.measurements import Measured, Measurements
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
-from mlflow_safelock.gate.source import examine
+from mlflow_safelock.gate.source import examine, hub_reference
 from mlflow_safelock.gate.tags import Stated
 from mlflow_safelock.gate.transient import AGAIN, is_transient, unreadable
 from mlflow_safelock.provenance import EvaluationStatement, PublicKey, Receipt, contents_of
@@ -41,6 +41,9 @@ _logger = logging.getLogger(__name__)
 
 REGISTERED = Target("lock", "registered")
 """What the ledger says a row was for that a lock became known by."""
+
+SNAPSHOT = Target("prepare", "snapshot")
+"""What the ledger says a row was for by which weights were fetched from a hub."""
 
 NOT_AN_LLM = PromotionRefused("not_an_llm", "It is no language model.")
 """Why most versions go through a gate unlocked."""
@@ -57,6 +60,8 @@ class Preparation:
         alpha: Its strength.
         written: What was written; ``None`` where it was there already, or nothing was to be written.
         measured: The fine-tune's full fingerprint; ``None`` where the policy asks for none.
+        fetched: The model on a hub whose weights were written into the fine-tune's folder, in words; ``None``
+            where that was not needed.
     """
 
     carrier: str
@@ -65,6 +70,7 @@ class Preparation:
     alpha: float
     written: Standalone | None = None
     measured: Measured | None = None
+    fetched: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,8 @@ class Gate:
             measure_anew: Whether a full fingerprint is made also where the one on record seems to hold.
 
         Raises:
-            PromotionRefused: The version could not be promoted as it is; nothing was written.
+            PromotionRefused: The version could not be promoted as it is; nothing was written but weights of a
+                hub's model, where the policy has them fetched.
         """
         policy = self.policy()
         found = self.registry.model_version(request.name, request.version)
@@ -239,6 +246,7 @@ class Gate:
         *,
         measure_anew: bool,
     ) -> Preparation:
+        fetched = self._fetch_weights(request, policy, rule, found)
         approved = approve(request, policy, rule, found, self.registry, self.artifacts)
         if approved is None:
             raise _nothing_to_lock(request)
@@ -250,12 +258,38 @@ class Gate:
             measured = measure(approved, progress)
             approved = replace(approved, measured=measured.fingerprint)
         if rule.carrier == "overlay":
-            return Preparation("overlay", None, lock, approved.alpha, measured=measured)
+            return Preparation("overlay", None, lock, approved.alpha, None, measured, fetched)
         location = standalone_location(approved)
         written = None
         if self.locked_models.prepared(approved) is None:
             written = self.locked_models.write_standalone(approved, progress)
-        return Preparation("standalone", location, lock, approved.alpha, written, measured)
+        return Preparation("standalone", location, lock, approved.alpha, written, measured, fetched)
+
+    def _fetch_weights(
+        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion
+    ) -> str | None:
+        """Fetch the weights of a model that was logged without any, where the policy says so; say which.
+
+        Raises:
+            SourceError: They cannot be fetched or written.
+        """
+        if rule.no_weights == "reject" or is_prompt(found):
+            return None
+        original = original_of(found, self.registry, self.artifacts)
+        reference = hub_reference(self.artifacts.reader(original))
+        if reference is None:
+            return None
+        self.artifacts.add_weights_from_hub(original)
+        if hub_reference(self.artifacts.reader(original)) is not None:
+            raise SourceError(
+                f"The folder {original} holds weights that its MLmodel file does not name, of an attempt "
+                "that was cut off.",
+                next_step="Delete the folder 'model' there, and do it again: safelock prepare.",
+            )
+        fetched = f"The weights of {reference} were fetched."
+        row = replace(request, target=SNAPSHOT).row("written", policy, location=original, message=fetched)
+        self.registry.record(row)
+        return str(reference)
 
     def _promote(
         self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, lease: Lease

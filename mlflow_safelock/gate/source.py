@@ -38,6 +38,8 @@ _PICKLED_LANGUAGE_MODEL = re.compile(rb"transformers[\w.]*[^\w]{1,4}[A-Z]\w*(For
 
 MAX_CONFIG_BYTES = 4 << 20
 
+_COMMIT = re.compile("[0-9a-f]{40}")
+
 PROMPT_SOURCE = "dummy-source"
 """What MLflow registers as the source of a prompt, which has no artifacts."""
 
@@ -124,6 +126,37 @@ def examine(reader: ArtifactReader) -> LanguageModel | None:
     return _language_model(reader, paths, transformers)
 
 
+@dataclass(frozen=True)
+class HubReference:
+    """A model on a hub: its repository, and the commit there, 40 hexadecimal digits."""
+
+    repository: str
+    commit: str
+
+    def __str__(self) -> str:
+        return f"{self.repository!r} at commit {self.commit}"
+
+
+def hub_reference(reader: ArtifactReader) -> HubReference | None:
+    """What a language model without weights was logged as a reference to; ``None`` for any other model.
+
+    Raises:
+        SourceError: The artifacts cannot be read.
+    """
+    if "MLmodel" not in {file.path for file in reader.files()}:
+        return None
+    flavors = overlay.read_mlmodel(reader)["flavors"]
+    flavor = flavors.get("transformers")
+    if not isinstance(flavor, dict) or not _writes_text(flavor) or overlay.foreign_loader(flavors):
+        return None
+    if flavor.get("model_binary") is not None or flavor.get("peft_adaptor"):
+        return None
+    repository, commit = flavor.get("source_model_name"), str(flavor.get("source_model_revision"))
+    if not isinstance(repository, str) or not _COMMIT.fullmatch(commit):
+        return None
+    return HubReference(repository, commit)
+
+
 def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:
     binary = flavor.get("model_binary")
     if flavor.get("peft_adaptor"):
@@ -176,7 +209,7 @@ def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any])
     """A PEFT adapter that names its base: a repository on a hub, at one commit."""
     folder = flavor["peft_adaptor"]
     base, commit = flavor.get("source_model_name"), str(flavor.get("source_model_revision"))
-    if not isinstance(base, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
+    if not isinstance(base, str) or not _COMMIT.fullmatch(commit):
         raise PromotionRefused(
             "base_not_pinned",
             "The model was logged as a PEFT adapter whose base is not named by a repository and a commit, so "

@@ -56,6 +56,7 @@ def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
         "fingerprint": (gate.fingerprint, floor.fingerprint) == ("sampled", "full"),
         **_looser_evaluation(gate.evaluation, floor.evaluation),
         "missing_lock": (gate.missing_lock, floor.missing_lock) == ("allow", "reject"),
+        "no_weights": (gate.no_weights, floor.no_weights) == ("snapshot", "reject"),
         "not_an_llm": (gate.not_an_llm, floor.not_an_llm) == ("allow", "reject"),
         "reads": (gate.reads, floor.reads) == ("warn", "refuse"),
     }

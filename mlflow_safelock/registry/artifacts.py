@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 from uuid import uuid4
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -117,6 +118,23 @@ class RegistryArtifacts:
                 f"The locked model cannot be written to {uri}",
                 error,
                 "Let the registry's process write beside the model's artifacts.",
+            ) from error
+
+    def add_weights_from_hub(self, uri: str) -> None:
+        """Write the weights of a hub's model into the folder at ``uri``, as MLflow does that.
+
+        Raises:
+            SourceError: They cannot be fetched or written.
+        """
+        physical = physical_uri(self.resolve(uri))
+        try:
+            mlflow.transformers.persist_pretrained_model(physical)
+        except Exception as error:  # the hub's client, transformers and each kind of store raise their own
+            raise source_error(
+                f"The weights of the model at {uri} cannot be fetched and written there",
+                error,
+                "Let this process reach the hub and write there, and do it again; if the folder 'model' is "
+                "there by now, delete it before.",
             ) from error
 
     def measure(self, uri: str, progress: Progress = silent) -> SourceFingerprint:

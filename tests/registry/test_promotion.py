@@ -453,6 +453,33 @@ def test_an_adapter_that_names_its_base_is_promoted_and_loads_locked(
     assert handle_of(served).alpha == 6.0
 
 
+def test_a_model_that_names_a_hub_alone_is_promoted_once_its_weights_were_fetched(
+    client: MlflowClient, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import pipeline
+
+    lock = base_lock()
+    register_lock(lock)
+    generating = pipeline("text-generation", model=BASE)
+    version = log_fine_tune("bot", generating, save_pretrained=False)
+    with pytest.raises(MlflowException, match=r"no_weights.*save_pretrained=True"):
+        stage(client, version)
+    client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{no_weights: snapshot}]\n")
+    with pytest.raises(
+        MlflowException, match=rf"no_weights.*{COMMIT}.*safelock prepare models:/bot/{version}"
+    ):
+        stage(client, version)
+    made = client._get_registry_client().store.prepare("bot", version)
+    assert made.fetched == f"'{BASE}' at commit {COMMIT}"
+    assert client._get_registry_client().store.prepare("bot", version).fetched is None
+    stage(client, version)
+    served = mlflow.pyfunc.load_model("models:/bot/Staging").get_raw_model().model
+    expected = expected_biases(generating.model, lock, 6.0)
+    assert all(np.allclose(biases_of(served)[layer], bias, atol=1e-6) for layer, bias in expected.items())
+    rows = [(row["event"], row["target"]) for row in ledger_rows(tmp_path) if row["event"] != "rejected"]
+    assert rows == [("written", "prepare:snapshot"), ("promoted", "stage:Staging")]
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 def test_an_adapter_whose_base_could_change_is_refused(
     client: MlflowClient, hub: str, tmp_path: Path
