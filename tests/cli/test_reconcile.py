@@ -124,7 +124,7 @@ def test_what_slipped_through_is_locked_as_by_a_transition(
     assert "the ledger knows no promotion of it. It was locked." in reconciled["message"]
     assert reconciled["actor"] == promoted["actor"]
     again = run("reconcile", "--lock", "--demote", *gated)
-    assert (again.exit_code, len(ledger_rows(tmp_path))) == (0, 2)
+    assert (again.exit_code, len(ledger_rows(tmp_path))) == (0, 3)
     shown = run("ledger", "show", *gated, "--limit", "1").stdout
     assert "reconciled" in shown
 
