@@ -32,10 +32,10 @@ def run(settings: Settings) -> Iterator[Row]:
         ]
         with ThreadPoolExecutor(len(servers)) as pool:  # they take their time to start
             gated, stock = pool.map(stack.enter_context, servers)
-        yield from _compare(_fill(stack, gated), _fill(stack, stock), settings)
+        yield from _compare(fill(stack, gated), fill(stack, stock), settings)
 
 
-def _compare(gated: _Registry, stock: _Registry, settings: Settings) -> Iterator[Row]:
+def _compare(gated: ServedRegistry, stock: ServedRegistry, settings: Settings) -> Iterator[Row]:
     few, many = settings.repetitions(40), settings.repetitions(150)
     beginning = gated.ask()
     yield compare(
@@ -65,7 +65,7 @@ def _compare(gated: _Registry, stock: _Registry, settings: Settings) -> Iterator
     )
 
 
-def _fill(stack: ExitStack, server: MlflowServer) -> _Registry:
+def fill(stack: ExitStack, server: MlflowServer) -> ServedRegistry:
     """Register a lock at a server, and log a fine-tune that it is for."""
     mlflow.set_tracking_uri(server.url)
     mlflow.set_registry_uri(server.url)
@@ -73,11 +73,11 @@ def _fill(stack: ExitStack, server: MlflowServer) -> _Registry:
     register_lock(TINY)
     client = MlflowClient(server.url)
     client.create_registered_model(NAME)
-    return _Registry(server, stack.enter_context(requests.Session()), client, log_fine_tune(TINY))
+    return ServedRegistry(server, stack.enter_context(requests.Session()), client, log_fine_tune(TINY))
 
 
 @dataclass(frozen=True)
-class _Registry:
+class ServedRegistry:
     """A server with a fine-tune in it, and a connection to it."""
 
     server: MlflowServer
@@ -92,22 +92,22 @@ class _Registry:
     def back_and_forth(self) -> Callable[[], None]:
         """Transitions of one version between two stages that are not gated."""
         version, stages = self.new_version(), cycle(["Archived", "None"])
-        return lambda: self._transition(version, next(stages))
+        return lambda: self.transition(version, next(stages))
 
     def promotions(self, number: int) -> Callable[[], None]:
         """Transitions to Staging, each of another version."""
         versions = iter([self.new_version() for _ in range(number)])
-        return lambda: self._transition(next(versions), "Staging")
+        return lambda: self.transition(next(versions), "Staging")
 
     def again(self) -> Callable[[], None]:
         """Transitions to Staging of a version that is there already."""
         version = self.new_version()
-        self._transition(version, "Staging")
-        return lambda: self._transition(version, "Staging")
+        self.transition(version, "Staging")
+        return lambda: self.transition(version, "Staging")
 
     def ask(self) -> Contender:
         """A request that the server answers without doing anything."""
-        return Contender("a request that does nothing: GET /version", self._ask_for_the_version)
+        return Contender("a request that does nothing: GET /version", self.ask_for_the_version)
 
     def check_locked(self) -> None:
         """Raise unless every promoted version was redirected to a locked model."""
@@ -116,10 +116,12 @@ class _Registry:
             if (version.current_stage == "Staging") != ("-safelock/" in uri):
                 raise AssertionError(f"Version {version.version} is {version.current_stage}, at {uri}.")
 
-    def _ask_for_the_version(self) -> None:
-        self.session.get(f"{self.server.url}/version", timeout=60).raise_for_status()
+    def ask_for_the_version(self, session: requests.Session | None = None) -> None:
+        """A request that the server answers without doing anything."""
+        (session or self.session).get(f"{self.server.url}/version", timeout=60).raise_for_status()
 
-    def _transition(self, version: str, stage: str) -> None:
+    def transition(self, version: str, stage: str, session: requests.Session | None = None) -> None:
+        """A transition, over the registry's own connection or another one."""
         body: dict[str, Any] = {
             "name": NAME,
             "version": version,
@@ -127,4 +129,4 @@ class _Registry:
             "archive_existing_versions": False,
         }
         url = f"{self.server.url}/api/2.0/mlflow/model-versions/transition-stage"
-        self.session.post(url, json=body, timeout=120).raise_for_status()
+        (session or self.session).post(url, json=body, timeout=120).raise_for_status()

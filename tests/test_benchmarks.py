@@ -16,7 +16,8 @@ from benchmarks.results import Limit, Ratio, Results, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = (
-    *("apply", "evaluation", "forge", "promotion", "probes", "s3", "serving", "standalone", "transition"),
+    *("apply", "concurrency", "evaluation", "forge", "promotion", "probes", "s3", "serving", "standalone"),
+    "transition",
 )
 
 

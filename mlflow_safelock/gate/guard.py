@@ -30,9 +30,10 @@ from mlflow_safelock.provenance import Actor
 _logger = logging.getLogger(__name__)
 
 READ = Target("read", "download")
-REVOKED = Target("lock", "revoked")
+UNLOCK = Target("unlock", "registry")
+REVOKE = Target("lock", "revoked")
 IN_FORCE = Target("policy", "in-force")
-"""What the ledger says a row was for that a read, a revocation or a change of the policy led to."""
+"""What the ledger says a row was for: a download, taking a lock off, revoking one, another policy."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,38 @@ class Guard:
     def check_read(self, name: str, version: int, workspace: str, actor: Actor) -> None:
         """Refuse that a version is downloaded which is in a gated place without having passed the gate.
 
+        The ledger has a refusal once, and not each time that somebody asks: a consumer asks again and again.
+
         Raises:
             PromotionRefused: It serves something else than its promotion wrote, or was never promoted.
         """
+        try:
+            self._check_read(name, version, workspace, actor)
+        except PromotionRefused as refusal:
+            if refusal.reason != "unreachable":  # which is nothing about the version
+                self._record_once(Request(name, version, READ, actor, workspace), refusal)
+            raise
+
+    def _record_once(self, request: Request, refusal: PromotionRefused) -> None:
+        """Append a refused read to the ledger, unless the same one of this version is there as it is.
+
+        What cannot be put on record is refused all the same.
+        """
+        about = request.workspace, request.name, request.version, str(request.target)
+        try:
+            recent = self.gate.registry.recent_entries(request.name)
+            before = (
+                entry.message
+                for entry in recent
+                if (entry.workspace, entry.model, entry.version, entry.target) == about
+                and entry.event == "rejected"
+            )
+            if next(before, None) != str(refusal):
+                self.gate.reject(request, self.gate.policy(), refusal)
+        except Exception:
+            _logger.exception("A refused read of %s version %s is not on record", *about[1:3])
+
+    def _check_read(self, name: str, version: int, workspace: str, actor: Actor) -> None:
         policy = self.gate.policy()
         if not policy.candidates(name):
             return
@@ -107,10 +137,16 @@ class Guard:
             Where that is.
 
         Raises:
-            PromotionRefused: The policy forbids it, the version is not locked, or it is in a gated place.
+            PromotionRefused: The policy forbids it, the version is not locked, or it is in a gated place; a
+                row in the ledger says so.
         """
-        with self.gate.registry.lease(Work(workspace, name, version)) as lease:
-            return self._unlock(name, version, workspace, actor, reason, lease)
+        try:
+            with self.gate.registry.lease(Work(workspace, name, version)) as lease:
+                return self._unlock(name, version, workspace, actor, reason, lease)
+        except PromotionRefused as refusal:
+            request = Request(name, version, UNLOCK, actor, workspace)
+            self.gate.reject(request, self.gate.policy(), refusal)
+            raise
 
     def _unlock(
         self, name: str, version: int, workspace: str, actor: Actor, reason: str, lease: Lease
@@ -139,7 +175,7 @@ class Guard:
                 "workspace": workspace,
                 "model": name,
                 "version": version,
-                "target": "unlock:registry",
+                "target": str(UNLOCK),
                 "actor": actor,
                 "reason": "unlocked",
                 "message": reason,
@@ -171,8 +207,17 @@ class Guard:
         """Put on record that a registered lock may not be applied any more.
 
         Raises:
-            PromotionRefused: The policy forbids it, it is no lock, or was revoked already.
+            PromotionRefused: The policy forbids it, it is no lock, or was revoked already; a row in the
+                ledger says so.
         """
+        try:
+            return self._revoke(name, version, workspace, actor, reason)
+        except PromotionRefused as refusal:
+            request = Request(name, version, REVOKE, actor, workspace)
+            self.gate.reject(request, self.gate.policy(), refusal)
+            raise
+
+    def _revoke(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> LockInForce:
         require(self.gate.policy().revoke, actor, "revoke_denied", "revoke a lock", "revoke")
         applied = self._lock_registered_as(name, version, workspace)
         if self.gate.registry.revocation_of(applied.digest) is not None:
@@ -180,7 +225,7 @@ class Guard:
                 "already_revoked", f"The lock {name!r} version {version} is revoked already."
             )
         self.gate.registry.record(
-            Request(name, version, REVOKED, actor, workspace).row(
+            Request(name, version, REVOKE, actor, workspace).row(
                 "revoked", self.gate.policy(), reason="revoked", message=reason, lock=applied
             )
         )

@@ -20,7 +20,9 @@ from mlflow_safelock.provenance import ArtifactReader, SourceFingerprint
 class Target:
     """Where a version is being promoted to: a stage or an alias; or what else is being done."""
 
-    kind: Literal["stage", "alias", "prepare", "read", "evaluate", "sweep", "lock", "unlock", "policy"]
+    kind: Literal[
+        "stage", "alias", "prepare", "read", "evaluate", "sweep", "rename", "unlock", "lock", "policy"
+    ]
     name: str
 
     def __str__(self) -> str:
@@ -166,6 +168,9 @@ class Registry(Protocol):
 
     def locking_entries(self) -> Sequence[LedgerEntry]:
         """Every row of the ledger by which a version was locked, oldest first."""
+
+    def recent_entries(self, name: str) -> Sequence[LedgerEntry]:
+        """The last rows of the ledger about a registered model, newest first; a few dozen at most."""
 
     def works_held(self) -> Sequence[Work]:
         """What somebody is at work on now."""

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import meets, stands
 from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.gate.promotion import Gate
 from mlflow_safelock.provenance import Actor
 
@@ -27,11 +29,11 @@ class Renaming:
 
     gate: Gate
 
-    def check(self, name: str, new_name: str, workspace: str) -> None:
+    def check(self, name: str, new_name: str, workspace: str, actor: Actor) -> None:
         """Refuse a name under which an unlocked version would be in a gated place.
 
         Raises:
-            PromotionRefused: It would; the registered model keeps its name.
+            PromotionRefused: It would; the registered model keeps its name, and a row in the ledger says so.
         """
         policy = self.gate.policy()
         if not policy.candidates(new_name):
@@ -48,11 +50,14 @@ class Renaming:
                 why = "whose gate asks for more than it was promoted with"
             else:
                 continue
-            raise PromotionRefused(
+            refusal = PromotionRefused(
                 "not_locked",
                 f"Under the name {new_name!r} version {version.version} would be in {places[0]}, {why}.",
                 next_step="Take it out of the stage or alias, rename, and promote it again.",
             )
+            request = Request(name, version.version, Target("rename", new_name), actor, workspace)
+            self.gate.reject(request, policy, refusal)
+            raise refusal
         reach("rename-checked")
 
     def is_half_done(self, name: str, new_name: str, workspace: str) -> bool:

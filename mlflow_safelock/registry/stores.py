@@ -164,7 +164,7 @@ class GateMixin:
         if not self._patiently(lambda: renaming.is_half_done(name, new_name, workspace)):
             self._refusing(
                 f"rename {name!r} to {new_name!r}",
-                lambda: renaming.check(name, new_name, workspace),
+                lambda: renaming.check(name, new_name, workspace, current_actor()),
             )
             stock = super().rename_registered_model  # type: ignore[misc]
             self._patiently(lambda: stock(name, new_name))

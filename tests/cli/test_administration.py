@@ -73,8 +73,8 @@ def test_revoke_stops_a_lock(run: Run, client: MlflowClient, tmp_path: Path, loc
 class TestLedger:
     def test_it_is_shown_newest_first(self, run: Run, tmp_path: Path, locked: str) -> None:
         rows = run("ledger", "show", *addresses(tmp_path), "--format", "json").json
-        assert [row["event"] for row in rows] == ["promoted", "policy"]
-        assert [row["sequence"] for row in rows] == [2, 1]
+        assert [row["event"] for row in rows] == ["promoted", "registered", "policy"]
+        assert [row["sequence"] for row in rows] == [3, 2, 1]
         table = run("ledger", "show", *addresses(tmp_path), "--limit", "1")
         assert "promoted" in table.stdout
         assert "policy" not in table.stdout
@@ -83,7 +83,7 @@ class TestLedger:
         done = run("ledger", "verify", *addresses(tmp_path), "--format", "json").json
         with sqlite3.connect(tmp_path / "registry.db") as connection:
             (head,) = connection.execute("SELECT digest FROM safelock_ledger WHERE sequence=2").fetchone()
-        assert done == {"ok": True, "rows": 2, "head": head, "anchored_rows": None}
+        assert done == {"ok": True, "rows": 3, "head": head, "anchored_rows": None}
 
     def test_looking_at_it_writes_nothing(
         self, run: Run, tmp_path: Path, locked: str, monkeypatch: pytest.MonkeyPatch
@@ -92,7 +92,7 @@ class TestLedger:
         monkeypatch.setenv("SAFELOCK_POLICY", str(tmp_path / "other.yaml"))
         for command in ("verify", "show"):
             assert run("ledger", command, *addresses(tmp_path)).exit_code == 0
-        assert run("ledger", "verify", *addresses(tmp_path), "--format", "json").json["rows"] == 2
+        assert run("ledger", "verify", *addresses(tmp_path), "--format", "json").json["rows"] == 3
 
     def test_a_database_without_one_is_an_error(self, run: Run, tmp_path: Path) -> None:
         done = run("ledger", "verify", "--registry-uri", f"sqlite:///{tmp_path}/new.db")

@@ -117,13 +117,14 @@ def test_what_slipped_through_is_locked_as_by_a_transition(
     done = run("reconcile", "--lock", *gated, "--format", "json")
     assert (done.exit_code, [row["done"] for row in done.json]) == (0, ["locked"])
     assert biases("models:/bot/Staging")
-    promoted, reconciled = ledger_rows(tmp_path)
+    refused, promoted, reconciled = ledger_rows(tmp_path)
+    assert (refused["event"], refused["target"]) == ("rejected", "read:download")
     assert (promoted["event"], promoted["target"]) == ("promoted", "stage:Staging")
     assert reconciled["reason"] == "locked"
     assert "the ledger knows no promotion of it. It was locked." in reconciled["message"]
     assert reconciled["actor"] == promoted["actor"]
     again = run("reconcile", "--lock", "--demote", *gated)
-    assert (again.exit_code, len(ledger_rows(tmp_path))) == (0, 2)
+    assert (again.exit_code, len(ledger_rows(tmp_path))) == (0, 3)
     shown = run("ledger", "show", *gated, "--limit", "1").stdout
     assert "reconciled" in shown
 
@@ -220,7 +221,9 @@ class TestARowThatWasEdited:
         done = run("reconcile", "--demote", *gated, "--format", "json").json
         assert [row["done"] for row in done] == ["renamed"]
         assert client.get_model_version_download_uri("helper", "1") == locked["location"]
-        assert events(tmp_path) == [("promoted", None), ("renamed", None), ("reconciled", "renamed")]
+        assert events(tmp_path) == [
+            *(("promoted", None), ("rejected", None), ("renamed", None), ("reconciled", "renamed"))
+        ]
 
 
 class TestWhatTheGateRefuses:

@@ -112,8 +112,17 @@ class TestReads:
         version = log_fine_tune("bot")
         register_lock(base_lock())
         edit_row(tmp_path, "UPDATE model_versions SET current_stage='Production' WHERE name='bot'")
-        with pytest.raises(MlflowException, match=r"not_locked.*knows no promotion"):
-            download_uri(client, version)
+        for _ in range(3):
+            with pytest.raises(MlflowException, match=r"not_locked.*knows no promotion"):
+                download_uri(client, version)
+        (row,) = ledger_rows(tmp_path)
+        assert (row["event"], row["reason"], row["target"]) == ("rejected", "not_locked", "read:download")
+        assert "stage:Production" in row["message"]
+        edit_row(tmp_path, "UPDATE model_versions SET current_stage='Staging' WHERE name='bot'")
+        for _ in range(2):
+            with pytest.raises(MlflowException, match="not_locked"):
+                download_uri(client, version)
+        assert [row["event"] for row in ledger_rows(tmp_path)] == 2 * ["rejected"], "a row for each fault"
 
     def test_nothing_is_registered_from_a_version_that_may_not_be_read(
         self, client: MlflowClient, tmp_path: Path
@@ -224,6 +233,9 @@ class TestRenames:
         with pytest.raises(MlflowException, match=r"not_locked.*'support-x'.*stage:Staging"):
             client.rename_registered_model("free", "support-x")
         assert client.get_registered_model("free").name == "free"
+        row = ledger_rows(tmp_path)[-1]
+        assert (row["event"], row["model"], row["version"]) == ("rejected", "free", version)
+        assert (row["reason"], row["target"]) == ("not_locked", "rename:support-x")
         client.transition_model_version_stage("free", str(version), "None")
         client.rename_registered_model("free", "support-x")
         stage(client, version, "support-x")
@@ -486,6 +498,8 @@ class TestUnlocking:
         with pytest.raises(PromotionRefused, match=r"stage:Staging, where only locked") as info:
             store_of(client).unlock("bot", version, "to retrain it")
         assert info.value.reason == "still_gated"
+        row = ledger_rows(tmp_path)[-1]
+        assert (row["event"], row["reason"], row["target"]) == ("rejected", "still_gated", "unlock:registry")
         client.transition_model_version_stage("bot", str(version), "Archived")
         assert loaded_biases(f"models:/bot/{version}"), "leaving a stage takes no lock off"
         client.set_model_version_tag("bot", str(version), "team", "support")
@@ -536,6 +550,11 @@ class TestWhoMayOverride:
         with pytest.raises(PromotionRefused, match=r"revoke a lock.*is only claimed") as info:
             store_of(client).revoke_lock(lock_model_name(BASE), 1, "why not")
         assert info.value.reason == "revoke_denied"
+        refused = [(row["event"], row["reason"], row["target"]) for row in ledger_rows(tmp_path)[-2:]]
+        assert refused == [
+            ("rejected", "unlock_denied", "unlock:registry"),
+            ("rejected", "revoke_denied", "lock:revoked"),
+        ]
         named = f"version: 1\ngates: [{{}}]\nunlock: {{by: [{getpass.getuser()}], claimed: allow}}\n"
         (tmp_path / "safelock.yaml").write_text(named)
         assert store_of(client).unlock("bot", version, "to retrain it") == original
