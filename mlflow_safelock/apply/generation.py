@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from mlflow_safelock.apply.placement import execution_device
 from mlflow_safelock.errors import ApplyError
@@ -41,6 +41,11 @@ Batch = Callable[[Mapping[int, Answer]], None]
 """Is told of every batch: its answers, by the prompts' places."""
 
 
+First = Callable[[Mapping[int, torch.Tensor]], None]
+"""Is told of every batch which first token the model expects of its answers: logits, ``[vocabulary]`` in
+float32 on the model's device, by the prompts' places."""
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,6 +55,7 @@ def generate(
     max_new_tokens: int = 64,
     batch_size: int = 8,
     on_batch: Batch | None = None,
+    on_first: First | None = None,
 ) -> list[Answer]:
     """Answer prompts greedily: at every step the likeliest token, whatever the model's own settings are.
 
@@ -64,6 +70,7 @@ def generate(
         max_new_tokens: Most tokens of an answer.
         batch_size: How many prompts are answered at once.
         on_batch: Is told of every batch as soon as it is answered.
+        on_first: Is told of the first step of every batch, which costs no reading of its own.
 
     Returns:
         The answers, in the order of the prompts.
@@ -81,7 +88,10 @@ def generate(
     with _greedy(model, tokenizer, max_new_tokens) as settings:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            new_tokens = _continue(model, [tokens[index] for index in batch], settings).tolist()
+            seen = _FirstStep() if on_first is not None else None
+            new_tokens = _continue(model, [tokens[index] for index in batch], settings, seen).tolist()
+            if on_first is not None and seen is not None and seen.logits is not None:
+                on_first(dict(zip(batch, seen.logits, strict=True)))
             answered = {
                 index: _answer(tokenizer, row, settings) for index, row in zip(batch, new_tokens, strict=True)
             }
@@ -153,7 +163,20 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Chat, system_promp
     return tokens
 
 
-def _continue(model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig) -> torch.Tensor:
+class _FirstStep:
+    """Changes no logits, and keeps those of the first step."""
+
+    logits: torch.Tensor | None = None
+
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.logits is None:
+            self.logits = scores.float().clone()
+        return scores
+
+
+def _continue(
+    model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig, seen: _FirstStep | None
+) -> torch.Tensor:
     """New tokens, ``[prompts, steps]``, for prompts padded on the left, so that all of them end together."""
     width = max(len(tokens) for tokens in prompts)
     inputs = torch.full((len(prompts), width), settings.pad_token_id, dtype=torch.long)
@@ -163,7 +186,10 @@ def _continue(model: PreTrainedModel, prompts: list[list[int]], settings: Genera
         mask[row, width - len(tokens) :] = 1
     device = execution_device(model)
     outputs: torch.Tensor = model.generate(
-        input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=settings
+        input_ids=inputs.to(device),
+        attention_mask=mask.to(device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([] if seen is None else [seen]),
     )
     return outputs[:, width:].cpu()
 

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mlflow_safelock.apply import apply_lock, generate, render_prompt
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.apply.generation import Answer
@@ -40,7 +42,7 @@ from mlflow_safelock.evaluate.figures import (
     judged,
     values_of,
 )
-from mlflow_safelock.evaluate.fluency import Text, next_token_divergences, surprises
+from mlflow_safelock.evaluate.fluency import Text, divergences, next_token_divergences, surprises
 from mlflow_safelock.evaluate.judges import Judge, RefusalMatcher
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, overlap
@@ -54,6 +56,10 @@ if TYPE_CHECKING:
 
 Under = Callable[["SafetyLock | None", "float | None"], Evaluation]
 """Gives the evaluation of a model under a lock at a strength."""
+
+FIRST_TOKENS_BYTES = 256 << 20
+"""Most memory that an arm's expectations of first tokens take; where they would take more, the harmless
+prompts are read anew to compare them."""
 
 UNFINISHED = 0.1
 """Share of answers that the limit ended from which the result warns of it."""
@@ -146,8 +152,8 @@ def measuring(
             locked = arms.measure(locked=True) if arms.subject.lock is not None else None
             if not kept:
                 kept.append(arms.measure(locked=False))
-            if locked is not None and (divergences := arms.divergences()):
-                locked = replace(locked, values={**locked.values, "next_token_kl": divergences})
+            if locked is not None and (nats := arms.divergences(kept[0], locked)):
+                locked = replace(locked, values={**locked.values, "next_token_kl": nats})
             return _result(arms, suite, kept[0], locked)
 
         yield under
@@ -155,10 +161,18 @@ def measuring(
 
 @dataclass(frozen=True)
 class _Measured:
-    """One arm, measured."""
+    """One arm, measured.
+
+    Attributes:
+        answered: Every answer, by its prompt's key.
+        values: Every figure's values.
+        expected: Log-probabilities of the first token of answers to harmless prompts, ``[vocabulary]`` by the
+            prompts' keys; none of answers that were kept from before.
+    """
 
     answered: dict[str, Answered]
     values: Values
+    expected: dict[str, torch.Tensor]
 
     @property
     def judge_failures(self) -> int:
@@ -181,7 +195,7 @@ class _Arms:
         subject, settings = self.subject, self.settings
         name = "with the lock" if locked else "without a lock"
         with _lock_on(subject) if locked else nullcontext():
-            answers = self._answers(name, locked=locked)
+            answers, expected = self._answers(name, locked=locked)
             texts = _texts(self.suite, settings)
             nats = surprises(
                 subject.model,
@@ -201,14 +215,27 @@ class _Arms:
         values = values_of(self.asked, answered, scored=settings.scorer is not None)
         if texts:
             values[LOG_PERPLEXITY] = {str(number): value for number, value in enumerate(nats)}
-        return _Measured(answered, values)
+        return _Measured(answered, values, expected)
 
-    def divergences(self) -> dict[str, float]:
-        """What the lock does to the first token of the answers to harmless prompts."""
+    def divergences(self, unlocked: _Measured, locked: _Measured) -> dict[str, float]:
+        """What the lock does to the first token of the answers to harmless prompts.
+
+        Both arms have seen that when they answered, unless answers were kept from before.
+        """
         subject, settings = self.subject, self.settings
         harmless = [one for one in self.asked if one.role != "harmful"]
         if subject.lock is None or subject.strength is None or not harmless:
             return {}
+        keys = [one.key for one in harmless]
+        if unlocked.expected.keys() & locked.expected.keys() >= set(keys):
+            found: dict[str, float] = {}
+            for start in range(0, len(keys), settings.batch_size):
+                some = keys[start : start + settings.batch_size]
+                before, after = (
+                    torch.stack([arm.expected[key] for key in some]) for arm in (unlocked, locked)
+                )
+                found |= dict(zip(some, divergences(before, after), strict=True))
+            return found
         nats = next_token_divergences(
             subject.model,
             subject.tokenizer,
@@ -218,10 +245,13 @@ class _Arms:
             system_prompt=settings.system_prompt,
             batch_size=settings.batch_size,
         )
-        return {one.key: value for one, value in zip(harmless, nats, strict=True)}
+        return dict(zip(keys, nats, strict=True))
 
-    def _answers(self, arm: str, *, locked: bool) -> dict[str, Answer]:
-        """The answers by the prompts' keys: those that are kept already, and the others as they come."""
+    def _answers(self, arm: str, *, locked: bool) -> tuple[dict[str, Answer], dict[str, torch.Tensor]]:
+        """The answers by the prompts' keys: those that are kept already, and the others as they come.
+
+        And which first tokens were expected of those that came, where the prompts are harmless.
+        """
         subject, settings, what = self.subject, self.settings, f"answers {arm}"
         rendered = {
             one.key: render_prompt(subject.tokenizer, one.chat, settings.system_prompt) for one in self.asked
@@ -242,6 +272,14 @@ class _Arms:
                 store.add({rendered[missing[place].key]: answer for place, answer in batch.items()})
             self.progress(what, done, len(self.asked))
 
+        expected: dict[str, torch.Tensor] = {}
+        harmless = sum(one.role != "harmful" for one in self.asked)
+
+        def expect(batch: Mapping[int, torch.Tensor]) -> None:
+            for place, logits in batch.items():
+                if missing[place].role != "harmful" and harmless * logits.nbytes <= FIRST_TOKENS_BYTES:
+                    expected[missing[place].key] = logits.log_softmax(dim=-1).cpu()
+
         new = generate(
             subject.model,
             subject.tokenizer,
@@ -250,9 +288,10 @@ class _Arms:
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             on_batch=keep,
+            on_first=expect if subject.lock is not None else None,
         )
         answers = {key: answer for key, answer in found.items() if answer is not None}
-        return answers | {one.key: answer for one, answer in zip(missing, new, strict=True)}
+        return answers | {one.key: answer for one, answer in zip(missing, new, strict=True)}, expected
 
     def _key(self, *, locked: bool) -> dict[str, Any]:
         """Everything that decides the answers of an arm, apart from the texts that they answer."""

@@ -1,7 +1,8 @@
 """The search for a lock and a strength: a coarse grid, refined where it matters, on one half of a suite.
 
 What is found is measured once more on the other half, which nothing was chosen by. One loaded model serves
-for all points: a further strength costs its own answers and readings; the unlocked model is measured once.
+for all points: a further strength costs its own answers and one reading of the benign texts; the unlocked
+model is measured once.
 """
 
 from __future__ import annotations

@@ -100,10 +100,15 @@ def next_token_divergences(
         with apply_lock(model, lock, alpha):
             [(_, logits)] = _read(model, [rows[index] for index in batch], len(batch), sort=False)
         after = _expected(logits, [last[index] for index in batch])
-        divergences = functional.kl_div(after, before, reduction="none", log_target=True).sum(dim=-1)
-        for index, divergence in zip(batch, divergences.tolist(), strict=True):
-            found[index] = max(0.0, divergence)  # rounding alone goes below
+        for index, divergence in zip(batch, divergences(before, after), strict=True):
+            found[index] = divergence
     return found
+
+
+def divergences(before: torch.Tensor, after: torch.Tensor) -> list[float]:
+    """Kullback-Leibler divergence of each row, in nats, of log-probabilities ``[rows, vocabulary]``."""
+    found = functional.kl_div(after, before, reduction="none", log_target=True).sum(dim=-1)
+    return [max(0.0, one) for one in found.tolist()]  # rounding alone goes below
 
 
 def _expected(logits: torch.Tensor, places: Sequence[int]) -> torch.Tensor:

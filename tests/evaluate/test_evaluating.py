@@ -195,6 +195,29 @@ def test_an_evaluation_that_was_cut_off_goes_on_where_it_was(toy: Toy, tmp_path:
     ]
 
 
+def test_what_the_lock_does_to_first_tokens_is_seen_while_answering_and_else_read_anew(
+    toy: Toy, tmp_path: Path
+) -> None:
+    settings, suite = replace(SHORT, answers=tmp_path), toy.suite(6, tasks=4)
+    seen: list[bool] = []
+    hook = toy.model.register_forward_pre_hook(
+        lambda _module, _inputs, named: seen.append(named["use_cache"] is False), with_kwargs=True
+    )
+    try:
+        first = evaluate(subject(toy, 8.0), suite, settings)
+        assert sum(seen) == 2, "benign texts are read once in either arm, and nothing else is"
+        seen.clear()
+        again = evaluate(subject(toy, 8.0), suite, settings)
+        assert seen == [True] * 4, "of answers that were kept nothing else is known"
+    finally:
+        hook.remove()
+    assert again.rows == first.rows
+    divergence = first.locked.figures["next_token_kl"]
+    assert divergence.total == 10
+    assert divergence.value > 1.0
+    assert again.locked.figures["next_token_kl"].value == pytest.approx(divergence.value, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
