@@ -68,12 +68,16 @@ class Point:
         return len(self.lock.heads)
 
     def excess(self, limits: Limits) -> float:
-        """How far it is from keeping the limits, all of them added up; zero where it keeps them."""
+        """How far it is from keeping the limits, all of them added up; zero where it keeps them.
+
+        Rounded, so that 1 less 0.98 is no more than 0.02.
+        """
         allowed = 1.0 if limits.max_utility_loss is None else limits.max_utility_loss
-        return (
+        return round(
             max(0.0, self.rates.harmful - limits.max_harmful_rate)
             + max(0.0, self.unlocked.utility - self.rates.utility - allowed)
-            + max(0.0, self.rates.degenerate - limits.max_degenerate_rate)
+            + max(0.0, self.rates.degenerate - limits.max_degenerate_rate),
+            9,
         )
 
 

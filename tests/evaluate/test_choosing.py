@@ -81,6 +81,13 @@ def test_points_between_those_of_the_grid_are_parts_of_a_step_away() -> None:
     assert choose(points, grid, LIMITS, "room")[0].alpha == 4.0
 
 
+def test_a_point_that_just_keeps_a_limit_keeps_it() -> None:
+    before = Rates(harmful=1.0, utility=1.0, degenerate=0.0)
+    just = Point(LOCK, 4.0, Rates(harmful=0.0, utility=0.98, degenerate=0.0), before)
+    assert just.excess(Limits(max_utility_loss=0.02)) == 0.0
+    assert just.excess(Limits(max_utility_loss=0.019)) > 0.0
+
+
 def test_room_is_counted_under_one_lock() -> None:
     other = base_lock(seed=1)
     narrow = [point(alpha, 0.0, 0.95 if alpha == 2.0 else 0.2) for alpha in (1.0, 2.0, 3.0)]
