@@ -82,7 +82,7 @@ class TestLedger:
     def test_a_ledger_that_nobody_touched_holds(self, run: Run, tmp_path: Path, locked: str) -> None:
         done = run("ledger", "verify", *addresses(tmp_path), "--format", "json").json
         with sqlite3.connect(tmp_path / "registry.db") as connection:
-            (head,) = connection.execute("SELECT digest FROM safelock_ledger WHERE sequence=2").fetchone()
+            (head,) = connection.execute("SELECT digest FROM safelock_ledger WHERE sequence=3").fetchone()
         assert done == {"ok": True, "rows": 3, "head": head, "anchored_rows": None}
 
     def test_looking_at_it_writes_nothing(

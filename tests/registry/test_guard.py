@@ -267,7 +267,7 @@ class TestRenames:
             client.rename_registered_model("bot", "helper")
         with pytest.raises(MlflowException, match="not_locked"):
             download_uri(client, 1, "helper")
-        assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted"]
+        assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted", "rejected"]
 
     def test_a_locked_model_stays_locked_and_served_under_its_new_name(
         self, client: MlflowClient, tmp_path: Path
