@@ -43,7 +43,7 @@ def prepare(
     """Write what the promotion of the version at URI needs: a standalone model, a full fingerprint.
 
     Where the policy says "no_weights: snapshot", a model that was logged as a reference to a hub gets its
-    weights first, at the commit that it names; MLflow fetches them and writes them into the model's folder.
+    weights first, at the commit that it names; they are written into the model's folder.
 
     A standalone model, where the policy asks for that carrier, lies beside the fine-tune and shares its
     weights: by links on one file system, by copies that S3 makes itself. For a full fingerprint every byte of

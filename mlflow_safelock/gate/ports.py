@@ -12,6 +12,7 @@ from mlflow_safelock.apply.checkpoint.progress import Progress
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.leases import Lease, Work
 from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.source import HubReference
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import ArtifactReader, SourceFingerprint
 
@@ -220,7 +221,7 @@ class Artifacts(Protocol):
     def publish(self, folder: Path, uri: str) -> None:
         """Write a local folder to ``uri``."""
 
-    def add_weights_from_hub(self, uri: str) -> None:
+    def add_weights_from_hub(self, uri: str, reference: HubReference) -> None:
         """Write the weights of a hub's model into the folder at ``uri``, which refers to it.
 
         Raises:

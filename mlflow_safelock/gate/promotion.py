@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
-from mlflow_safelock.errors import PromotionRefused, SafelockError, SourceError
+from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.approval import Approved, Request, approve, is_prompt, original_of
 from mlflow_safelock.gate.evaluations import (
@@ -279,13 +279,7 @@ class Gate:
         reference = hub_reference(self.artifacts.reader(original))
         if reference is None:
             return None
-        self.artifacts.add_weights_from_hub(original)
-        if hub_reference(self.artifacts.reader(original)) is not None:
-            raise SourceError(
-                f"The folder {original} holds weights that its MLmodel file does not name, of an attempt "
-                "that was cut off.",
-                next_step="Delete the folder 'model' there, and do it again: safelock prepare.",
-            )
+        self.artifacts.add_weights_from_hub(original, reference)
         fetched = f"The weights of {reference} were fetched."
         row = replace(request, target=SNAPSHOT).row("written", policy, location=original, message=fetched)
         self.registry.record(row)

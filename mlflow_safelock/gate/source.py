@@ -39,6 +39,7 @@ _PICKLED_LANGUAGE_MODEL = re.compile(rb"transformers[\w.]*[^\w]{1,4}[A-Z]\w*(For
 MAX_CONFIG_BYTES = 4 << 20
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 PROMPT_SOURCE = "dummy-source"
 """What MLflow registers as the source of a prompt, which has no artifacts."""
@@ -152,9 +153,16 @@ def hub_reference(reader: ArtifactReader) -> HubReference | None:
     if flavor.get("model_binary") is not None or flavor.get("peft_adaptor"):
         return None
     repository, commit = flavor.get("source_model_name"), str(flavor.get("source_model_revision"))
-    if not isinstance(repository, str) or not _COMMIT.fullmatch(commit):
-        return None
-    return HubReference(repository, commit)
+    return HubReference(str(repository), commit) if is_hub_reference(repository, commit) else None
+
+
+def is_hub_reference(repository: object, commit: str) -> bool:
+    """Whether it is a repository by its owner and name, and no path, and a commit, and no branch."""
+    return (
+        isinstance(repository, str)
+        and _REPOSITORY.fullmatch(repository) is not None
+        and _COMMIT.fullmatch(commit) is not None
+    )
 
 
 def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:

@@ -13,11 +13,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlparse
 from uuid import uuid4
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -32,6 +32,7 @@ from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.locked_models import folder_beside
 from mlflow_safelock.gate.ports import LockedFolder, Writer
+from mlflow_safelock.gate.source import HubReference
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
     ArtifactReader,
@@ -42,6 +43,7 @@ from mlflow_safelock.provenance import (
 )
 from mlflow_safelock.registry.beside import delete_folder, found_folders
 from mlflow_safelock.registry.derived import derive_by_download, derive_locally, derive_on_s3
+from mlflow_safelock.registry.hub import write_weights
 from mlflow_safelock.registry.proxied import PROXIED_SCHEMES, ProxiedArtifacts
 from mlflow_safelock.registry.remote import RemoteArtifacts, source_error
 from mlflow_safelock.registry.s3 import SCHEME, S3Artifacts
@@ -120,21 +122,26 @@ class RegistryArtifacts:
                 "Let the registry's process write beside the model's artifacts.",
             ) from error
 
-    def add_weights_from_hub(self, uri: str) -> None:
-        """Write the weights of a hub's model into the folder at ``uri``, as MLflow does that.
+    def add_weights_from_hub(self, uri: str, reference: HubReference) -> None:
+        """Write the weights of a hub's model into the folder at ``uri``; the MLmodel file comes last.
 
         Raises:
             SourceError: They cannot be fetched or written.
         """
         physical = physical_uri(self.resolve(uri))
         try:
-            mlflow.transformers.persist_pretrained_model(physical)
+            with TemporaryDirectory(prefix="safelock-") as temporary:
+                folder = Path(temporary) / "model"
+                folder.mkdir()
+                write_weights(self.reader(uri).read(MLMODEL_FILE_NAME), reference, folder)
+                _publish_remotely(folder, get_artifact_repository(physical))
+        except SourceError:
+            raise
         except Exception as error:  # the hub's client, transformers and each kind of store raise their own
             raise source_error(
                 f"The weights of the model at {uri} cannot be fetched and written there",
                 error,
-                "Let this process reach the hub and write there, and do it again; if the folder 'model' is "
-                "there by now, delete it before.",
+                "Let this process reach the hub and write there, and do it again.",
             ) from error
 
     def measure(self, uri: str, progress: Progress = silent) -> SourceFingerprint:

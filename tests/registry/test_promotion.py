@@ -21,7 +21,7 @@ from sklearn.linear_model import LinearRegression
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlflow_safelock.apply import apply_lock, attention_of, handle_of
-from mlflow_safelock.errors import LockMismatchError, PolicyError, VerificationError
+from mlflow_safelock.errors import LockMismatchError, PolicyError, PromotionRefused, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
 from mlflow_safelock.gate.ledger import row_digest
@@ -469,7 +469,21 @@ def test_a_model_that_names_a_hub_alone_is_promoted_once_its_weights_were_fetche
         MlflowException, match=rf"no_weights.*{COMMIT}.*safelock prepare models:/bot/{version}"
     ):
         stage(client, version)
-    made = client._get_registry_client().store.prepare("bot", version)
+    # What names a folder of somebody's is no reference, and nothing that its MLmodel file names is run.
+    mlmodel = Path(client.get_model_version_download_uri("bot", str(version))) / "MLmodel"
+    logged = mlmodel.read_text()
+    for what, other in (
+        (f"source_model_name: {BASE}", f"source_model_name: {tmp_path}/hub"),
+        (COMMIT, "main"),
+    ):
+        mlmodel.write_text(logged.replace(what, other))
+        with pytest.raises(PromotionRefused, match="without safetensors weights"):
+            client._get_registry_client().store.prepare("bot", version)
+    mlmodel.write_text(logged.replace("LlamaForCausalLM", "EvilForCausalLM"))
+    with monkeypatch.context() as patched:
+        patched.setattr("mlflow.transformers.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+        made = client._get_registry_client().store.prepare("bot", version)
+    mlmodel.write_text(mlmodel.read_text().replace("EvilForCausalLM", "LlamaForCausalLM"))
     assert made.fetched == f"'{BASE}' at commit {COMMIT}"
     assert client._get_registry_client().store.prepare("bot", version).fetched is None
     stage(client, version)
