@@ -195,17 +195,20 @@ def enroll(
 )
 @click.argument("version", metavar="URI", callback=version_of)
 @reason_option
+@click.option("--digest", metavar="sha256:…", help="Which lock, where another has that URI by now.")
 @format_option
 @mlflow_options
-def revoke(version: tuple[str, int], reason: str, form: str, mlflow_address: MlflowAddress) -> None:
-    """Put on record that the lock at URI may not be applied any more.
+def revoke(
+    version: tuple[str, int], reason: str, digest: str | None, form: str, mlflow_address: MlflowAddress
+) -> None:
+    """Put on record that the lock at URI may not be applied any more; it may be deleted by now.
 
     No promotion applies it from then on, under whatever version it is registered again. What runs it already
     goes on, with a warning in the log, or is refused, as the policy says (lock: revoked). It cannot be taken
     back. This works on a registry that is guarded in this process (--registry-uri safelock+...).
     """
     name, number = version
-    revoked = open_guarded(mlflow_address).revoke_lock(name, number, reason)
+    revoked = open_guarded(mlflow_address).revoke_lock(name, number, reason, digest)
     if form == "json":
         show_json(revoked.model_dump(mode="json"))
     else:

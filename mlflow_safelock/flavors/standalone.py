@@ -24,7 +24,7 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.apply.checkpoint.sharing import own_file, way_of
 from mlflow_safelock.apply.checkpoint.structure import structure_in_words
 from mlflow_safelock.apply.checkpoint.writing import WrittenFile
-from mlflow_safelock.errors import SourceError, VerificationError
+from mlflow_safelock.errors import SourceError, UnreachableError, VerificationError
 from mlflow_safelock.flavors.overlay import FLAVOR_NAME, RECEIPT_FILE, foreign_loader, read_mlmodel
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
@@ -236,9 +236,15 @@ def is_standalone(described: dict[str, Any]) -> bool:
 
 
 def is_complete(reader: ArtifactReader) -> bool:
-    """Whether a model is there: its MLmodel file is written last, so without one a run goes on or ended."""
+    """Whether a model is there: its MLmodel file is written last, so without one a run goes on or ended.
+
+    Raises:
+        UnreachableError: The store does not answer now.
+    """
     try:
         return MLMODEL_FILE_NAME in {file.path for file in reader.files()}
+    except UnreachableError:
+        raise
     except SourceError:
         return False
 

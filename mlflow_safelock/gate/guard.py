@@ -10,30 +10,25 @@ import logging
 from dataclasses import dataclass
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError
-from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
-from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work
-from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce, now
-from mlflow_safelock.gate.locks import check_moves_forward
+from mlflow_safelock.gate.ledger import LedgerEntry, now
 from mlflow_safelock.gate.permissions import require
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Target
-from mlflow_safelock.gate.promotion import NOT_AN_LLM, REGISTERED, Gate, registered_entry
+from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate
 from mlflow_safelock.gate.source import examine
 from mlflow_safelock.gate.tags import LOCK_TAGS, STATE_TAG, UNLOCKED
 from mlflow_safelock.gate.transient import is_transient, unreadable
-from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import Actor
 
 _logger = logging.getLogger(__name__)
 
 READ = Target("read", "download")
 UNLOCK = Target("unlock", "registry")
-REVOKE = Target("lock", "revoked")
 IN_FORCE = Target("policy", "in-force")
-"""What the ledger says a row was for: a download, taking a lock off, revoking one, another policy."""
+"""What the ledger says a row was for: a download, taking a lock off, another policy."""
 
 
 @dataclass(frozen=True)
@@ -202,89 +197,6 @@ class Guard:
                 next_step="Look at the version, then unlock it again.",
             )
         return known.original_location
-
-    def revoke(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> LockInForce:
-        """Put on record that a registered lock may not be applied any more.
-
-        Raises:
-            PromotionRefused: The policy forbids it, it is no lock, or was revoked already; a row in the
-                ledger says so.
-        """
-        try:
-            return self._revoke(name, version, workspace, actor, reason)
-        except PromotionRefused as refusal:
-            request = Request(name, version, REVOKE, actor, workspace)
-            self.gate.reject(request, self.gate.policy(), refusal)
-            raise
-
-    def _revoke(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> LockInForce:
-        require(self.gate.policy().revoke, actor, "revoke_denied", "revoke a lock", "revoke")
-        applied = self._lock_registered_as(name, version, workspace)
-        if self.gate.registry.revocation_of(applied.digest) is not None:
-            raise PromotionRefused(
-                "already_revoked", f"The lock {name!r} version {version} is revoked already."
-            )
-        self.gate.registry.record(
-            Request(name, version, REVOKE, actor, workspace).row(
-                "revoked", self.gate.policy(), reason="revoked", message=reason, lock=applied
-            )
-        )
-        return applied
-
-    def check_new_lock(self, name: str, location: str, workspace: str) -> SafetyLock | None:
-        """Refuse to have a lock registered that another one of its base superseded.
-
-        Args:
-            name: The registered model that it becomes a version of.
-            location: Where it is.
-            workspace: MLflow workspace.
-
-        Returns:
-            The lock; ``None`` where it is none, or one of another base, which no promotion applies.
-
-        Raises:
-            PromotionRefused: It was superseded.
-        """
-        try:
-            lock = self._lock_at(location, name)
-        except Exception as error:  # noqa: BLE001 - each kind of store raises its own
-            _logger.info("What is registered as %s is no lock: %s", name, error)
-            return None
-        if lock_model_name(lock.base_model) != name:
-            return None
-        known = self.gate.registry.locks_of(workspace, lock.base_model)
-        check_moves_forward(lock, f"at {location}", known, self.gate.registry)
-        return lock
-
-    def put_lock_on_record(
-        self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor
-    ) -> None:
-        """Put on record that a lock was registered, unless it was before."""
-        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
-        known = self.gate.registry.locks_of(workspace, lock.base_model)
-        if all(entry.lock is None or entry.lock.digest != lock.digest for entry in known):
-            request = Request(name, version, REGISTERED, actor, workspace)
-            self.gate.registry.record(registered_entry(request, self.gate.policy(), applied))
-
-    def _lock_registered_as(self, name: str, version: int, workspace: str) -> LockInForce:
-        """The lock that is registered as a version, or was before it was deleted."""
-        registry = self.gate.registry
-        known = registry.known_lock(workspace, name, version)
-        is_there = version in {found.version for found in registry.model_versions(name)}
-        if not is_there and known is not None and known.lock is not None:
-            return known.lock
-        found = registry.model_version(name, version)
-        try:
-            lock = self._lock_at(found.location, f"models:/{name}/{version}")
-        except SafelockError as error:
-            raise PromotionRefused(
-                "no_lock", f"{name!r} version {version} is no lock: {error.cause}"
-            ) from error
-        return LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
-
-    def _lock_at(self, location: str, origin: str) -> SafetyLock:
-        artifacts = self.gate.artifacts
-        return lock_from_bytes(artifacts.reader(artifacts.resolve(location)).read(LOCK_FILE), origin=origin)
 
     def _look_at_the_lock(self, decision: LedgerEntry, rule: GateRule, found: ModelVersion) -> None:
         lock = decision.lock

@@ -9,6 +9,7 @@ asks runs on the same machine and can see that; on another machine it is free on
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import time
@@ -34,7 +35,7 @@ TABLE = sa.Table(
     sa.Column("expires", sa.Double, nullable=False),
 )
 
-SECONDS = {"promote": 60.0, "prepare": 3600.0}
+SECONDS = {"promote": 60.0, "prepare": 3600.0, "write": 3600.0}
 """How long a lease lasts by what it is for; a preparation renews its own while bytes move."""
 
 RENEWED_AFTER = 60.0
@@ -56,7 +57,12 @@ class Work:
     workspace: str
     model: str
     version: int
-    purpose: Literal["promote", "prepare"] = "promote"
+    purpose: Literal["promote", "prepare", "write"] = "promote"
+
+    @classmethod
+    def writing(cls, location: str) -> Work:
+        """Writing a locked model at a location, for whichever of the versions that share its fine-tune."""
+        return cls("*", hashlib.sha256(location.encode()).hexdigest(), 0, "write")
 
 
 @dataclass

@@ -148,6 +148,11 @@ class LedgerEntry(BaseModel):
         return tuple(value) if isinstance(value, list) else value
 
     @property
+    def lock_digest(self) -> str | None:
+        """Digest of the lock that the row is about."""
+        return None if self.lock is None else self.lock.digest
+
+    @property
     def locks(self) -> bool:
         """Whether this is a decision by which a version is locked."""
         return self.event in LOCKING
@@ -234,12 +239,46 @@ def locks_of(session: Session, workspace: str, base: str) -> list[LedgerEntry]:
         )
         .order_by(TABLE.c.sequence)
     )
-    return [_entry(row) for row in rows]
+    first: dict[str, LedgerEntry] = {}
+    for row in rows:
+        entry = _entry(row)
+        if entry.lock is not None:
+            first.setdefault(entry.lock.digest, entry)
+    return list(first.values())
 
 
-def known_lock(session: Session, workspace: str, model: str, version: int) -> LedgerEntry | None:
-    """The last row by which the lock registered as a version became known."""
-    row = session.execute(
+def locks_not_on_record(session: Session) -> Iterator[LedgerEntry]:
+    """Rows for the locks that were applied and have none yet, in the order in which they were applied first.
+
+    Raises:
+        LedgerError: A row's body is not what its digest says.
+    """
+    chosen = TABLE.c.event.in_(("registered", *LOCKING))
+    rows = session.execute(sa.select(TABLE).where(chosen).order_by(TABLE.c.sequence)).all()
+    entries = [_entry(row) for row in rows]
+    known = {(entry.workspace, entry.lock_digest) for entry in entries if entry.event == "registered"}
+    for entry in entries:
+        if entry.lock is None or (entry.workspace, entry.lock.digest) in known:
+            continue
+        known.add((entry.workspace, entry.lock.digest))
+        yield LedgerEntry(
+            event="registered",
+            workspace=entry.workspace,
+            model=entry.lock.model,
+            version=entry.lock.version,
+            target="lock:registered",
+            actor=entry.actor,
+            message="It was applied before registered locks were put on record.",
+            policy=entry.policy,
+            lock=entry.lock,
+        )
+
+
+def known_lock(
+    session: Session, workspace: str, model: str, version: int, digest: str | None = None
+) -> LedgerEntry | None:
+    """The last row by which the lock of a version became known; of those with a digest, where given."""
+    rows = session.execute(
         sa.select(TABLE)
         .where(
             TABLE.c.model == model,
@@ -248,9 +287,9 @@ def known_lock(session: Session, workspace: str, model: str, version: int) -> Le
             TABLE.c.event == "registered",
         )
         .order_by(TABLE.c.sequence.desc())
-        .limit(1)
-    ).one_or_none()
-    return None if row is None else _entry(row)
+    )
+    found = (_entry(row) for row in rows)
+    return next((entry for entry in found if digest is None or entry.lock_digest == digest), None)
 
 
 def revocation_of(session: Session, digest: str) -> LedgerEntry | None:

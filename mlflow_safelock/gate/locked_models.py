@@ -25,6 +25,7 @@ from mlflow_safelock.flavors.standalone import (
 )
 from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.failpoints import reach
+from mlflow_safelock.gate.leases import Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.policy import GateRule
 from mlflow_safelock.gate.ports import Artifacts, Registry
@@ -105,15 +106,27 @@ class LockedModels:
             fingerprint=approved.measured,
         )
 
-    def write_standalone(self, approved: Approved, progress: Progress) -> Standalone:
+    def write_standalone(self, approved: Approved, progress: Progress) -> Standalone | None:
         """Write the standalone model of a promotion, read it back, and put it on record.
 
         A whole one that is there and not on record goes: nobody knows who wrote it.
+
+        Returns:
+            What was written; ``None`` where somebody else had, for another version of the same fine-tune.
+
+        Raises:
+            PromotionRefused: Somebody else is writing it.
         """
         location = standalone_location(approved)
-        if is_complete(self.artifacts.reader(location)):
-            _logger.warning("The locked model at %s is not on record, and is written anew", location)
-            self.artifacts.delete_locked_folder(location)
+        with self.registry.lease(Work.writing(location)) as lease:
+            if self.prepared(approved) is not None:
+                return None
+            if is_complete(self.artifacts.reader(location)):
+                _logger.warning("The locked model at %s is not on record, and is written anew", location)
+                self.artifacts.delete_locked_folder(location)
+            return self._write_standalone(approved, location, renewing(lease, progress))
+
+    def _write_standalone(self, approved: Approved, location: str, progress: Progress) -> Standalone:
         written = self.artifacts.derive(
             approved.original,
             location,

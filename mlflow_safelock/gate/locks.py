@@ -202,7 +202,32 @@ def check_moves_forward(
             f"The lock {title} was superseded by {later.model} version {later.version} at {entry.time}, and "
             "an older one does not take its place.",
             next_step="Register the newer one, or a new one (safelock lock register); or put on record that "
-            f"the newer one is no good: safelock lock revoke models:/{later.model}/{later.version}.",
+            f"the newer one is no good: safelock lock revoke models:/{later.model}/{later.version} --digest "
+            f"{later.digest}.",
+        )
+
+
+def _check_that_none_was_newer(
+    found: RegisteredLock, known: Sequence[LedgerEntry], registry: Registry
+) -> None:
+    """Refuse a lock that is not on record and has a lower number than one that was.
+
+    Raises:
+        PromotionRefused: A newer one was, and is gone.
+    """
+    numbers = [
+        entry.lock.version
+        for entry in known
+        if entry.lock is not None
+        and entry.lock.model == found.model
+        and registry.revocation_of(entry.lock.digest) is None
+    ]
+    if max([*numbers, registry.newest_withdrawn(found.model)]) > found.version:
+        raise PromotionRefused(
+            "lock_superseded",
+            f"The lock {found.title} was registered past the gate, and a newer version of {found.model} was "
+            "there and is gone.",
+            next_step="Register the lock that should be in force through the gate: safelock lock register.",
         )
 
 
@@ -210,7 +235,10 @@ def _check_freshness(
     found: RegisteredLock, rule: GateRule, known: Sequence[LedgerEntry], registry: Registry
 ) -> None:
     """Locks of a base only move forward; none is applied that was revoked, or is older than allowed."""
-    check_moves_forward(found.lock, found.title, known, registry)
+    if found.lock.digest in _digests(known):
+        check_moves_forward(found.lock, found.title, known, registry)
+    else:
+        _check_that_none_was_newer(found, known, registry)
     revoked = registry.revocation_of(found.lock.digest)
     if revoked is not None:
         raise PromotionRefused(

@@ -146,8 +146,13 @@ class Registry(Protocol):
     def locks_of(self, workspace: str, base: str) -> Sequence[LedgerEntry]:
         """The rows by which the locks of a base model became known, oldest first."""
 
-    def known_lock(self, workspace: str, name: str, version: int) -> LedgerEntry | None:
+    def known_lock(
+        self, workspace: str, name: str, version: int, digest: str | None = None
+    ) -> LedgerEntry | None:
         """The row by which a registered lock became known, though it be deleted since."""
+
+    def newest_withdrawn(self, name: str) -> int:
+        """Number of the newest deleted version of a registered model, as far as that is told; or 0."""
 
     def writing_of(self, location: str) -> LedgerEntry | None:
         """The last writing of a standalone model at ``location``; ``None`` where the ledger knows of none."""

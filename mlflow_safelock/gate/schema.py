@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from mlflow_safelock.errors import LedgerError
 from mlflow_safelock.gate import leases, ledger
@@ -53,9 +54,34 @@ def _create(part: sa.Table | sa.Index, engine: sa.Engine, is_there: Callable[[],
             ) from error
 
 
+def put_applied_locks_on_record(engine: sa.Engine) -> None:
+    """Append a row ``registered`` for each lock that was applied before there were such rows.
+
+    In the order in which they were applied first.
+
+    Raises:
+        LedgerError: The ledger cannot be read, or others write to it all the time.
+    """
+    for _ in range(RACES):
+        try:
+            with Session(engine) as session, session.begin():
+                for entry in ledger.locks_not_on_record(session):
+                    ledger.append(session, entry)
+            return
+        except (sa.exc.IntegrityError, sa.exc.OperationalError) as error:
+            lost = error  # another process was faster, and may have done all of it
+    raise LedgerError(
+        f"The ledger cannot be brought up to date: {lost}.", next_step="Open the registry again."
+    ) from lost
+
+
+RACES = 20
+"""How often a transaction is repeated that lost the ledger's next row to another process."""
+
 STEPS: tuple[Callable[[sa.Engine], None], ...] = (
     lambda engine: create(ledger.TABLE, engine),
     lambda engine: create(leases.TABLE, engine),
+    put_applied_locks_on_record,
 )
 """What brings the tables from one version to the next; the first makes version 1."""
 

@@ -17,6 +17,8 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
+from mlflow.models.model import MLMODEL_FILE_NAME
+
 from mlflow_safelock.apply.architectures import Architecture, architecture_of
 from mlflow_safelock.apply.checkpoint.layout import is_carried_name
 from mlflow_safelock.apply.checkpoint.progress import Meter, Progress, silent
@@ -58,6 +60,10 @@ def derive_locally(source: Path, destination: Path, write: Writer) -> Standalone
         except OSError:
             if not destination.is_dir():
                 raise
+            if not (destination / MLMODEL_FILE_NAME).exists():
+                # What is written here appears whole: this is somebody else's, or somebody took parts of it.
+                shutil.rmtree(destination)
+                aside.rename(destination)
         return written
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -37,6 +37,11 @@ class RegistryWithoutLedger(SqlRegistry):
         """None."""
         return ()
 
+    def known_lock(
+        self, workspace: str, name: str, version: int, digest: str | None = None
+    ) -> LedgerEntry | None:
+        """None."""
+
     def writing_of(self, location: str) -> LedgerEntry | None:
         """None."""
 

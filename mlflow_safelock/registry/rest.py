@@ -144,6 +144,10 @@ class RestRegistry(SqlLedger):
             self.model_version(name, number) for number in sorted(int(version.version) for version in found)
         ]
 
+    def newest_withdrawn(self, name: str) -> int:
+        """0: a server does not tell of deleted versions."""
+        return 0
+
     def redirect(self, redirection: Redirection) -> bool:
         """Put on record what a version is served as; then tag it, which is for people and decides nothing."""
         at_the_server = self._at_the_server(redirection.name, redirection.version)

@@ -83,6 +83,17 @@ class SqlRegistry(SqlLedger):
             )
             return [_view(row) for row in rows]
 
+    def newest_withdrawn(self, name: str) -> int:
+        """Number of the newest deleted version of a registered model, which MLflow keeps a row of; or 0."""
+        with self._session() as session:
+            newest = (
+                self.store._get_query(session, SqlModelVersion)
+                .filter(SqlModelVersion.name == name, SqlModelVersion.current_stage == STAGE_DELETED_INTERNAL)
+                .order_by(SqlModelVersion.version.desc())
+                .first()
+            )
+            return 0 if newest is None else int(newest.version)
+
     def redirect(self, redirection: Redirection) -> bool:
         """Redirect a version, tag it and append to the ledger, in one transaction or not at all."""
 

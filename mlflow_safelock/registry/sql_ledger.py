@@ -53,9 +53,11 @@ class SqlLedger(ABC):
         """The rows by which the locks of a base model became known, oldest first."""
         return self._from_ledger(lambda session: ledger.locks_of(session, workspace, base))
 
-    def known_lock(self, workspace: str, name: str, version: int) -> LedgerEntry | None:
+    def known_lock(
+        self, workspace: str, name: str, version: int, digest: str | None = None
+    ) -> LedgerEntry | None:
         """The row by which a registered lock became known, though it be deleted since."""
-        return self._from_ledger(lambda session: ledger.known_lock(session, workspace, name, version))
+        return self._from_ledger(lambda session: ledger.known_lock(session, workspace, name, version, digest))
 
     def writing_of(self, location: str) -> LedgerEntry | None:
         """The last writing of a standalone model at ``location``."""

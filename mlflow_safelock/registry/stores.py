@@ -32,6 +32,7 @@ from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import Guard, policy_entry
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
+from mlflow_safelock.gate.lock_records import LockRecords
 from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.policy_file import PolicySource
 from mlflow_safelock.gate.ports import Registry, Target
@@ -118,13 +119,16 @@ class GateMixin:
         lock = self._new_lock(*arguments, **options)
         created = self._create(*arguments, **options)
         if lock is not None:
-            self._refusing(
-                f"put the lock {created.name!r} version {created.version} on record",
-                lambda: self._guard.put_lock_on_record(
-                    lock, created.name, int(created.version), self._workspace, current_actor()
-                ),
-            )
+            self._put_on_record(lock, created)
         return created
+
+    def _put_on_record(self, lock: SafetyLock, created: ModelVersion) -> None:
+        """Put a lock on record that is registered by now; failing that, it is when it is first applied."""
+        try:
+            number = int(created.version)
+            self._locks.put_on_record(lock, created.name, number, self._workspace, current_actor())
+        except Exception:
+            _logger.exception("The lock %s version %s is not on record yet", created.name, created.version)
 
     def _new_lock(
         self, name: str | None = None, source: str | None = None, *_: Any, **__: Any
@@ -134,7 +138,9 @@ class GateMixin:
         if name is not None and source is not None and name.startswith(LOCK_MODEL_PREFIX):
             self._refusing(
                 f"register a lock as a version of {name!r}",
-                lambda: found.append(self._guard.check_new_lock(name, source, self._workspace)),
+                lambda: found.append(
+                    self._locks.check_new(self._name(name), source, self._workspace, current_actor())
+                ),
             )
         return found[0] if found else None
 
@@ -258,14 +264,18 @@ class GateMixin:
         """
         return self._guard.unlock(self._name(name), version, self._workspace, current_actor(), reason)
 
-    def revoke_lock(self, name: str, version: int, reason: str) -> LockInForce:
-        """Put on record that a registered lock may not be applied any more; see ``Guard.revoke``.
+    def revoke_lock(self, name: str, version: int, reason: str, digest: str | None = None) -> LockInForce:
+        """Put on record that a registered lock may not be applied any more; see ``LockRecords.revoke``.
 
         Raises:
             PromotionRefused: It is no lock.
             MlflowException: There is no such version.
         """
-        return self._guard.revoke(self._name(name), version, self._workspace, current_actor(), reason)
+        return self._locks.revoke(self._name(name), version, self._workspace, current_actor(), reason, digest)
+
+    @property
+    def _locks(self) -> LockRecords:
+        return LockRecords(self._gate)
 
     @property
     def reconciling(self) -> Reconciling:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from mlflow_safelock.errors import LedgerError
 from mlflow_safelock.gate import leases, ledger, schema
+from mlflow_safelock.gate.ledger import LockInForce
+from mlflow_safelock.provenance import Actor
 
 
 @pytest.fixture
@@ -53,3 +56,39 @@ def test_tables_that_a_newer_version_wrote_are_refused_and_left_alone(engine: sa
     with pytest.raises(LedgerError, match="Upgrade mlflow-safelock"):
         schema.bring_up_to_date(engine)
     assert schema.version_of(engine) == newer
+
+
+def test_locks_that_were_applied_before_they_had_rows_get_them_once_in_that_order(engine: sa.Engine) -> None:
+    for step in schema.STEPS[:2]:
+        step(engine)
+    with Session(engine) as session, session.begin():
+        for version, digest in enumerate(("2", "1", "2", "3"), 1):
+            lock = LockInForce(
+                model="safelock.b", version=int(digest), digest=f"sha256:{64 * digest}", base_model="b"
+            )
+            ledger.append(session, promotion(version, lock))
+    for _ in range(2):
+        schema.bring_up_to_date(engine)
+        with Session(engine) as session:
+            found = ledger.locks_of(session, "default", "b")
+        assert [entry.lock and entry.lock.version for entry in found] == [2, 1, 3]
+        assert {(entry.model, entry.target) for entry in found} == {("safelock.b", "lock:registered")}
+    with engine.connect() as connection:
+        assert ledger.verify_chain(connection).rows == 7
+
+
+def promotion(version: int, lock: LockInForce) -> ledger.LedgerEntry:
+    return ledger.LedgerEntry(
+        event="promoted",
+        workspace="default",
+        model="bot",
+        version=version,
+        target="stage:Staging",
+        actor=Actor(name="ana", verified=False),
+        policy=lock.digest,
+        lock=lock,
+        alpha=6.0,
+        original_location="s3://b/source",
+        location=f"s3://b/locked/{version}",
+        receipt=lock.digest,
+    )

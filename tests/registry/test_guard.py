@@ -432,6 +432,43 @@ class TestLocksMoveForward:
             stage(client, version)
         assert ledger_rows(tmp_path)[-1]["reason"] == "lock_superseded"
 
+    def test_a_copy_of_an_older_lock_is_none_that_is_newer(self, client: MlflowClient) -> None:
+        log_fine_tune("bot")
+        for seed in (0, 1):
+            register_lock(base_lock(seed=seed))
+        name = lock_model_name(BASE)
+        with pytest.raises(MlflowException, match=r"register a lock.*lock_superseded"):
+            client.copy_model_version(f"models:/{name}/1", name)
+        assert client.copy_model_version(f"models:/{name}/2", name).version == 3
+        stage(client, 1)
+
+    def test_a_lock_that_came_past_the_gate_is_older_than_one_that_comes_through_it_later(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version = log_fine_tune("bot")
+        with stock_registry(tmp_path):
+            register_lock(base_lock(seed=0))
+        register_lock(base_lock(seed=1))
+        known = store_of(client)._gate.registry.locks_of("default", BASE)
+        assert [entry.lock.digest for entry in known] == [base_lock(seed=seed).digest for seed in (0, 1)]
+        stage(client, version)
+        assert ledger_rows(tmp_path)[-1]["lock"]["version"] == 2
+
+    @pytest.mark.parametrize("applied", [True, False])
+    def test_a_lock_that_came_past_the_gate_does_not_follow_a_newer_one_that_is_gone(
+        self, client: MlflowClient, tmp_path: Path, applied: bool
+    ) -> None:
+        version, name = log_fine_tune("bot"), lock_model_name(BASE)
+        with stock_registry(tmp_path):
+            register_lock(base_lock(seed=0))
+            register_lock(base_lock(seed=1))
+        if applied:
+            stage(client, version)
+        with stock_registry(tmp_path):
+            client.delete_model_version(name, "2")
+        with pytest.raises(MlflowException, match=r"lock_superseded.*registered past the gate"):
+            stage(client, log_fine_tune("bot"))
+
     def test_a_newer_lock_that_is_no_good_is_revoked_though_it_be_deleted(
         self, client: MlflowClient, tmp_path: Path
     ) -> None:
@@ -444,6 +481,16 @@ class TestLocksMoveForward:
         register_lock(base_lock(seed=0))
         stage(client, version)
         assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=0).digest
+
+    def test_a_lock_is_revoked_by_its_digest_where_another_has_its_number(self, client: MlflowClient) -> None:
+        name, gone = lock_model_name(BASE), base_lock(seed=1)
+        register_lock(gone)
+        client.delete_registered_model(name)
+        register_lock(base_lock(seed=2))
+        with pytest.raises(PromotionRefused, match="was never sha256:0"):
+            store_of(client).revoke_lock(name, 1, "by mistake", f"sha256:{'0' * 64}")
+        assert store_of(client).revoke_lock(name, 1, "too strong", gone.digest).digest == gone.digest
+        stage(client, log_fine_tune("bot"))
 
     def test_a_revoked_lock_is_applied_no_more(self, client: MlflowClient, tmp_path: Path) -> None:
         locked_version(client)

@@ -121,6 +121,16 @@ def test_a_folder_counts_only_with_the_receipt_that_the_ledger_names(
     with pytest.raises(MlflowException, match="not_prepared"):
         stage(client, version)
     prepare(tmp_path, version)
+    with sqlite3.connect(tmp_path / "registry.db") as connection:
+        connection.execute("DELETE FROM safelock_ledger WHERE event = 'written'")
+    (folder / "MLmodel").unlink()
+    (folder / "more").write_text("x")
+    prepare(tmp_path, version)
+    assert not (folder / "more").exists(), "nobody's parts are left in it"
+    receipt = (folder / "receipt.json").read_bytes()
+    twin = client.create_model_version("bot", client.get_model_version("bot", str(version)).source).version
+    assert prepare(tmp_path, int(twin))["location"] == made["location"]
+    assert (folder / "receipt.json").read_bytes() == receipt, "one that is on record is left as it is"
     stage(client, version)
     assert load_file(folder / path).keys() == shards[path].keys()
     assert all(torch.equal(tensor, shards[path][name]) for name, tensor in load_file(folder / path).items())

@@ -1,0 +1,161 @@
+"""Which locks of a base there were, and in which order: the ledger's rows of registered and revoked locks."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+
+from mlflow_safelock.errors import PromotionRefused, SafelockError
+from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
+from mlflow_safelock.formats import lock_from_bytes
+from mlflow_safelock.gate.approval import Request
+from mlflow_safelock.gate.ledger import LockInForce
+from mlflow_safelock.gate.locks import check_moves_forward
+from mlflow_safelock.gate.permissions import require
+from mlflow_safelock.gate.ports import ModelVersion, Registry, Target
+from mlflow_safelock.gate.promotion import REGISTERED, Gate, registered_entry
+from mlflow_safelock.gate.transient import is_transient, unreadable
+from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import Actor
+
+_logger = logging.getLogger(__name__)
+
+REVOKE = Target("lock", "revoked")
+"""What the ledger says a row was for that revoked a lock, or was to."""
+
+_REGISTERED_VERSION = re.compile(r"models:/([^/@]+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class LockRecords:
+    """The locks on record.
+
+    Attributes:
+        gate: The gate that applies them.
+    """
+
+    gate: Gate
+
+    @property
+    def registry(self) -> Registry:
+        """The registry."""
+        return self.gate.registry
+
+    def check_new(self, name: str, source: str, workspace: str, actor: Actor) -> SafetyLock | None:
+        """Refuse to have a lock registered that another one of its base superseded.
+
+        Those that were registered past the gate, and are there, go on record before it.
+
+        Args:
+            name: The registered model that it becomes a version of.
+            source: Where it is.
+            workspace: MLflow workspace.
+            actor: Who registers it.
+
+        Returns:
+            The lock; ``None`` where it is none, or one of another base, which no promotion applies.
+
+        Raises:
+            PromotionRefused: It was superseded, or its store does not answer now.
+        """
+        lock = self._lock_of_base(name, self._location_of(source))
+        if lock is None:
+            return None
+        for version in self.registry.model_versions(name):
+            if self.registry.known_lock(workspace, name, version.version) is None:
+                earlier = self._lock_of_base(name, version.location)
+                if earlier is not None:
+                    self.put_on_record(earlier, name, version.version, workspace, actor)
+        known = self.registry.locks_of(workspace, lock.base_model)
+        check_moves_forward(lock, f"at {source}", known, self.registry)
+        return lock
+
+    def put_on_record(self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor) -> None:
+        """Put on record that a lock was registered, unless it was before."""
+        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
+        known = self.registry.locks_of(workspace, lock.base_model)
+        if all(entry.lock is None or entry.lock.digest != lock.digest for entry in known):
+            request = Request(name, version, REGISTERED, actor, workspace)
+            self.registry.record(registered_entry(request, self.gate.policy(), applied))
+
+    def revoke(
+        self,
+        name: str,
+        version: int,
+        workspace: str,
+        actor: Actor,
+        reason: str,
+        digest: str | None = None,
+    ) -> LockInForce:
+        """Put on record that a registered lock may not be applied any more.
+
+        Args:
+            name: The registered model.
+            version: Its version.
+            workspace: MLflow workspace.
+            actor: Who revokes it.
+            reason: Why.
+            digest: Which lock, where another one has that name and version by now.
+
+        Raises:
+            PromotionRefused: The policy forbids it, it is no lock, or was revoked already; a row in the
+                ledger says so.
+        """
+        request = Request(name, version, REVOKE, actor, workspace)
+        try:
+            require(self.gate.policy().revoke, actor, "revoke_denied", "revoke a lock", "revoke")
+            applied = self._registered_as(name, version, workspace, digest)
+            if self.registry.revocation_of(applied.digest) is not None:
+                raise PromotionRefused(
+                    "already_revoked", f"The lock {name!r} version {version} is revoked already."
+                )
+        except PromotionRefused as refusal:
+            self.gate.reject(request, self.gate.policy(), refusal)
+            raise
+        policy = self.gate.policy()
+        self.registry.record(request.row("revoked", policy, reason="revoked", message=reason, lock=applied))
+        return applied
+
+    def _registered_as(self, name: str, version: int, workspace: str, digest: str | None) -> LockInForce:
+        """The lock that is registered as a version, or was before it was deleted."""
+        known = self.registry.known_lock(workspace, name, version, digest)
+        is_there = version in {found.version for found in self.registry.model_versions(name)}
+        if known is not None and known.lock is not None and (digest is not None or not is_there):
+            return known.lock
+        found = self.registry.model_version(name, version)
+        try:
+            lock = self._lock_at(found.location, f"models:/{name}/{version}")
+        except SafelockError as error:
+            raise PromotionRefused(
+                "no_lock", f"{name!r} version {version} is no lock: {error.cause}"
+            ) from error
+        if digest not in (None, lock.digest):
+            raise PromotionRefused(
+                "no_lock", f"{name!r} version {version} is the lock {lock.digest}, and was never {digest}."
+            )
+        return LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
+
+    def _lock_of_base(self, name: str, location: str) -> SafetyLock | None:
+        """The lock at a location, where it is one that belongs under a registered model's name."""
+        try:
+            lock = self._lock_at(location, name)
+        except Exception as error:
+            if is_transient(error) and isinstance(error, SafelockError):
+                raise unreadable(error) from error
+            _logger.info("What is registered as %s is no lock: %s", name, error)
+            return None
+        return lock if lock_model_name(lock.base_model) == name else None
+
+    def _location_of(self, source: str) -> str:
+        """Where a source lies, that of a registered version where it names one."""
+        named = _REGISTERED_VERSION.fullmatch(source)
+        if named is None:
+            return source
+        there = {found.version: found for found in self.registry.model_versions(named[1])}
+        found: ModelVersion | None = there.get(int(named[2]))
+        return source if found is None else found.location
+
+    def _lock_at(self, location: str, origin: str) -> SafetyLock:
+        artifacts = self.gate.artifacts
+        return lock_from_bytes(artifacts.reader(artifacts.resolve(location)).read(LOCK_FILE), origin=origin)
