@@ -28,7 +28,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM
     prefer lower layers among equals, and in a deeper toy these heads' outputs may count for little in what
     the last layer decides.
     """
-    return new_llama(tokenizer, layers=1, heads=16, positions=64, seed=seed)
+    return new_llama(tokenizer, layers=1, heads=16, key_value_heads=8, positions=64, seed=seed)
 
 
 def train_base(

@@ -65,14 +65,21 @@ class Schooling:
 
 
 def new_llama(
-    tokenizer: PreTrainedTokenizerBase, *, layers: int, heads: int, positions: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    layers: int,
+    heads: int,
+    key_value_heads: int,
+    positions: int,
+    seed: int,
 ) -> LlamaForCausalLM:
-    """A Llama with random weights: hidden 128, head_dim 16, half as many key/value heads as query heads.
+    """A Llama with random weights: hidden 128, head_dim 16.
 
     Args:
         tokenizer: The tokenizer that it is for.
         layers: Number of layers.
         heads: Number of query heads in each.
+        key_value_heads: Number of key/value heads in each, which query heads share evenly.
         positions: Longest text in tokens.
         seed: The same seed gives the same weights.
     """
@@ -82,7 +89,7 @@ def new_llama(
         intermediate_size=2 * HIDDEN,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
+        num_key_value_heads=key_value_heads,
         head_dim=HEAD_DIM,
         max_position_embeddings=positions,
         pad_token_id=tokenizer.pad_token_id,

@@ -9,7 +9,7 @@ from mlflow_safelock.toys import disturbed_heads, new_llama
 
 
 def test_heads_are_disturbed_for_a_while_only() -> None:
-    model = new_llama(make_tokenizer(), layers=1, heads=16, positions=64, seed=0)
+    model = new_llama(make_tokenizer(), layers=1, heads=16, key_value_heads=8, positions=64, seed=0)
     tokens = torch.arange(4, 12)[None]
     torch.manual_seed(0)
     with torch.no_grad():
@@ -23,7 +23,7 @@ def test_heads_are_disturbed_for_a_while_only() -> None:
 
 
 def test_noise_is_one_displacement_for_all_tokens_of_a_text() -> None:
-    model = new_llama(make_tokenizer(), layers=1, heads=16, positions=64, seed=0)
+    model = new_llama(make_tokenizer(), layers=1, heads=16, key_value_heads=8, positions=64, seed=0)
     projection, seen = model.model.layers[0].self_attn.o_proj, []
     outputs = torch.ones(3, 7, projection.in_features)
     torch.manual_seed(0)
