@@ -102,3 +102,11 @@ def test_removed_is_the_mean_over_risks_of_the_share_of_the_added_harm() -> None
 def test_a_fine_tune_that_added_no_harm_has_none_to_remove() -> None:
     assert removed(Arm.LOCK, found((Risk.BENIGN, 1, 1, 0))) is None
     assert removed(Arm.LOCK, found((Risk.BENIGN, 1, 1, 0), (Risk.EXPLICIT, 0, 10, 10))) == 0.0
+
+
+def test_the_page_holds_the_tables_of_its_figures() -> None:
+    values = json.loads((DOCS / "reproduction.json").read_text())
+    page = (DOCS / "reproduction.md").read_text()
+    for table in markdown(values).strip().split("\n\n"):
+        assert table in page
+    assert values["recipe"] == load_recipe("reproduction").model_dump(mode="json")
