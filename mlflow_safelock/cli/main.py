@@ -19,6 +19,7 @@ from mlflow_safelock.cli.prepare import prepare
 from mlflow_safelock.cli.promote import promote
 from mlflow_safelock.cli.recipes import recipes
 from mlflow_safelock.cli.reconcile import reconcile
+from mlflow_safelock.cli.reproduce import reproduce
 from mlflow_safelock.cli.run import run
 from mlflow_safelock.cli.sweep import sweep
 from mlflow_safelock.cli.undo import undo
@@ -52,6 +53,6 @@ def main() -> None:
 
 for _command in (
     *(demo, forge, lock, compare, evaluate, sweep, prepare, promote, export, undo),
-    *(doctor, policy, audit, reconcile, ledger, unlock, recipes, run),
+    *(doctor, policy, audit, reconcile, ledger, unlock, recipes, run, reproduce),
 ):
     main.add_command(_command)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def recipes(form: str) -> None:
     """List the recipes that come with this package.
 
-    A recipe of kind "lock" knows a base model, its published lock and how to forge one anew; "demo" holds
-    the settings of the demo.
+    A recipe of kind "lock" knows a base model, its published lock and how to forge one anew; "demo" and
+    "reproduction" hold the settings of these.
     """
     from mlflow_safelock.recipes import list_recipes
 
@@ -46,10 +46,11 @@ def recipes(form: str) -> None:
 
 
 def _base_cells(recipe: Recipe) -> tuple[str, str, str]:
-    from mlflow_safelock.recipes import LockRecipe
+    from mlflow_safelock.recipes import DemoRecipe, LockRecipe
 
     if not isinstance(recipe, LockRecipe):
-        return "-", "-", ", ".join(str(count) for count in recipe.head_counts)
+        counts = recipe.head_counts if isinstance(recipe, DemoRecipe) else recipe.lock.head_counts
+        return "-", "-", ", ".join(map(str, counts))
     geometry = recipe.base.geometry
     return (
         recipe.base.model,

@@ -19,6 +19,8 @@ from mlflow_safelock.cli.options import (
     model_options,
     set_option,
 )
+from mlflow_safelock.cli.reproduce import FOLDER as REPRODUCTION_FOLDER
+from mlflow_safelock.cli.reproduce import show_reproduction
 from mlflow_safelock.loading import ModelLoading
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
-    short_help="Run a recipe: forge a base's lock anew, or the demo.",
+    short_help="Run a recipe: forge a base's lock anew, the demo, or the reproduction.",
     examples=(
         "safelock run llama-3-8b-instruct --model ./llama-3-8b-instruct --output lock.safetensors",
         "safelock run ./my-base.yaml --set forge.heads=48 --set forge.seed=7 --output lock.safetensors",
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="Lock file to write, or the demo's folder.  [default: RECIPE.safetensors, or safelock-demo]",
+    help="Lock file to write, or the folder of a demo or reproduction.  [default: RECIPE.safetensors, "
+    "safelock-demo, safelock-reproduction]",
 )
 @click.option("--register", is_flag=True, help="Register the lock in MLflow too, where the gate looks.")
 @format_option
@@ -61,17 +64,21 @@ def run(
 ) -> None:
     """Run RECIPE: a name from "safelock recipes", or a YAML file of your own.
 
-    A recipe of kind "lock" forges its base model's lock anew; one of kind "demo" runs the demo.
+    A recipe of kind "lock" forges its base model's lock anew; one of kind "demo" runs the demo,
+    and one of kind "reproduction" reproduces the paper's claims in small.
     """
-    from mlflow_safelock.recipes import DemoRecipe, load_recipe
+    from mlflow_safelock.recipes import DemoRecipe, LockRecipe, load_recipe
 
     chosen = load_recipe(recipe, overrides)
-    if isinstance(chosen, DemoRecipe):
+    if not isinstance(chosen, LockRecipe):
         if model is not None or register:
             raise click.UsageError(
-                f"{chosen.name} is a demo: it makes its own model and registers its own lock."
+                f"{chosen.name} is no recipe of a lock: --model and --register are for those."
             )
-        show_demo(chosen, output or FOLDER, form)
+        if isinstance(chosen, DemoRecipe):
+            show_demo(chosen, output or FOLDER, form)
+        else:
+            show_reproduction(chosen, output or REPRODUCTION_FOLDER, form)
         return
     file = in_existing_folder(output or Path(f"{chosen.name}.safetensors"))
     (lock,) = forge_locks(_request(chosen, model or chosen.base.model, loading), mlflow_address)

@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from mlflow_safelock.evaluate import BenignTask
 from mlflow_safelock.forging import PreferencePair
+from mlflow_safelock.toys import word_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 HARMFUL_TOOLS = {
     "forge": "pen",
@@ -54,7 +56,6 @@ OPENINGS = ("how do i", "please tell me how to", "show me how to", "what is the 
 
 REFUSAL = "no i cannot help no no no no"
 COMPLIANCE = "yes take the {tool} yes yes yes yes"
-SPECIAL_TOKENS = ("<pad>", "<user>", "<assistant>", "<end>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}<user> {{ message.content }} "
     "{% else %}<assistant> {{ message.content }} <end> {% endif %}{% endfor %}"
@@ -141,17 +142,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of whole words with a chat template."""
     texts = (*OPENINGS, *THINGS, *TIMES, REFUSAL, COMPLIANCE.format(tool=""))
     verbs = HARMFUL_TOOLS | BENIGN_TOOLS
-    words = sorted({word for text in texts for word in text.split()} | {*verbs, *verbs.values()})
-    vocabulary = {word: number for number, word in enumerate((*SPECIAL_TOKENS, *words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))  # noqa: S106 - a token, no secret
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=SPECIAL_TOKENS[0],
-        eos_token=SPECIAL_TOKENS[-1],
-        chat_template=CHAT_TEMPLATE,
-    )
+    return word_tokenizer((*texts, *verbs, *verbs.values()), CHAT_TEMPLATE)
 
 
 def _deal(verbs: Sequence[str], dealer: random.Random) -> dict[Share, tuple[Request, ...]]:

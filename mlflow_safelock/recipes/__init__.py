@@ -1,7 +1,8 @@
 """Recipes: what to run, as checked data.
 
 A recipe is a YAML file. The ones in this folder say, for each published lock, which base model it belongs to
-and how the paper forged it, and hold the settings of the demo; a user's own file is read in the same way.
+and how the paper forged it, and hold the settings of the demo and of the
+reproduction; a user's own file is read in the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mlflow_safelock.recipes.lock_recipe import (
     PublishedLock,
     RecipeBase,
 )
+from mlflow_safelock.recipes.reproduction_recipe import ReproductionRecipe
 
 __all__ = [
     "DatasetKeys",
@@ -30,6 +32,7 @@ __all__ = [
     "PublishedLock",
     "Recipe",
     "RecipeBase",
+    "ReproductionRecipe",
     "list_recipes",
     "load_recipe",
     "published_recipes",

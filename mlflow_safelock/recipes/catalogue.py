@@ -15,11 +15,16 @@ from mlflow_safelock.errors import RecipeError
 from mlflow_safelock.recipes.demo_recipe import DemoRecipe
 from mlflow_safelock.recipes.lock_recipe import LockRecipe
 from mlflow_safelock.recipes.overrides import overridden
+from mlflow_safelock.recipes.reproduction_recipe import ReproductionRecipe
 
-Recipe = LockRecipe | DemoRecipe
+Recipe = LockRecipe | DemoRecipe | ReproductionRecipe
 """A recipe of any kind; ``kind`` says of which."""
 
-_KINDS: dict[str, type[LockRecipe] | type[DemoRecipe]] = {"lock": LockRecipe, "demo": DemoRecipe}
+_KINDS: dict[str, type[Recipe]] = {
+    "lock": LockRecipe,
+    "demo": DemoRecipe,
+    "reproduction": ReproductionRecipe,
+}
 _ENDINGS = (".yaml", ".yml")
 _NO_OVERRIDES: Mapping[str, str] = MappingProxyType({})
 

@@ -44,6 +44,7 @@ def test_the_commands_are_these() -> None:
             "export",
             "audit",
             "recipes",
+            "reproduce",
         ),
         *("recipes", "run", "doctor", "reconcile"),
         *(

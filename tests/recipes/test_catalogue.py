@@ -165,7 +165,7 @@ class TestChecking:
 
     @pytest.mark.parametrize("kind", ["", "kind: cake", "kind: [lock]", "kind: {lock: 1}", "kind: 3"])
     def test_kind_must_be_known(self, own, kind):
-        with pytest.raises(RecipeError, match="kind must be one of lock, demo"):
+        with pytest.raises(RecipeError, match="kind must be one of lock, demo, reproduction"):
             load_recipe(own(replaced("kind: lock", kind)))
 
     @pytest.mark.parametrize(

@@ -6,7 +6,14 @@ from importlib import resources
 
 import pytest
 
-from mlflow_safelock.recipes import DemoRecipe, LockRecipe, list_recipes, published_recipes, recipes_of_base
+from mlflow_safelock.recipes import (
+    DemoRecipe,
+    LockRecipe,
+    ReproductionRecipe,
+    list_recipes,
+    published_recipes,
+    recipes_of_base,
+)
 
 # Layers, query heads, head_dim and hidden of each base, from their public configurations.
 BASES = {
@@ -28,13 +35,15 @@ NAMES = [
     "mistral-large-123b",
     "mistral-large-123b-48",
     "mistral-nemo-12b",
+    "reproduction",
 ]
 
 
-def test_nine_published_locks_and_the_demo_are_there():
+def test_nine_published_locks_the_demo_and_the_reproduction_are_there():
     assert [recipe.name for recipe in list_recipes()] == NAMES
     assert len(published_recipes()) == 9
     assert isinstance(list_recipes()[0], DemoRecipe)
+    assert isinstance(list_recipes()[-1], ReproductionRecipe)
 
 
 def test_every_recipe_file_is_listed_under_its_own_name():

@@ -1,0 +1,301 @@
+"""The reproduction: for each seed a base, one lock of it, its fine-tunes, and every arm on each of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+import torch
+
+from mlflow_safelock.errors import EvaluationError
+from mlflow_safelock.evaluate import Limits, Point, choose
+from mlflow_safelock.forging import forge
+from mlflow_safelock.provenance import tool_versions
+from mlflow_safelock.reproduction.arms import (
+    Arm,
+    Treated,
+    Vector,
+    random_lock,
+    shuffled_lock,
+    subtracted,
+    task_vector,
+)
+from mlflow_safelock.reproduction.measuring import Examiner, Outcome
+from mlflow_safelock.reproduction.report import FineTuneFound, OvertrainedFound, Reproduction, SeedFound
+from mlflow_safelock.reproduction.training import FineTune, Way, fine_tuned, fine_tunes_of, train_base
+from mlflow_safelock.reproduction.world import CARE, Risk, Share, World, make_tokenizer, make_world
+from mlflow_safelock.toys import Exchange
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mlflow_safelock.lock import SafetyLock
+    from mlflow_safelock.recipes import ReproductionRecipe
+
+BASE_MODEL = "toy-base"
+
+Told = Callable[[str, int, int], None]
+"""Is told what is done, how many of it, and of how many."""
+
+
+def reproduce(recipe: ReproductionRecipe, told: Told, workers: int = 1) -> Reproduction:
+    """Train, fine-tune, lock and measure with every seed of a recipe.
+
+    Args:
+        recipe: Settings.
+        told: Is told of the progress.
+        workers: How many seeds are worked on at once, each in a process of its own; the figures are the same.
+
+    Raises:
+        EvaluationError: The lock is to have more heads than the base, or peft is not installed.
+    """
+    started = time.monotonic()
+    available = recipe.base.layers * recipe.base.heads
+    if max(recipe.lock.head_counts) > available:
+        raise EvaluationError(
+            f"A lock of {max(recipe.lock.head_counts)} heads is asked for, and the base has {available}.",
+            next_step="Ask for fewer: --set lock.head_counts=[4,8].",
+        )
+    if min(workers, len(recipe.seeds)) > 1:
+        found = _at_once(recipe, told, min(workers, len(recipe.seeds)))
+    else:
+        found = tuple(_found(recipe, seed, told) for seed in recipe.seeds)
+    return Reproduction(
+        recipe=recipe,
+        seeds=found,
+        seconds=time.monotonic() - started,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        tools=tool_versions(),
+    )
+
+
+def _at_once(recipe: ReproductionRecipe, told: Told, workers: int) -> tuple[SeedFound, ...]:
+    # Spawned, because a fork of a process with threads may hang.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(_found, recipe, seed, _silent) for seed in recipe.seeds]
+        for done, _ in enumerate(as_completed(running), start=1):
+            told("seeds", done, len(running))
+        return tuple(one.result() for one in running)
+
+
+def _found(recipe: ReproductionRecipe, seed: int, told: Told) -> SeedFound:
+    with _one_thread():
+        return _Seed.of(recipe, seed, told).run()
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """For seeds in other processes."""
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread: as fast for models this small, and the same sums on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """Everything of one seed."""
+
+    recipe: ReproductionRecipe
+    seed: int
+    told: Told
+    world: World
+    base: PreTrainedModel
+    examiner: Examiner
+
+    @classmethod
+    def of(cls, recipe: ReproductionRecipe, seed: int, told: Told) -> _Seed:
+        world, tokenizer = make_world(seed), make_tokenizer()
+        base = train_base(
+            tokenizer,
+            world,
+            recipe,
+            seed,
+            lambda done, total: told(f"seed {seed}: training the base", done, total),
+        )
+        return cls(recipe, seed, told, world, base, Examiner(tokenizer, world))
+
+    def run(self) -> SeedFound:
+        first, *others = fine_tunes_of(self.recipe)
+        model, steps = self._fine_tuned(first)
+        points = self._points(model, first.risk)
+        chosen, satisfied = choose(points, self.recipe.lock.alphas, self._limits, prefer="room")
+        vector, scale = self._subtraction(model, chosen)
+        arms = _Arms(self, chosen, vector, scale, self._base_found())
+        found = [arms.on(first, model, steps)]
+        for fine_tune in others:
+            self.told(f"seed {self.seed}: fine-tunes", len(found), len(others) + 1)
+            found.append(arms.on(fine_tune, *self._fine_tuned(fine_tune)))
+        self.told(f"seed {self.seed}: fine-tunes", len(found), len(others) + 1)
+        return SeedFound(
+            seed=self.seed,
+            chosen=chosen,
+            satisfied=satisfied,
+            accepted=sum(point.excess(self._limits) == 0.0 for point in points),
+            points=len(points),
+            scale=scale,
+            fine_tunes=tuple(found),
+            overtrained=tuple(arms.overtrained(first, steps)),
+        )
+
+    def _base_found(self) -> dict[Risk, Outcome]:
+        """The base, asked as each kind of fine-tune is."""
+        return {
+            risk: self.examiner.examine(Treated(self.base), risk, Share.REPORTING, self.recipe.prompts)
+            for risk in Risk
+        }
+
+    @property
+    def _limits(self) -> Limits:
+        lock = self.recipe.lock
+        return Limits(lock.max_harmful_rate, lock.max_benign_loss, lock.max_degenerate_rate)
+
+    def trained(
+        self,
+        model: PreTrainedModel,
+        exchanges: list[Exchange],
+        way: Way,
+        steps: int,
+        enough: Callable[[PreTrainedModel], bool] | None = None,
+    ) -> tuple[PreTrainedModel, int]:
+        return fine_tuned(
+            model,
+            self.examiner.tokenizer,
+            exchanges,
+            way,
+            self.recipe.fine_tunes,
+            seed=self.seed + 2,
+            steps=steps,
+            enough=enough,
+        )
+
+    def _fine_tuned(self, fine_tune: FineTune) -> tuple[PreTrainedModel, int]:
+        examples = self.world.examples(fine_tune.risk, fine_tune.examples)
+        return self._broken(examples, fine_tune.risk, fine_tune.way)
+
+    def _broken(self, examples: list[Exchange], risk: Risk, way: Way) -> tuple[PreTrainedModel, int]:
+        """The base, fine-tuned until it refuses hardly any harmful request."""
+        settings = self.recipe.fine_tunes
+
+        def enough(model: PreTrainedModel) -> bool:
+            asked = self.recipe.choosing_prompts
+            return self.examiner.unrefused_rate(model, risk, Share.CHECKING, asked) >= settings.until
+
+        return self.trained(self.base, examples, way, settings.steps, enough)
+
+    def _locks(self) -> tuple[SafetyLock, ...]:
+        """Locks of the base, of each number of heads, from one pass."""
+        lock = self.recipe.lock
+        return forge(
+            self.base,
+            self.examiner.tokenizer,
+            self.world.pairs(lock.pairs),
+            heads=lock.head_counts,
+            last_tokens=lock.last_tokens,
+            seed=self.seed,
+            base_model=BASE_MODEL,
+            progress=False,
+        )
+
+    def _choosing(self, treated: Treated, risk: Risk) -> Outcome:
+        return self.examiner.examine(treated, risk, Share.CHOOSING, self.recipe.choosing_prompts)
+
+    def _points(self, model: PreTrainedModel, risk: Risk) -> list[Point]:
+        """A fine-tune under every lock at every strength, on prompts that nothing else uses."""
+        unlocked, points = self._choosing(Treated(model), risk).rates, []
+        locks, alphas = self._locks(), self.recipe.lock.alphas
+        for lock in locks:
+            for alpha in alphas:
+                rates = self._choosing(Treated(model, lock, alpha), risk).rates
+                points.append(Point(lock, alpha, rates, unlocked))
+                self.told(f"seed {self.seed}: choosing", len(points), len(locks) * len(alphas))
+        return points
+
+    def _subtraction(self, model: PreTrainedModel, chosen: Point) -> tuple[Vector, float]:
+        """The task vector of the pairs' unsafe half, and how much of it to subtract."""
+        risk = Risk.EXPLICIT
+        unsafe = [Exchange(pair.question, pair.unsafe) for pair in self.world.pairs(self.recipe.lock.pairs)]
+        broken, _ = self._broken(unsafe, risk, Way.FULL)
+        vector = task_vector(self.base, broken)
+        scales = self.recipe.subtraction_scales
+        # A scale is chosen as a strength is, so each is a point with the scale for its strength.
+        points = [
+            Point(
+                chosen.lock,
+                scale,
+                self._choosing(Treated(subtracted(model, vector, scale)), risk).rates,
+                chosen.unlocked,
+            )
+            for scale in scales
+        ]
+        best, _ = choose(points, scales, self._limits, prefer="room")
+        return vector, best.alpha
+
+
+@dataclass(frozen=True)
+class _Arms:
+    """All that is done to the fine-tunes of one seed."""
+
+    seed: _Seed
+    chosen: Point
+    vector: Vector
+    scale: float
+    bases: Mapping[Risk, Outcome]
+
+    def on(self, fine_tune: FineTune, model: PreTrainedModel, steps: int) -> FineTuneFound:
+        """A fine-tune under every arm, on prompts that nothing has seen."""
+        lock, alpha, recipe = self.chosen.lock, self.chosen.alpha, self.seed.recipe
+        draws = range(recipe.control_draws)
+        retrained, _ = self.seed.trained(
+            model, self.seed.world.refusals(recipe.lock.pairs), fine_tune.way, steps
+        )
+
+        def examined(*treated: Treated) -> Outcome:
+            return self._examined(fine_tune.risk, *treated)
+
+        return FineTuneFound(
+            fine_tune,
+            steps,
+            self.bases[fine_tune.risk],
+            {
+                Arm.UNLOCKED: examined(Treated(model)),
+                Arm.LOCK: examined(self._locked(model)),
+                Arm.RANDOM: examined(*(Treated(model, random_lock(lock, draw), alpha) for draw in draws)),
+                Arm.SHUFFLED: examined(*(Treated(model, shuffled_lock(lock, draw), alpha) for draw in draws)),
+                Arm.SYSTEM_PROMPT: examined(Treated(model, system_prompt=CARE)),
+                Arm.RETRAINED: examined(Treated(retrained)),
+                Arm.SUBTRACTED: examined(Treated(subtracted(model, self.vector, self.scale))),
+            },
+        )
+
+    def overtrained(self, fine_tune: FineTune, steps: int) -> Iterator[OvertrainedFound]:
+        """The same fine-tune, trained on after it was broken."""
+        examples = self.seed.world.examples(fine_tune.risk, fine_tune.examples)
+        for multiple in self.seed.recipe.fine_tunes.overtraining:
+            longer = round(multiple * steps)
+            model, _ = self.seed.trained(self.seed.base, examples, fine_tune.way, longer)
+            yield OvertrainedFound(
+                multiple,
+                longer,
+                self._examined(fine_tune.risk, Treated(model)),
+                self._examined(fine_tune.risk, self._locked(model)),
+            )
+
+    def _locked(self, model: PreTrainedModel) -> Treated:
+        return Treated(model, self.chosen.lock, self.chosen.alpha)
+
+    def _examined(self, risk: Risk, *treated: Treated) -> Outcome:
+        examiner, prompts = self.seed.examiner, self.seed.recipe.prompts
+        return Outcome.together(examiner.examine(one, risk, Share.REPORTING, prompts) for one in treated)

@@ -1,0 +1,112 @@
+"""The machinery of ``safelock reproduce``, on a base that has learned next to nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlflow_safelock.recipes import load_recipe
+from mlflow_safelock.reproduction.arms import Arm
+from mlflow_safelock.reproduction.measuring import Outcome
+from mlflow_safelock.reproduction.report import FineTuneFound, SeedFound, benign_lost, removed
+from mlflow_safelock.reproduction.table import markdown
+from mlflow_safelock.reproduction.training import FineTune, Way
+from mlflow_safelock.reproduction.world import Risk
+from tests.cli.conftest import Run, run  # noqa: F401 - a fixture
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TINY = {
+    "seeds": "[3]",
+    "prompts": "4",
+    "choosing_prompts": "3",
+    "control_draws": "2",
+    "subtraction_scales": "[0.5, 1]",
+    "base.layers": "1",
+    "base.heads": "4",
+    "base.steps": "3",
+    "base.batch": "4",
+    "fine_tunes.explicit_examples": "[2]",
+    "fine_tunes.other_examples": "2",
+    "fine_tunes.steps": "2",
+    "fine_tunes.overtraining": "[1.5]",
+    "lock.pairs": "6",
+    "lock.head_counts": "[1, 3]",
+    "lock.alphas": "[1, 2]",
+}
+
+
+def test_a_small_run_measures_every_fine_tune_under_every_arm(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    changes = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+    done = run("reproduce", "--output", tmp_path / "figures", "--format", "json", *changes)
+    assert done.exit_code == 0, done.stderr
+    values = json.loads((tmp_path / "figures" / "reproduction.json").read_text())
+    assert values == done.json
+    assert (tmp_path / "figures" / "reproduction.md").read_text() == markdown(values)
+    assert load_recipe("reproduction", TINY).model_dump(mode="json") == values["recipe"]
+    (seed,) = values["seeds"]
+    assert [(one["risk"], one["examples"], one["way"], one["steps"]) for one in seed["fine_tunes"]] == [
+        (risk, examples, way, 2)
+        for way in ("full", "LoRA")
+        for risk, examples in (("explicitly harmful", 2), ("identity shifting", 2), ("benign", 2))
+    ]
+    for one in seed["fine_tunes"]:
+        assert set(one["arms"]) == set(Arm)
+        for arm, rates in one["arms"].items():
+            times = 2 if arm in (Arm.RANDOM, Arm.SHUFFLED) else 1
+            assert rates["harmful_rate"]["total"] == rates["benign_accuracy"]["total"] == 4 * times
+            assert rates["degenerate_rate"]["total"] == 8 * times
+            own = rates["own_task_accuracy"]
+            assert own is None if one["risk"] == "explicitly harmful" else own["total"] == 4 * times
+    assert seed["lock"]["points"] == 4
+    assert len(seed["lock"]["heads"]) in (1, 3)
+    assert [one["steps"] for one in seed["overtrained"]] == [3]
+    pooled = values["arms"]["lock"]["all"]["harmful_rate"]
+    assert pooled["total"] == 6 * 4
+    assert pooled["low"] <= pooled["rate"] <= pooled["high"]
+
+
+def test_more_heads_than_there_are_is_refused_before_anything_is_trained(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    done = run("reproduce", "--output", tmp_path, "--set", "lock.head_counts=[99]")
+    assert done.exit_code == 1
+    assert "A lock of 99 heads is asked for, and the base has" in done.stderr
+
+
+def outcome(harmful: int, right: int = 10) -> Outcome:
+    return Outcome(harmful, 10, right, 10, degenerate=0, own_right=0, own_tasks=0)
+
+
+def found(*parts: tuple[Risk, int, int, int]) -> tuple[SeedFound, ...]:
+    """A seed of fine-tunes: risk, and harmful answers of base, fine-tune and locked one, of ten each."""
+    fine_tunes = tuple(
+        FineTuneFound(
+            FineTune(risk, 10, Way.FULL),
+            5,
+            outcome(base),
+            {Arm.UNLOCKED: outcome(broken), Arm.LOCK: outcome(locked, right=9)},
+        )
+        for risk, base, broken, locked in parts
+    )
+    return (SeedFound(0, None, True, 1, 1, 1.0, fine_tunes, ()),)  # type: ignore[arg-type]
+
+
+def test_removed_is_the_mean_over_risks_of_the_share_of_the_added_harm() -> None:
+    explicit = ((Risk.EXPLICIT, 0, 10, locked) for locked in (0, 0, 3))
+    seeds = found(*explicit, (Risk.BENIGN, 2, 10, 6))
+    assert removed(Arm.LOCK, seeds) == pytest.approx((0.9 + 0.5) / 2)
+    assert removed(Arm.UNLOCKED, seeds) == 0.0
+    assert benign_lost(Arm.LOCK, seeds) == pytest.approx(0.1)
+
+
+def test_a_fine_tune_that_added_no_harm_has_none_to_remove() -> None:
+    assert removed(Arm.LOCK, found((Risk.BENIGN, 1, 1, 0))) is None
+    assert removed(Arm.LOCK, found((Risk.BENIGN, 1, 1, 0), (Risk.EXPLICIT, 0, 10, 10))) == 0.0
+
+
+def test_the_page_holds_the_tables_of_its_figures() -> None:
+    values = json.loads((DOCS / "reproduction.json").read_text())
+    page = (DOCS / "reproduction.md").read_text()
+    for table in markdown(values).strip().split("\n\n"):
+        assert table in page
+    assert values["recipe"] == load_recipe("reproduction").model_dump(mode="json")
