@@ -28,6 +28,7 @@ from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
 from mlflow_safelock.lock import SafetyLock
+from tests.keys import write_keys
 from tests.models import tiny_model
 from tests.registries import (
     BASE,
@@ -253,6 +254,45 @@ class TestRenames:
             client.rename_registered_model("sandbox-x", "prod-x")
         client.rename_registered_model("sandbox-x", "sandbox-y")
         assert download_uri(client, version, "sandbox-y")
+
+    def test_a_locked_model_gets_no_name_under_which_its_promotion_would_be_refused(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        key = write_keys(tmp_path).public.name
+        signed = f"signature: {{required: true, public_keys: [{key}]}}"
+        gates = {
+            "sandbox-*": "reads: refuse",
+            "signed-*": signed,
+            "measured-*": "evaluation: {}",
+            "young-*": "lock: {max_age_days: 1}",
+            "weak-*": "alpha: {default: 3.0, max: 4.0}",
+            "same-*": "reads: refuse",
+        }
+        lines = "".join(f'  - {{models: "{models}", {rule}}}\n' for models, rule in gates.items())
+        client = open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates:\n{lines}")
+        version = log_fine_tune("sandbox-x")
+        old = base_lock()
+        created = old.metadata.model_copy(update={"created": "2020-01-01T00:00:00+00:00"})
+        register_lock(SafetyLock(old.heads, created, old.scores))
+        stage(client, version, "sandbox-x")
+        for name, reason in (
+            ("signed-x", "unsigned_lock"),
+            ("measured-x", "missing_evaluation"),
+            ("young-x", "lock_expired"),
+            ("weak-x", "not_locked"),
+        ):
+            with pytest.raises(MlflowException, match=rf"\[{reason}\].*{name}.*stage:Staging.*rename, and"):
+                client.rename_registered_model("sandbox-x", name)
+            assert ledger_rows(tmp_path)[-1]["target"] == f"rename:{name}"
+        with stock_registry(tmp_path):
+            MlflowClient().rename_registered_model("sandbox-x", "signed-x")
+        store_of(client).rename_registered_model("sandbox-x", "signed-x")  # as if only its rows were missing
+        with pytest.raises(MlflowException, match=r"not_locked.*knows no promotion"):
+            download_uri(client, version, "signed-x")
+        with stock_registry(tmp_path):
+            MlflowClient().rename_registered_model("signed-x", "sandbox-x")
+        client.rename_registered_model("sandbox-x", "same-x")
+        assert download_uri(client, version, "same-x")
 
     def test_a_locked_place_that_is_registered_anew_is_no_renamed_model(
         self, client: MlflowClient, tmp_path: Path
