@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
@@ -219,10 +219,10 @@ def file_evaluation(
     check_applies(approved, measured.lock, measured.alpha, measured.suite.name)
     check_fingerprint(measured.source, artifacts.reader(approved.original))
     location = _location(approved, statement, envelope)
-    filed = registry.evaluations_of(approved.original)
-    known = [row for row in filed if (row.receipt, row.location) == (statement.digest, location)]
-    if known:
-        return known[0]
+    rows = registry.evaluations_of(approved.original)
+    known = _row_of(statement, envelope, rows, approved.rule.evaluation, artifacts)
+    if known is not None:
+        return known
     files = {STATEMENT_FILE: statement.to_bytes()}
     if envelope is not None:
         files[EVALUATION_SIGNATURE_FILE] = envelope
@@ -351,6 +351,39 @@ def _is_signed(
 def _was_filed_with(envelope: bytes | None, statement: EvaluationStatement, row: LedgerEntry) -> bool:
     """Whether a row's statement was filed with this signature, or with none: its place is named by that."""
     return PurePosixPath(row.location or "").name == _place_name(statement, envelope)
+
+
+def _row_of(
+    statement: EvaluationStatement,
+    envelope: bytes | None,
+    rows: Sequence[LedgerEntry],
+    rule: EvaluationRule | None,
+    artifacts: Artifacts,
+) -> LedgerEntry | None:
+    """The row of a statement that counts as much as the one to be filed; ``None`` where there is none.
+
+    Some keys sign differently each time, so a signature counts as another one's where both do.
+
+    Raises:
+        SourceError: A store does not answer now.
+    """
+    for row in rows:
+        if row.receipt != statement.digest:
+            continue
+        if envelope is not None and _was_filed_with(None, statement, row):
+            continue
+        try:
+            _statement_of(row, artifacts.reader(row.location or ""))
+            counts = (
+                rule is None or not rule.signature.required or _is_signed(statement, row, rule, artifacts)
+            )
+        except SafelockError as error:
+            if is_transient(error):
+                raise
+            continue
+        if counts:
+            return row
+    return None
 
 
 def _is_bound(measured: Measured, approved: Approved, rule: EvaluationRule, suite: str) -> bool:

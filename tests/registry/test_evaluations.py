@@ -353,6 +353,9 @@ def test_no_older_evaluation_counts_in_the_place_of_one_that_is_gone(
     with monkeypatch.context() as patch:
         patch.setattr(LocalArtifacts, "read", away)
         assert "[unreachable]" in shop.refused().message
+    shop.file(bad)
+    assert "[evaluation_failed]" in shop.refused().message, "filing it again brings it back"
+    shutil.rmtree(folder)
     shop.file(older(good, seconds=0))
     shop.promote()
 
@@ -365,7 +368,8 @@ def test_a_signature_that_is_gone_hides_no_newer_evaluation(shop: Shop, tmp_path
     rates = good.predicate.rates
     worse = rates | {"harmful_rate": rates["harmful_rate"].model_copy(update={"count": 20})}
     bad = older(changed(good, rates=worse), seconds=0)
-    shop.file(good, sign(good.to_bytes(), key))
+    entry = shop.file(good, sign(good.to_bytes(), key))
+    assert shop.file(good, sign(good.to_bytes(), key)) == entry, "ECDSA signs differently every time"
     folder = Path(shop.file(bad, sign(bad.to_bytes(), key)).location.removeprefix("file://"))
     (folder / EVALUATION_SIGNATURE_FILE).unlink()
     assert "is gone or was changed" in shop.refused().message
