@@ -32,6 +32,7 @@ from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, stan
 from mlflow_safelock.gate.measurements import Measured, Measurements
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
+from mlflow_safelock.gate.remembered import holds
 from mlflow_safelock.gate.source import examine, hub_reference
 from mlflow_safelock.gate.tags import Stated
 from mlflow_safelock.gate.transient import AGAIN, is_transient, unreadable
@@ -375,7 +376,9 @@ class Gate:
             return False
         if known.contents is None:
             return is_prompt(found)
-        return known.contents.are_in(self.artifacts.reader(self.artifacts.resolve(found.location)))
+        contents = known.contents
+        reader = self.artifacts.reader(self.artifacts.resolve(found.location))
+        return holds(reader, contents.model_dump_json(), lambda: contents.are_in(reader))
 
     def _accept_the_faster_one(self, approved: Approved) -> None:
         """Somebody redirected the version meanwhile: fine if they did what this promotion wanted."""

@@ -6,8 +6,9 @@ import getpass
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
 from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import Span
+from mlflow_safelock.registry.artifacts import RegistryArtifacts
+from mlflow_safelock.registry.remote import RemoteArtifacts
 from tests.keys import write_keys
 from tests.models import tiny_model
 from tests.registries import (
@@ -186,6 +190,39 @@ class TestReads:
         register_lock(base_lock())
         stage(client, 1, "prices")
         assert loaded_biases("models:/prices/Staging")
+
+    def test_a_store_without_parts_is_not_read_whole_at_each_read(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[str] = []
+
+        class Recorded(RemoteArtifacts):
+            def read_many(self, path: str, spans: Sequence[Span]) -> list[bytes]:
+                asked.append(path)
+                return super().read_many(path, spans)
+
+        log_prices()
+        folder = Path(download_uri(client, 1, "prices"))
+        (folder / "table.csv").write_bytes(bytes(2 << 20))
+        stores = RegistryArtifacts.reader
+        remote = Recorded(folder.as_uri())
+        monkeypatch.setattr(
+            RegistryArtifacts,
+            "reader",
+            lambda self, uri: replace(remote) if uri == str(folder) else stores(self, uri),
+        )
+        stage(client, 1, "prices")
+        asked.clear()
+        assert download_uri(client, 1, "prices")
+        assert "MLmodel" in asked
+        assert "table.csv" not in asked
+        asked.clear()
+        assert download_uri(client, 1, "prices")
+        assert asked == [], "it was compared just now"
+        (folder / "table.csv").write_bytes(bytes(3 << 20))
+        assert download_uri(client, 1, "prices")
+        events = [row["event"] for row in ledger_rows(tmp_path)]
+        assert events == ["passed", "passed"], "it has another size, and is looked at again"
 
     def test_a_language_model_that_was_let_through_is_served_as_it_was_alone(
         self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
