@@ -36,7 +36,7 @@ from mlflow_safelock.gate.remembered import holds
 from mlflow_safelock.gate.source import examine, hub_reference
 from mlflow_safelock.gate.tags import Stated
 from mlflow_safelock.gate.transient import AGAIN, is_transient, unreadable
-from mlflow_safelock.provenance import EvaluationStatement, PublicKey, Receipt, contents_of
+from mlflow_safelock.provenance import EvaluationStatement, PublicKey, Receipt, SteadyArtifacts, contents_of
 
 _logger = logging.getLogger(__name__)
 
@@ -348,11 +348,12 @@ class Gate:
             return
         contents = None
         if not is_prompt(found):
-            reader = self.artifacts.reader(self.artifacts.resolve(found.location))
-            contents = contents_of(reader)
-            # Looked at once more: what was examined before may have been something else.
+            reader = SteadyArtifacts(self.artifacts.reader(self.artifacts.resolve(found.location)))
+            # Looked at once more, by the bytes that go on record: what was examined before may have been
+            # something else.
             if why is NOT_AN_LLM and examine(reader) is not None:
                 raise changed_meanwhile(request)
+            contents = contents_of(reader)
         self.registry.record(
             request.row(
                 "passed",

@@ -25,6 +25,12 @@ from mlflow_safelock.provenance.fingerprint import (
     spans_to_compare,
 )
 
+BEGINNING_BYTES = 4 << 20
+"""How much of the beginning of a large file is read, where that is not safetensors.
+
+What kind of model is in a pickle stands there, in a few bytes that no block would hit.
+"""
+
 
 class Contents(BaseModel):
     """What was in a folder.
@@ -49,7 +55,7 @@ class Contents(BaseModel):
 
 
 def contents_of(reader: ArtifactReader, seed: str | None = None) -> Contents:
-    """Read a folder as far as a fingerprint does; of a store that gives whole files, the small ones.
+    """Read a folder as a fingerprint does, and more of beginnings; of a store of whole files, the small ones.
 
     Args:
         reader: The folder.
@@ -65,6 +71,8 @@ def contents_of(reader: ArtifactReader, seed: str | None = None) -> Contents:
             return [file.path, file.size]
         draw = random.Random(f"{chosen} {file.path}")  # noqa: S311 - the seed is drawn by secrets
         spans = spans_to_compare(reader, file.path, file.size, draw.randrange)
+        if file.size > WHOLE_FILE_BYTES and not file.path.endswith(".safetensors"):
+            spans = ((0, min(file.size, BEGINNING_BYTES)), *spans)
         return [file.path, file.size, hash_spans(reader, file.path, spans)]
 
     listed = rfc8785.dumps(for_each(reader, model_files(reader), read))

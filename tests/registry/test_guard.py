@@ -28,8 +28,9 @@ from mlflow_safelock.audit import audit
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
+from mlflow_safelock.gate import promotion
 from mlflow_safelock.lock import SafetyLock
-from mlflow_safelock.provenance import Span
+from mlflow_safelock.provenance import Contents, Span, contents_of
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.remote import RemoteArtifacts
 from tests.keys import write_keys
@@ -190,6 +191,36 @@ class TestReads:
         register_lock(base_lock())
         stage(client, 1, "prices")
         assert loaded_biases("models:/prices/Staging")
+
+    def test_what_goes_on_record_is_what_was_looked_at(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log_prices()
+        folder, other = Path(download_uri(client, 1, "prices")), tmp_path / "other"
+        (folder / "extra.pkl").write_bytes(bytes(2 << 20))
+        shutil.copytree(folder, other)
+        named = b"ctransformers.models.llama.modeling_llama\nLlamaForCausalLM\n"
+        (other / "extra.pkl").write_bytes(named + bytes((2 << 20) - len(named)))
+
+        def swap() -> None:
+            for old, new in ((folder, tmp_path / "third"), (other, folder), (tmp_path / "third", other)):
+                old.rename(new)
+
+        def swapped(reader: Any) -> Contents:
+            swap()
+            try:
+                return contents_of(reader)
+            finally:
+                swap()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(promotion, "contents_of", swapped)
+            stage(client, 1, "prices")
+        assert download_uri(client, 1, "prices")
+        assert [row["event"] for row in ledger_rows(tmp_path)] == ["passed"]
+        swap()
+        with pytest.raises(MlflowException, match=r"not_locked.*is not what was let through"):
+            download_uri(client, 1, "prices")
 
     def test_a_store_without_parts_is_not_read_whole_at_each_read(
         self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
