@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
@@ -22,8 +22,10 @@ from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.locked_models import beside
 from mlflow_safelock.gate.policy import EvaluationRule
 from mlflow_safelock.gate.ports import Artifacts, Registry
+from mlflow_safelock.gate.transient import is_transient
 from mlflow_safelock.provenance import (
     EVALUATION_SIGNATURE_FILE,
+    ArtifactReader,
     EvaluationStatement,
     Measured,
     PublicKey,
@@ -46,9 +48,9 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
         What is approved, with the evaluations that it rests on.
 
     Raises:
-        PromotionRefused: There is no evaluation of exactly this promotion for one of the policy's suites, it
-            is too old, or its rates are above what the policy allows.
-        SourceError: The fine-tune cannot be read.
+        PromotionRefused: There is no evaluation of exactly this promotion for one of the policy's suites, a
+            newer one is gone, it is too old, or its rates are above what the policy allows.
+        SourceError: The fine-tune cannot be read, or a store does not answer now.
     """
     rule = approved.rule.evaluation
     if rule is None:
@@ -57,7 +59,11 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
     filed = tuple(_filed(approved, rule, registry, artifacts))
     for suite in rule.suites:
         digest = rule.digest_of(suite)
-        bound = [one for one in filed if _is_bound(one.predicate, approved, rule, digest)]
+        bound = [
+            one
+            for one in filed
+            if one.statement is not None and _is_bound(one.statement.predicate, approved, rule, digest)
+        ]
         if not bound:
             raise _refusal(
                 "missing_evaluation",
@@ -68,7 +74,19 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
                 rule,
                 suite,
             )
-        statement = max(bound, key=lambda one: one.predicate.time)
+        chosen = max(bound, key=lambda one: one.measured)
+        lost = next((one for one in filed if one.statement is None and one.may_be_newer(chosen)), None)
+        if lost is not None:
+            raise _refusal(
+                "missing_evaluation",
+                f"An evaluation of {approved.request.name!r} version {approved.request.version} under this "
+                f"lock and strength was put on record at {lost.row.time}, and what was filed at "
+                f"{lost.row.location} is gone or was changed: no older one counts in its place.",
+                approved,
+                rule,
+                suite,
+            )
+        statement = chosen.filed
         newest = statement.predicate
         _check_age(newest, approved, rule, suite)
         for what, found, allowed in _rates(newest, rule):
@@ -201,10 +219,10 @@ def file_evaluation(
     check_applies(approved, measured.lock, measured.alpha, measured.suite.name)
     check_fingerprint(measured.source, artifacts.reader(approved.original))
     location = _location(approved, statement, envelope)
-    filed = registry.evaluations_of(approved.original)
-    known = [row for row in filed if (row.receipt, row.location) == (statement.digest, location)]
-    if known:
-        return known[0]
+    rows = registry.evaluations_of(approved.original)
+    known = _row_of(statement, envelope, rows, approved.rule.evaluation, artifacts)
+    if known is not None:
+        return known
     files = {STATEMENT_FILE: statement.to_bytes()}
     if envelope is not None:
         files[EVALUATION_SIGNATURE_FILE] = envelope
@@ -236,24 +254,136 @@ def file_evaluation(
     return entry
 
 
+@dataclass(frozen=True)
+class _Filed:
+    """An evaluation on record of the fine-tune, under the lock and the strength of a promotion.
+
+    Attributes:
+        row: Its row in the ledger.
+        place: How many rows came after it.
+        statement: What was filed; ``None`` where that is gone, or was changed.
+    """
+
+    row: LedgerEntry
+    place: int
+    statement: EvaluationStatement | None
+
+    @property
+    def filed(self) -> EvaluationStatement:
+        """The statement of one that is there."""
+        if self.statement is None:
+            raise ValueError("it is gone")
+        return self.statement
+
+    @property
+    def measured(self) -> datetime:
+        """When it was measured, of one that is there."""
+        return self.filed.predicate.time
+
+    def may_be_newer(self, other: _Filed) -> bool:
+        """Whether one that is gone may have been measured after another: not if it was on record before."""
+        return self.place < other.place or datetime.fromisoformat(self.row.time) >= other.measured
+
+
 def _filed(
     approved: Approved, rule: EvaluationRule, registry: Registry, artifacts: Artifacts
-) -> Iterator[EvaluationStatement]:
-    """What is on record of the fine-tune; a statement that is not the one of its row is as good as none.
+) -> Iterator[_Filed]:
+    """What is on record of the fine-tune under the promotion's lock and strength, newest first.
 
-    And so is one without the signature that the policy asks for.
+    One without the signature that the policy asks for is none.
+
+    Raises:
+        SourceError: A store does not answer now.
     """
-    for row in registry.evaluations_of(approved.original):
-        reader = artifacts.reader(row.location or "")
-        try:
-            data = reader.read(STATEMENT_FILE)
-            statement = EvaluationStatement.parse(data, origin=f"{row.location}/{STATEMENT_FILE}")
-            if rule.signature.required:
-                check_signature(rule, statement, reader.read(EVALUATION_SIGNATURE_FILE))
-        except SafelockError:
+    wanted = (approved.lock.lock.digest, approved.alpha)
+    for place, row in enumerate(registry.evaluations_of(approved.original)):
+        if row.lock is None or (row.lock.digest, row.alpha) != wanted:
             continue
-        if f"sha256:{hashlib.sha256(data).hexdigest()}" == row.receipt:
-            yield statement
+        try:
+            statement = _statement_of(row, artifacts.reader(row.location or ""))
+            if rule.signature.required and not _is_signed(statement, row, rule, artifacts):
+                continue
+        except SafelockError as error:
+            if is_transient(error):
+                raise
+            yield _Filed(row, place, None)
+        else:
+            yield _Filed(row, place, statement)
+
+
+def _statement_of(row: LedgerEntry, reader: ArtifactReader) -> EvaluationStatement:
+    """The statement that a row is about.
+
+    Raises:
+        SourceError: It cannot be read.
+        VerificationError: It is not the one that was filed.
+    """
+    data, origin = reader.read(STATEMENT_FILE), f"{row.location}/{STATEMENT_FILE}"
+    if f"sha256:{hashlib.sha256(data).hexdigest()}" != row.receipt:
+        raise VerificationError(f"{origin} is not the evaluation that was filed.", next_step="Measure again.")
+    return EvaluationStatement.parse(data, origin=origin)
+
+
+def _is_signed(
+    statement: EvaluationStatement, row: LedgerEntry, rule: EvaluationRule, artifacts: Artifacts
+) -> bool:
+    """Whether it was filed with a signature of one of the policy's keys.
+
+    Raises:
+        SourceError: Its signature cannot be read.
+        VerificationError: Its signature is not the one that was filed.
+    """
+    if _was_filed_with(None, statement, row):
+        return False
+    envelope = artifacts.reader(row.location or "").read(EVALUATION_SIGNATURE_FILE)
+    if not _was_filed_with(envelope, statement, row):
+        raise VerificationError(
+            f"{row.location}/{EVALUATION_SIGNATURE_FILE} is not the signature that was filed.",
+            next_step="Measure again.",
+        )
+    try:
+        check_signature(rule, statement, envelope)
+    except PromotionRefused:
+        return False
+    return True
+
+
+def _was_filed_with(envelope: bytes | None, statement: EvaluationStatement, row: LedgerEntry) -> bool:
+    """Whether a row's statement was filed with this signature, or with none: its place is named by that."""
+    return PurePosixPath(row.location or "").name == _place_name(statement, envelope)
+
+
+def _row_of(
+    statement: EvaluationStatement,
+    envelope: bytes | None,
+    rows: Sequence[LedgerEntry],
+    rule: EvaluationRule | None,
+    artifacts: Artifacts,
+) -> LedgerEntry | None:
+    """The row of a statement that counts as much as the one to be filed; ``None`` where there is none.
+
+    Some keys sign differently each time, so a signature counts as another one's where both do.
+
+    Raises:
+        SourceError: A store does not answer now.
+    """
+    for row in rows:
+        if row.receipt != statement.digest:
+            continue
+        if envelope is not None and _was_filed_with(None, statement, row):
+            continue
+        try:
+            _statement_of(row, artifacts.reader(row.location or ""))
+            counts = (
+                rule is None or not rule.signature.required or _is_signed(statement, row, rule, artifacts)
+            )
+        except SafelockError as error:
+            if is_transient(error):
+                raise
+            continue
+        if counts:
+            return row
+    return None
 
 
 def _is_bound(measured: Measured, approved: Approved, rule: EvaluationRule, suite: str) -> bool:
@@ -335,5 +465,9 @@ def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str
 
 def _location(approved: Approved, statement: EvaluationStatement, envelope: bytes | None) -> str:
     """Where a statement goes; signed, it is another folder than unsigned, since nothing is written over."""
+    return beside(approved.original, _place_name(statement, envelope))
+
+
+def _place_name(statement: EvaluationStatement, envelope: bytes | None) -> str:
     signed = statement.to_bytes() + (envelope or b"")
-    return beside(approved.original, f"{EVALUATION}{hashlib.sha256(signed).hexdigest()[:32]}")
+    return f"{EVALUATION}{hashlib.sha256(signed).hexdigest()[:32]}"

@@ -19,8 +19,8 @@ from mlflow_safelock.flavors.standalone import (
     Standalone,
     is_complete,
     read_all_of_standalone,
-    read_small_files_of_standalone,
     read_standalone,
+    read_unsigned_standalone,
     write_standalone,
 )
 from mlflow_safelock.gate.approval import Approved
@@ -29,6 +29,7 @@ from mlflow_safelock.gate.leases import Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.policy import GateRule
 from mlflow_safelock.gate.ports import Artifacts, Registry
+from mlflow_safelock.gate.remembered import holds
 from mlflow_safelock.provenance import (
     RECEIPT_SIGNATURE_FILE,
     ArtifactReader,
@@ -229,9 +230,10 @@ class LockedModels:
         return {row.receipt for row in rows if row is not None}
 
     def check_as_decided(self, decision: LedgerEntry) -> None:
-        """Refuse a locked model that is not the one of its promotion; of weights only their sizes are read.
+        """Refuse a locked model that is not the one of its promotion; of weights blocks are compared.
 
-        Signatures are for those who do not have the ledger, which names the receipt.
+        Signatures are for those who do not have the ledger, which names the receipt. A standalone model is
+        compared once as long as it is listed the same, which for a file system is believed for a minute.
 
         Args:
             decision: The row by which a version is locked.
@@ -242,10 +244,14 @@ class LockedModels:
         """
         reader = self.artifacts.reader(decision.location or "")
         if is_standalone(decision.location):
-            receipt = read_small_files_of_standalone(reader)
+            is_decided = holds(
+                reader,
+                f"receipt {decision.receipt}",
+                lambda: read_unsigned_standalone(reader).digest == decision.receipt,
+            )
         else:
-            receipt = read_overlay(reader, signature=False).receipt
-        if receipt.digest != decision.receipt:
+            is_decided = read_overlay(reader, signature=False).receipt.digest == decision.receipt
+        if not is_decided:
             raise VerificationError(
                 f"The receipt at {reader.location} is not the one of the promotion.",
                 next_step="Promote the version again.",

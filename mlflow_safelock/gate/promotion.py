@@ -32,10 +32,11 @@ from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, stan
 from mlflow_safelock.gate.measurements import Measured, Measurements
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
+from mlflow_safelock.gate.remembered import holds
 from mlflow_safelock.gate.source import examine, hub_reference
 from mlflow_safelock.gate.tags import Stated
 from mlflow_safelock.gate.transient import AGAIN, is_transient, unreadable
-from mlflow_safelock.provenance import EvaluationStatement, PublicKey, Receipt, contents_of
+from mlflow_safelock.provenance import EvaluationStatement, PublicKey, Receipt, SteadyArtifacts, contents_of
 
 _logger = logging.getLogger(__name__)
 
@@ -341,11 +342,12 @@ class Gate:
             return
         contents = None
         if not is_prompt(found):
-            reader = self.artifacts.reader(self.artifacts.resolve(found.location))
-            contents = contents_of(reader)
-            # Looked at once more: what was examined before may have been something else.
+            reader = SteadyArtifacts(self.artifacts.reader(self.artifacts.resolve(found.location)))
+            # Looked at once more, by the bytes that go on record: what was examined before may have been
+            # something else.
             if why is NOT_AN_LLM and examine(reader) is not None:
                 raise changed_meanwhile(request)
+            contents = contents_of(reader)
         self.registry.record(
             request.row(
                 "passed",
@@ -369,7 +371,9 @@ class Gate:
             return False
         if known.contents is None:
             return is_prompt(found)
-        return known.contents.are_in(self.artifacts.reader(self.artifacts.resolve(found.location)))
+        contents = known.contents
+        reader = self.artifacts.reader(self.artifacts.resolve(found.location))
+        return holds(reader, contents.model_dump_json(), lambda: contents.are_in(reader))
 
     def _accept_the_faster_one(self, approved: Approved) -> None:
         """Somebody redirected the version meanwhile: fine if they did what this promotion wanted."""

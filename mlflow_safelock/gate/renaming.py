@@ -1,4 +1,4 @@
-"""Renaming a registered model: nothing unlocked comes into a gated place by it, and decisions go along.
+"""Renaming a registered model: nothing comes into a gated place by it that its gate there would refuse.
 
 MLflow renames in a transaction of its own, and the ledger's rows come after it. In between a version in a
 gated place is handed out to nobody, since its new name has no decision; the same call again writes the rest.
@@ -6,17 +6,23 @@ gated place is handed out to nobody, since its new name has no decision; the sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from mlflow_safelock.errors import PromotionRefused
-from mlflow_safelock.gate.approval import Request
+from mlflow_safelock.errors import PromotionRefused, SafelockError
+from mlflow_safelock.gate.approval import Request, approve
+from mlflow_safelock.gate.evaluations import require_evaluations
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import meets, stands
 from mlflow_safelock.gate.ledger import LedgerEntry
-from mlflow_safelock.gate.ports import Target
-from mlflow_safelock.gate.promotion import Gate
+from mlflow_safelock.gate.policy import GateRule, Policy
+from mlflow_safelock.gate.ports import ModelVersion, Target
+from mlflow_safelock.gate.promotion import Gate, is_in_force
+from mlflow_safelock.gate.transient import unreadable
 from mlflow_safelock.provenance import Actor
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Renaming:
     gate: Gate
 
     def check(self, name: str, new_name: str, workspace: str, actor: Actor) -> None:
-        """Refuse a name under which an unlocked version would be in a gated place.
+        """Refuse a name under which a version would be in a gated place that its gate would refuse there.
 
         Raises:
             PromotionRefused: It would; the registered model keeps its name, and a row in the ledger says so.
@@ -39,26 +45,78 @@ class Renaming:
         if not policy.candidates(new_name):
             return
         for version in self.gate.registry.model_versions(name):
-            rule = policy.rule_for(new_name, version.tags, version.model_tags)
-            places = rule.gated_places(version) if rule is not None else ()
             decision = self.gate.registry.decision_on(workspace, name, version.version)
-            if rule is None or not places:
-                continue
-            if decision is None or not stands(decision, version):
-                why = "without having passed the gate"
-            elif not meets(rule, decision):
-                why = "whose gate asks for more than it was promoted with"
-            else:
-                continue
-            refusal = PromotionRefused(
-                "not_locked",
-                f"Under the name {new_name!r} version {version.version} would be in {places[0]}, {why}.",
-                next_step="Take it out of the stage or alias, rename, and promote it again.",
-            )
-            request = Request(name, version.version, Target("rename", new_name), actor, workspace)
-            self.gate.reject(request, policy, refusal)
-            raise refusal
+            refusal = self.refusal(version, decision, name, new_name, workspace, actor)
+            if refusal is not None:
+                request = Request(name, version.version, Target("rename", new_name), actor, workspace)
+                self.gate.reject(request, policy, refusal)
+                raise refusal
         reach("rename-checked")
+
+    def refusal(
+        self,
+        version: ModelVersion,
+        decision: LedgerEntry | None,
+        name: str,
+        new_name: str,
+        workspace: str,
+        actor: Actor,
+    ) -> PromotionRefused | None:
+        """Why a version may not be where it is under another name; ``None`` where it may.
+
+        Where the same gate decides for both names, and the policy names the same base, what was decided goes
+        on. Any other gate decides as it does at a promotion, and what it would apply must be in force.
+
+        Args:
+            version: The version, under either name.
+            decision: What was decided last about it under its former name.
+            name: The former name.
+            new_name: The new one.
+            workspace: MLflow workspace.
+            actor: Who renames.
+        """
+        policy = self.gate.policy()
+        rule = policy.rule_for(new_name, version.tags, version.model_tags)
+        places = rule.gated_places(version) if rule is not None else ()
+        if rule is None or not places:
+            return None
+        where = f"Under the name {new_name!r} version {version.version} would be in {places[0]}"
+        if decision is None or not stands(decision, version):
+            return _refused("not_locked", f"{where}, without having passed the gate.")
+        if not meets(rule, decision):
+            return _refused("not_locked", f"{where}, {_ASKS_FOR_MORE}.")
+        before = policy.rule_for(name, version.tags, version.model_tags)
+        if rule == before and policy.base_of(name) == policy.base_of(new_name):
+            return None
+        request = Request(new_name, version.version, places[0], actor, workspace)
+        try:
+            if self._passes(request, policy, rule, replace(version, name=new_name), decision):
+                return None
+        except PromotionRefused as refusal:
+            return _refused(refusal.reason, f"{where}, and its gate refuses that: {refusal.cause}")
+        except SafelockError as error:
+            return unreadable(error)
+        return _refused("not_locked", f"{where}, {_ASKS_FOR_MORE}.")
+
+    def _passes(
+        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, decision: LedgerEntry
+    ) -> bool:
+        """Whether a gate would have what was decided through another one.
+
+        Raises:
+            PromotionRefused: It would not, and says why.
+            SourceError: The version's artifacts cannot be read.
+        """
+        registry, artifacts = self.gate.registry, self.gate.artifacts
+        try:
+            approved = approve(request, policy, rule, found, registry, artifacts)
+        except PromotionRefused as refusal:
+            if refusal.reason == "missing_lock" and rule.missing_lock == "allow":
+                return True
+            raise
+        if approved is None:
+            return True
+        return is_in_force(decision, require_evaluations(approved, registry, artifacts), found)
 
     def is_half_done(self, name: str, new_name: str, workspace: str) -> bool:
         """Whether a model has a new name that the ledger does not know of, since somebody died between.
@@ -81,9 +139,11 @@ class Renaming:
         """Let the ledger's decisions go on under a registered model's new name.
 
         None does that its gate there would not have made: where somebody tagged or promoted a version since
-        ``check``, it is handed out to nobody.
+        ``check``, or renamed past it, it is handed out to nobody.
+
+        Raises:
+            PromotionRefused: A store does not answer now, so that this cannot be told.
         """
-        policy = self.gate.policy()
         for version in self.gate.registry.model_versions(new_name):
             decision = self.gate.registry.decision_on(workspace, name, version.version)
             if decision is None:
@@ -91,11 +151,23 @@ class Renaming:
             now = self.gate.registry.decision_on(workspace, new_name, version.version)
             if now is not None and (stands(now, version) or not stands(decision, version)):
                 continue  # it was put on record before somebody died, or decided anew since
-            rule = policy.rule_for(new_name, version.tags, version.model_tags)
-            if rule is not None and rule.gated_places(version) and not meets(rule, decision):
+            refusal = self.refusal(version, decision, name, new_name, workspace, actor)
+            if refusal is not None and refusal.reason == "unreachable":
+                raise refusal
+            if refusal is not None:
+                _logger.warning("What was decided about %s is left behind: %s", name, refusal)
                 continue
             self.gate.registry.record(decision_under(decision, new_name, name, actor))
             reach("rename-recorded")
+
+
+_ASKS_FOR_MORE = "whose gate asks for more than it was promoted with"
+
+
+def _refused(reason: str, cause: str) -> PromotionRefused:
+    return PromotionRefused(
+        reason, cause, next_step="Take it out of the stage or alias, rename, and promote it again."
+    )
 
 
 def decision_under(decision: LedgerEntry, new_name: str, name: str, actor: Actor) -> LedgerEntry:

@@ -17,6 +17,7 @@ from mlflow_safelock.gate.stored_tokenizer import StoredTokenizer, find_tokenize
 from mlflow_safelock.gate.stored_weights import StoredWeights, read_stored_weights
 from mlflow_safelock.lock import AttentionGeometry
 from mlflow_safelock.provenance import ArtifactReader
+from mlflow_safelock.provenance.contents import BEGINNING_BYTES
 
 DECODER_CLASSES = ("ForCausalLM", "LMHeadModel")
 """Ends of the class names of models that do nothing but write text."""
@@ -30,7 +31,7 @@ LANGUAGE_MODEL_TASKS = ("text-generation", "conversational", "llm/v1/")
 PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".bin", ".ckpt", ".joblib")
 """Ends of the names of files that hold pickled objects."""
 
-PICKLE_BYTES = 4 << 20
+PICKLE_BYTES = BEGINNING_BYTES
 """How much of such a file's beginning is searched; the names of its classes stand before its numbers."""
 
 _PICKLED_LANGUAGE_MODEL = re.compile(rb"transformers[\w.]*[^\w]{1,4}[A-Z]\w*(ForCausalLM|LMHeadModel)")

@@ -50,6 +50,7 @@ from mlflow_safelock.provenance.signatures import (
     sign_receipt,
     signed_evaluation,
 )
+from mlflow_safelock.provenance.steady import SteadyArtifacts
 from mlflow_safelock.provenance.tools import installed_version, tool_versions
 from mlflow_safelock.provenance.weights import WeightsHeader, read_header
 
@@ -78,6 +79,7 @@ __all__ = [
     "SourceFingerprint",
     "SourceReference",
     "Span",
+    "SteadyArtifacts",
     "StoreChecksum",
     "WeightsHeader",
     "check_every_byte",

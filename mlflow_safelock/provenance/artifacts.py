@@ -72,6 +72,10 @@ class ArtifactReader(Protocol):
     def parallel_files(self) -> int:
         """How many files it pays to read at once; 1 where nothing has to be waited for."""
 
+    @property
+    def reads_parts(self) -> bool:
+        """Whether a part of a file is read without the rest of it."""
+
     def files(self) -> tuple[ArtifactFile, ...]:
         """Every file below the folder, sorted by path.
 
@@ -109,6 +113,11 @@ class LocalArtifacts:
     def parallel_files(self) -> int:
         """One: threads would cost more than they save."""
         return 1
+
+    @property
+    def reads_parts(self) -> bool:
+        """Yes."""
+        return True
 
     def files(self) -> tuple[ArtifactFile, ...]:
         """Every file below the folder, links to files and folders followed, sorted by path."""

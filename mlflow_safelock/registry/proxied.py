@@ -34,6 +34,11 @@ class ProxiedArtifacts(RemoteArtifacts):
         """As many as keep the line busy."""
         return PARALLEL_FILES
 
+    @property
+    def reads_parts(self) -> bool:
+        """Yes, as far as is known before a file is asked for."""
+        return True
+
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
         """Bytes of one file from ``start``, ``length`` of them or up to its end."""
         if length is None or path in self._whole:

@@ -50,6 +50,11 @@ class RemoteArtifacts:
         """One: MLflow's repository downloads in parallel by itself."""
         return 1
 
+    @property
+    def reads_parts(self) -> bool:
+        """No: MLflow's repository gives whole files."""
+        return False
+
     def files(self) -> tuple[ArtifactFile, ...]:
         """Every file below the folder, sorted by path; listed once."""
         return self._files

@@ -112,6 +112,11 @@ class S3Artifacts:
         return PARALLEL_FILES
 
     @property
+    def reads_parts(self) -> bool:
+        """Yes, by ranged requests."""
+        return True
+
+    @property
     def bucket(self) -> str:
         """The bucket."""
         return urlparse(self.uri).netloc

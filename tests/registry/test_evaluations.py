@@ -24,6 +24,7 @@ from mlflow_safelock.gate.ledger import verify_chain
 from mlflow_safelock.provenance import (
     EVALUATION_SIGNATURE_FILE,
     EvaluationStatement,
+    LocalArtifacts,
     Receipt,
     SigningKey,
     load_signing_key,
@@ -319,6 +320,59 @@ def test_a_statement_that_somebody_rewrote_is_no_evidence(shop: Shop) -> None:
     assert "[missing_evaluation]" in shop.refused().message
     shutil.rmtree(folder)
     assert "[missing_evaluation]" in shop.refused().message
+
+
+def test_no_older_evaluation_counts_in_the_place_of_one_that_is_gone(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.want(max_harmful_rate=0.0)
+    good = shop.measured().statement()
+    rates = good.predicate.rates
+    worse = rates | {"harmful_rate": rates["harmful_rate"].model_copy(update={"count": 20})}
+    bad = older(changed(good, rates=worse), seconds=0)
+    shop.file(good)
+    folder = Path(shop.file(bad).location.removeprefix("file://"))
+    late = older(good, minutes=1)
+    shop.file(late)  # measured before the bad one, and filed after it
+    assert "[evaluation_failed]" in shop.refused().message
+    path = folder / "evaluation.json"
+    for damage in (path.unlink, lambda: path.write_bytes(good.to_bytes()), lambda: shutil.rmtree(folder)):
+        damage()
+        refusal = shop.refused().message
+        assert "[missing_evaluation]" in refusal
+        assert "is gone or was changed" in refusal
+        assert "Measure it" in refusal
+
+    read = LocalArtifacts.read
+
+    def away(self: LocalArtifacts, path: str, *part: int) -> bytes:
+        if path == "evaluation.json":
+            raise SourceError("The store is away.") from TimeoutError()
+        return read(self, path, *part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalArtifacts, "read", away)
+        assert "[unreachable]" in shop.refused().message
+    shop.file(bad)
+    assert "[evaluation_failed]" in shop.refused().message, "filing it again brings it back"
+    shutil.rmtree(folder)
+    shop.file(older(good, seconds=0))
+    shop.promote()
+
+
+def test_a_signature_that_is_gone_hides_no_newer_evaluation(shop: Shop, tmp_path: Path) -> None:
+    keys = write_keys(tmp_path, "p256")
+    key = load_signing_key(keys.private)
+    shop.want_signed(keys, max_harmful_rate=0.0)
+    good = shop.measured().statement()
+    rates = good.predicate.rates
+    worse = rates | {"harmful_rate": rates["harmful_rate"].model_copy(update={"count": 20})}
+    bad = older(changed(good, rates=worse), seconds=0)
+    entry = shop.file(good, sign(good.to_bytes(), key))
+    assert shop.file(good, sign(good.to_bytes(), key)) == entry, "ECDSA signs differently every time"
+    folder = Path(shop.file(bad, sign(bad.to_bytes(), key)).location.removeprefix("file://"))
+    (folder / EVALUATION_SIGNATURE_FILE).unlink()
+    assert "is gone or was changed" in shop.refused().message
 
 
 def test_files_that_changed_since_are_refused_at_filing_and_at_the_promotion(shop: Shop) -> None:

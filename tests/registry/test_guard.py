@@ -6,8 +6,9 @@ import getpass
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ from mlflow_safelock.audit import audit
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
+from mlflow_safelock.gate import promotion
 from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import Contents, Span, contents_of
+from mlflow_safelock.registry.artifacts import RegistryArtifacts
+from mlflow_safelock.registry.remote import RemoteArtifacts
+from tests.keys import write_keys
 from tests.models import tiny_model
 from tests.registries import (
     BASE,
@@ -186,6 +192,69 @@ class TestReads:
         stage(client, 1, "prices")
         assert loaded_biases("models:/prices/Staging")
 
+    def test_what_goes_on_record_is_what_was_looked_at(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log_prices()
+        folder, other = Path(download_uri(client, 1, "prices")), tmp_path / "other"
+        (folder / "extra.pkl").write_bytes(bytes(2 << 20))
+        shutil.copytree(folder, other)
+        named = b"ctransformers.models.llama.modeling_llama\nLlamaForCausalLM\n"
+        (other / "extra.pkl").write_bytes(named + bytes((2 << 20) - len(named)))
+
+        def swap() -> None:
+            for old, new in ((folder, tmp_path / "third"), (other, folder), (tmp_path / "third", other)):
+                old.rename(new)
+
+        def swapped(reader: Any) -> Contents:
+            swap()
+            try:
+                return contents_of(reader)
+            finally:
+                swap()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(promotion, "contents_of", swapped)
+            stage(client, 1, "prices")
+        assert download_uri(client, 1, "prices")
+        assert [row["event"] for row in ledger_rows(tmp_path)] == ["passed"]
+        swap()
+        with pytest.raises(MlflowException, match=r"not_locked.*is not what was let through"):
+            download_uri(client, 1, "prices")
+
+    def test_a_store_without_parts_is_not_read_whole_at_each_read(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[str] = []
+
+        class Recorded(RemoteArtifacts):
+            def read_many(self, path: str, spans: Sequence[Span]) -> list[bytes]:
+                asked.append(path)
+                return super().read_many(path, spans)
+
+        log_prices()
+        folder = Path(download_uri(client, 1, "prices"))
+        (folder / "table.csv").write_bytes(bytes(2 << 20))
+        stores = RegistryArtifacts.reader
+        remote = Recorded(folder.as_uri())
+        monkeypatch.setattr(
+            RegistryArtifacts,
+            "reader",
+            lambda self, uri: replace(remote) if uri == str(folder) else stores(self, uri),
+        )
+        stage(client, 1, "prices")
+        asked.clear()
+        assert download_uri(client, 1, "prices")
+        assert "MLmodel" in asked
+        assert "table.csv" not in asked
+        asked.clear()
+        assert download_uri(client, 1, "prices")
+        assert asked == [], "it was compared just now"
+        (folder / "table.csv").write_bytes(bytes(3 << 20))
+        assert download_uri(client, 1, "prices")
+        events = [row["event"] for row in ledger_rows(tmp_path)]
+        assert events == ["passed", "passed"], "it has another size, and is looked at again"
+
     def test_a_language_model_that_was_let_through_is_served_as_it_was_alone(
         self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -253,6 +322,45 @@ class TestRenames:
             client.rename_registered_model("sandbox-x", "prod-x")
         client.rename_registered_model("sandbox-x", "sandbox-y")
         assert download_uri(client, version, "sandbox-y")
+
+    def test_a_locked_model_gets_no_name_under_which_its_promotion_would_be_refused(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        key = write_keys(tmp_path).public.name
+        signed = f"signature: {{required: true, public_keys: [{key}]}}"
+        gates = {
+            "sandbox-*": "reads: refuse",
+            "signed-*": signed,
+            "measured-*": "evaluation: {}",
+            "young-*": "lock: {max_age_days: 1}",
+            "weak-*": "alpha: {default: 3.0, max: 4.0}",
+            "same-*": "reads: refuse",
+        }
+        lines = "".join(f'  - {{models: "{models}", {rule}}}\n' for models, rule in gates.items())
+        client = open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates:\n{lines}")
+        version = log_fine_tune("sandbox-x")
+        old = base_lock()
+        created = old.metadata.model_copy(update={"created": "2020-01-01T00:00:00+00:00"})
+        register_lock(SafetyLock(old.heads, created, old.scores))
+        stage(client, version, "sandbox-x")
+        for name, reason in (
+            ("signed-x", "unsigned_lock"),
+            ("measured-x", "missing_evaluation"),
+            ("young-x", "lock_expired"),
+            ("weak-x", "not_locked"),
+        ):
+            with pytest.raises(MlflowException, match=rf"\[{reason}\].*{name}.*stage:Staging.*rename, and"):
+                client.rename_registered_model("sandbox-x", name)
+            assert ledger_rows(tmp_path)[-1]["target"] == f"rename:{name}"
+        with stock_registry(tmp_path):
+            MlflowClient().rename_registered_model("sandbox-x", "signed-x")
+        store_of(client).rename_registered_model("sandbox-x", "signed-x")  # as if only its rows were missing
+        with pytest.raises(MlflowException, match=r"not_locked.*knows no promotion"):
+            download_uri(client, version, "signed-x")
+        with stock_registry(tmp_path):
+            MlflowClient().rename_registered_model("signed-x", "sandbox-x")
+        client.rename_registered_model("sandbox-x", "same-x")
+        assert download_uri(client, version, "same-x")
 
     def test_a_locked_place_that_is_registered_anew_is_no_renamed_model(
         self, client: MlflowClient, tmp_path: Path

@@ -213,6 +213,26 @@ def test_a_prepared_model_that_was_changed_is_not_promoted(
     assert state_of(client, "bot", version) == before
 
 
+def test_weights_that_were_swapped_for_others_of_their_size_are_not_handed_out(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    folder = folder_of(prepare(tmp_path, version)["location"])
+    stage(client, version)
+    assert client.get_model_version_download_uri("bot", str(version)) == str(folder)
+    receipt = json.loads((folder / "receipt.json").read_text())
+    weights = folder / max(receipt["predicate"]["shared"], key=lambda path: (folder / path).stat().st_size)
+    assert weights.suffix == ".safetensors"
+    before = weights.stat()
+    data = weights.read_bytes()
+    weights.unlink()  # it may be a link
+    weights.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(MlflowException, match=rf"not_locked.*'model/{weights.name}'.*is not what it was"):
+        client.get_model_version_download_uri("bot", str(version))
+
+
 def test_a_source_that_changed_after_the_preparation_is_not_promoted(
     client: MlflowClient, tmp_path: Path
 ) -> None:
