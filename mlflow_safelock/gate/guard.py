@@ -37,6 +37,22 @@ IN_FORCE = Target("policy", "in-force")
 
 
 @dataclass(frozen=True)
+class Fault:
+    """Why a version may not be where it is, after its name and number.
+
+    Attributes:
+        what: What is wrong, in words that are the same each time that it is.
+        detail: What a check or a store said about it, which need not be the same.
+    """
+
+    what: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.detail}".strip()
+
+
+@dataclass(frozen=True)
 class Guard:
     """The gate's other side, in front of the same registry.
 
@@ -62,23 +78,20 @@ class Guard:
             raise
 
     def _record_once(self, request: Request, refusal: PromotionRefused) -> None:
-        """Append a refused read to the ledger, unless the same one of this version is there as it is.
+        """Append a refused read to the ledger, unless the last one of this version is about the same.
 
         What cannot be put on record is refused all the same.
         """
-        about = request.workspace, request.name, request.version, str(request.target)
         try:
-            recent = self.gate.registry.recent_entries(request.name)
-            before = (
-                entry.message
-                for entry in recent
-                if (entry.workspace, entry.model, entry.version, entry.target) == about
-                and entry.event == "rejected"
+            before = self.gate.registry.last_refusal(
+                request.workspace, request.name, request.version, str(request.target)
             )
-            if next(before, None) != str(refusal):
+            if before is None or not _is_the_same(before, refusal):
                 self.gate.reject(request, self.gate.policy(), refusal)
         except Exception:
-            _logger.exception("A refused read of %s version %s is not on record", *about[1:3])
+            _logger.exception(
+                "A refused read of %s version %s is not on record", request.name, request.version
+            )
 
     def _check_read(self, name: str, version: int, workspace: str, actor: Actor) -> None:
         policy = self.gate.policy()
@@ -103,12 +116,13 @@ class Guard:
                     "not_locked",
                     f"{name!r} version {version} {fault}",
                     next_step="Promote it again, which locks it, or take it out of there.",
+                    about=f"{name!r} version {version} {fault.what}",
                 ),
             )
         if decision is not None and stands(decision, found):
             self._look_at_the_lock(decision, rule, found)
 
-    def fault(self, found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) -> str | None:
+    def fault(self, found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) -> Fault | None:
         """Why a version may not be where it is, as ``fault_of``; what it serves is compared too.
 
         Files of weights are compared by their sizes alone: the loader compares blocks of them.
@@ -116,18 +130,22 @@ class Guard:
         Raises:
             PromotionRefused: The store does not answer now.
         """
-        fault = fault_of(found, rule, decision)
-        if fault is not None or decision is None or not rule.gated_places(found):
-            return fault
+        by_its_row = fault_of(found, rule, decision)
+        if by_its_row is not None:
+            return Fault(by_its_row)
+        if decision is None or not rule.gated_places(found):
+            return None
         try:
             if decision.locks:
                 self.gate.locked_models.check_as_decided(decision)
             elif not self.gate.is_let_through(decision, found):
-                return "was let through unlocked, and is not what was let through: its files were changed."
+                return Fault(
+                    "was let through unlocked, and is not what was let through: its files were changed."
+                )
         except SafelockError as error:
             if is_transient(error):
                 raise unreadable(error) from error
-            return f"does not serve what passed the gate: {error.cause}"
+            return Fault(f"does not serve what passed the gate at {found.location}:", error.cause)
         return None
 
     def unlock(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> str:
@@ -376,6 +394,11 @@ def _difference(decision: LedgerEntry | None, found: ModelVersion) -> str:
         return "its lock was taken off."
     recorded = decision.location or decision.original_location
     return f"the ledger has it at {recorded}, and it is at {found.location}."
+
+
+def _is_the_same(before: LedgerEntry, refusal: PromotionRefused) -> bool:
+    """Whether a row of the ledger has a refusal of the same, in whatever words the rest of it is."""
+    return before.reason == refusal.reason and (before.message or "").startswith(refusal.about)
 
 
 def _warn_or_refuse(how: str, refusal: PromotionRefused) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 from mlflow_safelock.errors import LedgerError, PromotionRefused, SafelockError
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.explanation import Refusal, explain
-from mlflow_safelock.gate.guard import Guard, fault_of
+from mlflow_safelock.gate.guard import Fault, Guard, fault_of
 from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.policy import GateRule, Policy
@@ -133,11 +133,11 @@ class Reconciling:
             decision = self.registry.decision_on(workspace, name, version)
             fault = self.guard.fault(found, rule, decision)
         except LedgerError as error:
-            decision, fault = None, f"is held to a row that cannot be read: {error.cause}"
+            decision, fault = None, Fault("is held to a row that cannot be read:", error.cause)
         back = self._as_the_ledger_has_it(found, decision)
         if fault is None and back is None:
             return None
-        what = fault or "has other tags than the gate gave it."
+        what = "has other tags than the gate gave it." if fault is None else str(fault)
         try:
             remedy = self._remedy(request, rule, found, decision, back)
         except Exception as error:
