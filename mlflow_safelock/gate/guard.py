@@ -35,6 +35,9 @@ REVOKE = Target("lock", "revoked")
 IN_FORCE = Target("policy", "in-force")
 """What the ledger says a row was for: a download, taking a lock off, revoking one, another policy."""
 
+READINGS = 3
+"""How often a version and what was decided about it are read until they fit: a promotion may come between."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -62,16 +65,20 @@ class Guard:
 
     gate: Gate
 
-    def check_read(self, name: str, version: int, workspace: str, actor: Actor) -> None:
+    def check_read(self, name: str, version: int, workspace: str, actor: Actor) -> str | None:
         """Refuse that a version is downloaded which is in a gated place without having passed the gate.
 
         The ledger has a refusal once, and not each time that somebody asks: a consumer asks again and again.
+
+        Returns:
+            The location that was looked at, which is the one to hand out; ``None`` where the version is in no
+            gated place.
 
         Raises:
             PromotionRefused: It serves something else than its promotion wrote, or was never promoted.
         """
         try:
-            self._check_read(name, version, workspace, actor)
+            return self._check_read(name, version, workspace, actor)
         except PromotionRefused as refusal:
             if refusal.reason != "unreachable":  # which is nothing about the version
                 self._record_once(Request(name, version, READ, actor, workspace), refusal)
@@ -93,15 +100,14 @@ class Guard:
                 "A refused read of %s version %s is not on record", request.name, request.version
             )
 
-    def _check_read(self, name: str, version: int, workspace: str, actor: Actor) -> None:
+    def _check_read(self, name: str, version: int, workspace: str, actor: Actor) -> str | None:
         policy = self.gate.policy()
         if not policy.candidates(name):
-            return
-        found = self.gate.registry.model_version(name, version)
-        rule = policy.rule_for(name, found.tags, found.model_tags)
-        if rule is None or not rule.gated_places(found):
-            return
-        decision = self.gate.registry.decision_on(workspace, name, version)
+            return None
+        gated = self._gated_version(policy, name, version, workspace)
+        if gated is None:
+            return None
+        found, rule, decision = gated
         fault = self.fault(found, rule, decision)
         if fault is not None:
             may_pass = decision is None or (decision.event == "passed" and stands(decision, found))
@@ -109,7 +115,7 @@ class Guard:
                 self.gate.let_through(
                     Request(name, version, READ, actor, workspace), policy, found, NOT_AN_LLM
                 )
-                return
+                return found.location
             _warn_or_refuse(
                 rule.reads,
                 PromotionRefused(
@@ -121,6 +127,26 @@ class Guard:
             )
         if decision is not None and stands(decision, found):
             self._look_at_the_lock(decision, rule, found)
+        return found.location
+
+    def _gated_version(
+        self, policy: Policy, name: str, version: int, workspace: str
+    ) -> tuple[ModelVersion, GateRule, LedgerEntry | None] | None:
+        """A version, its gate and what was decided about it last; ``None`` where it is in no gated place.
+
+        They are two readings. Where they do not fit, a promotion may have come between, so both are read once
+        more.
+        """
+        readings = 0
+        while True:
+            readings += 1
+            found = self.gate.registry.model_version(name, version)
+            rule = policy.rule_for(name, found.tags, found.model_tags)
+            if rule is None or not rule.gated_places(found):
+                return None
+            decision = self.gate.registry.decision_on(workspace, name, version)
+            if decision is None or stands(decision, found) or readings == READINGS:
+                return found, rule, decision
 
     def fault(self, found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) -> Fault | None:
         """Why a version may not be where it is, as ``fault_of``; what it serves is compared too.

@@ -28,11 +28,13 @@ from mlflow_safelock.errors import PromotionRefused, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
 from mlflow_safelock.gate.approval import Request
+from mlflow_safelock.gate.guard import Guard
 from mlflow_safelock.gate.locked_models import LockedModels
 from mlflow_safelock.gate.policy import DEFAULT_POLICY
 from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import Actor
+from mlflow_safelock.registry.sql import SqlRegistry
 from tests.models import tiny_model
 from tests.registries import (
     BASE,
@@ -181,6 +183,34 @@ class TestReads:
             mlflow.pyfunc.load_model("models:/bot@Champion")
         client.set_registered_model_alias("bot", "champion", str(version))
         assert loaded_biases("models:/bot@champion")
+
+    def test_a_promotion_in_the_middle_of_a_read_is_no_reason_to_refuse_it(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        version, _ = locked_version(client)
+        first = download_uri(client, version)
+        register_lock(base_lock(seed=1))
+
+        def promoting_after(method: str, about: type) -> None:
+            """Have the version promoted right after the next call of a method, whatever reads it."""
+            stock = getattr(about, method)
+
+            def then_promoted(*arguments: Any) -> Any:
+                found = stock(*arguments)
+                monkeypatch.setattr(about, method, stock)
+                stage(client, version)
+                return found
+
+            monkeypatch.setattr(about, method, then_promoted)
+
+        promoting_after("model_version", SqlRegistry)
+        second = download_uri(client, version)
+        assert second != first
+        register_lock(base_lock(seed=2))
+        promoting_after("check_read", Guard)
+        assert download_uri(client, version) == second, "what was looked at, and nothing else"
+        assert download_uri(client, version) not in (first, second)
+        assert [row["event"] for row in ledger_rows(tmp_path)] == 3 * ["promoted"]
 
     def test_the_locked_model_of_an_earlier_promotion_does_not_come_back(
         self, client: MlflowClient, tmp_path: Path
