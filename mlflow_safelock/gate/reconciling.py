@@ -70,6 +70,7 @@ class Difference:
         decision: What was decided about it last.
         is_served: Whether the gate would hand it out as it is, so that only its tags differ.
         remedy: What makes it fit to stay.
+        is_told: Whether it could be told what it serves; where not, nothing is done about it.
     """
 
     request: Request
@@ -79,6 +80,7 @@ class Difference:
     decision: LedgerEntry | None
     is_served: bool
     remedy: Remedy
+    is_told: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,14 @@ class Reconciling:
         if rule is None or not places:
             return None
         request = Request(name, version, places[0], actor, workspace)
+        decision: LedgerEntry | None = None
         try:
             decision = self.registry.decision_on(workspace, name, version)
             fault = self.guard.fault(found, rule, decision)
         except LedgerError as error:
-            decision, fault = None, Fault("is held to a row that cannot be read:", error.cause)
+            fault = Fault("is held to a row that cannot be read:", error.cause)
+        except PromotionRefused as unreachable:
+            return _untold(request, found, places, decision, _refusal_of(unreachable))
         back = self._as_the_ledger_has_it(found, decision)
         if fault is None and back is None:
             return None
@@ -153,6 +158,8 @@ class Reconciling:
             ways: What may be done. What the gate lets through as it is goes on record in any case.
         """
         remedy, refusal, left = difference.remedy, difference.remedy.refusal, difference
+        if not difference.is_told:
+            return Repair(difference, None, refusal)
         is_doable = refusal is None or remedy.back is not None
         if is_doable and ("lock" in ways or remedy.done in ("let through", "renamed")):
             try:
@@ -163,7 +170,7 @@ class Reconciling:
                 if still is None:
                     return Repair(difference, remedy.done or "restored", refusal)
                 left, refusal = still, refusal or still.remedy.refusal
-        if "demote" in ways and not left.is_served:
+        if "demote" in ways and left.is_told and not left.is_served:
             try:
                 self._take_out(left, refusal)
                 return Repair(difference, "taken out", refusal)
@@ -318,6 +325,19 @@ class Reconciling:
             decision = None  # as it was when it was examined
         found = self.registry.model_version(request.name, request.version)
         return decision != difference.decision or found != difference.found
+
+
+def _untold(
+    request: Request,
+    found: ModelVersion,
+    places: tuple[Target, ...],
+    decision: LedgerEntry | None,
+    why: Refusal,
+) -> Difference:
+    """A version of which nobody can say now whether it serves what passed the gate."""
+    what = "cannot be compared with what passed the gate."
+    remedy = _refused("", why, None)
+    return Difference(request, found, places, what, decision, is_served=False, remedy=remedy, is_told=False)
 
 
 def _going_back(found: ModelVersion, back: ModelVersion) -> str:
