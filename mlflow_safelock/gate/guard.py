@@ -46,10 +46,12 @@ class Fault:
     Attributes:
         what: What is wrong, in words that are the same each time that it is.
         detail: What a check or a store said about it, which need not be the same.
+        is_of_files: Whether it is in the artifacts, and nothing is wrong with its row.
     """
 
     what: str
     detail: str = ""
+    is_of_files: bool = False
 
     def __str__(self) -> str:
         return f"{self.what} {self.detail}".strip()
@@ -166,12 +168,14 @@ class Guard:
                 self.gate.locked_models.check_as_decided(decision)
             elif not self.gate.is_let_through(decision, found):
                 return Fault(
-                    "was let through unlocked, and is not what was let through: its files were changed."
+                    "was let through unlocked, and is not what was let through: its files were changed.",
+                    is_of_files=True,
                 )
         except SafelockError as error:
             if is_transient(error):
                 raise unreadable(error) from error
-            return Fault(f"does not serve what passed the gate at {found.location}:", error.cause)
+            what = f"does not serve what passed the gate at {found.location}:"
+            return Fault(what, error.cause, is_of_files=True)
         return None
 
     def unlock(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> str:

@@ -139,6 +139,8 @@ class Reconciling:
             fault = Fault("is held to a row that cannot be read:", error.cause)
         except PromotionRefused as unreachable:
             return _untold(request, found, places, decision, _refusal_of(unreachable))
+        if fault is not None and fault.is_of_files and not self._can_be_read(found, decision):
+            return _untold(request, found, places, decision, _cannot_be_read(fault))
         back = self._as_the_ledger_has_it(found, decision)
         if fault is None and back is None:
             return None
@@ -316,6 +318,27 @@ class Reconciling:
             _logger.warning("The source %s is not found: %s", found.source, error)
             return False
 
+    def _can_be_read(self, found: ModelVersion, decision: LedgerEntry | None) -> bool:
+        """Whether this process reads what a version serves, or what that was made of.
+
+        Where it reads neither, they may be gone, or be read by the registry's server alone.
+        """
+        original = None if decision is None else decision.original_location
+        return any(self._reads(place) for place in (found.location, original) if place is not None)
+
+    def _reads(self, location: str) -> bool:
+        artifacts = self.gate.artifacts
+        try:
+            reader = artifacts.reader(artifacts.resolve(location))
+            smallest = min(reader.files(), key=lambda file: file.size, default=None)
+            if smallest is None:
+                return False
+            reader.read(smallest.path)
+        except Exception as error:  # noqa: BLE001 - each kind of store raises its own
+            _logger.warning("What is at %s cannot be read here: %s", location, error)
+            return False
+        return True
+
     def _is_another_by_now(self, difference: Difference) -> bool:
         """Whether a version, or what was decided about it, changed since it was examined."""
         request = difference.request
@@ -338,6 +361,15 @@ def _untold(
     what = "cannot be compared with what passed the gate."
     remedy = _refused("", why, None)
     return Difference(request, found, places, what, decision, is_served=False, remedy=remedy, is_told=False)
+
+
+def _cannot_be_read(fault: Fault) -> Refusal:
+    return Refusal(
+        "unreadable",
+        f"Neither what it serves nor its fine-tune can be read here: {fault.detail or fault.what}",
+        "Have them read by this process (--artifacts-destination is for artifacts behind a server); if they "
+        "are gone, take it out of there, or register it anew.",
+    )
 
 
 def _going_back(found: ModelVersion, back: ModelVersion) -> str:

@@ -193,6 +193,29 @@ class TestARowThatWasEdited:
         with pytest.raises(Exception, match=r"config\.json"):
             mlflow.pyfunc.load_model("models:/bot/Staging")
 
+    def test_is_found_by_its_files_alone_that_reads_refuse_and_locked_again(
+        self, run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], locked: dict[str, Any]
+    ) -> None:
+        mlmodel = Path(locked["location"]) / "MLmodel"
+        mlmodel.write_text(mlmodel.read_text() + "\n")
+        with pytest.raises(MlflowException, match=r"not_locked.*'MLmodel'"):
+            client.get_model_version_download_uri("bot", "1")
+        assert run("audit", *gated).exit_code == 0, "it looks at rows"
+        looked = run("reconcile", *gated, "--format", "json")
+        assert (looked.exit_code, len(looked.json)) == (3, 1)
+        assert "'MLmodel'" in looked.json[0]["found"]
+        assert "taken out of stage:Staging" in looked.json[0]["demote"]
+        done = run("reconcile", "--lock", "--demote", *gated, "--format", "json")
+        assert (done.exit_code, [row["done"] for row in done.json]) == (0, ["locked"])
+        assert biases("models:/bot/Staging")
+        # Where none of it is there, this may be the wrong machine: that is no reason to take it out.
+        location = Path(client.get_model_version_download_uri("bot", "1"))
+        for folder in (location, Path(locked["original"])):
+            folder.rename(folder.with_name("away"))
+        (row,) = run("reconcile", "--lock", "--demote", *gated, "--format", "json").json
+        assert (row["done"], row["refusal"]["reason"]) == (None, "unreadable")
+        assert client.get_model_version("bot", "1").current_stage == "Staging"
+
     def test_tags_alone_are_put_back_and_are_no_reason_to_take_it_out(
         self, run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], locked: dict[str, Any]
     ) -> None:
