@@ -35,6 +35,12 @@ REVOKE = Target("lock", "revoked")
 IN_FORCE = Target("policy", "in-force")
 """What the ledger says a row was for: a download, taking a lock off, revoking one, another policy."""
 
+_CHANGED = "was let through unlocked, and is not what was let through: its files were changed."
+_BEFORE_CONTENTS = (
+    "was let through unlocked before what it held was kept on record, so that nobody can tell whether it is "
+    "the same."
+)
+
 READINGS = 3
 """How often a version and what was decided about it are read until they fit: a promotion may come between."""
 
@@ -167,10 +173,7 @@ class Guard:
             if decision.locks:
                 self.gate.locked_models.check_as_decided(decision)
             elif not self.gate.is_let_through(decision, found):
-                return Fault(
-                    "was let through unlocked, and is not what was let through: its files were changed.",
-                    is_of_files=True,
-                )
+                return Fault(_BEFORE_CONTENTS if decision.contents is None else _CHANGED, is_of_files=True)
         except SafelockError as error:
             if is_transient(error):
                 raise unreadable(error) from error
