@@ -130,11 +130,14 @@ class PromotionRefused(SafelockError):  # noqa: N818 - a decision, named as one
         reason: Machine-readable reason code, such as ``missing_lock``.
         cause: What is wrong, as a sentence.
         next_step: What to do about it, as a sentence.
+        about: The beginning of the cause that is the same each time that this is wrong, where the rest need
+            not be; all of it where not given.
     """
 
-    def __init__(self, reason: str, cause: str, *, next_step: str = "") -> None:
+    def __init__(self, reason: str, cause: str, *, next_step: str = "", about: str | None = None) -> None:
         super().__init__(cause, next_step=next_step)
         self.reason = reason
+        self.about = cause if about is None else about
 
 
 class LedgerError(SafelockError):

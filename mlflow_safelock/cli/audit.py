@@ -43,7 +43,8 @@ def audit(models: str | None, form: str, mlflow_address: MlflowAddress) -> None:
 
     Where --registry-uri begins with safelock+, or SAFELOCK_POLICY is set, versions in a database are held to
     that policy: where one is in a gated stage or alias without having passed the gate, or runs a lock there
-    that was revoked, is below the policy's floor or too old, the exit code is 3.
+    that was revoked, is below the policy's floor or too old, the exit code is 3. Only rows are looked at:
+    safelock reconcile also finds files that were changed, and without an option it writes nothing.
     """
     # MLflow's bars, one for each receipt, say less than the count of versions does.
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"

@@ -87,6 +87,9 @@ def reconcile(
 ) -> None:
     """Find versions in gated stages and aliases that did not pass the gate, and put them right.
 
+    Rows are held to the ledger, and the files behind them compared as at a read; a version of which neither
+    what it serves nor its fine-tune can be read here is told, and left.
+
     Without --lock or --demote it only says what they would do, and nothing is written. With --lock a row that
     somebody edited goes back to what the ledger says, and what was never promoted is promoted as any client
     would do it. With --demote a version leaves its gated stage for None, and loses its gated aliases; with

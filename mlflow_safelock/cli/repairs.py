@@ -31,6 +31,8 @@ def _demotion(repair: Repair) -> str:
     difference = repair.difference
     if difference.remedy.done in ("let through", "renamed"):
         return f"It would be {difference.remedy.words}"
+    if not difference.is_told:
+        return "Nothing, until it can be told what it serves"
     if difference.is_served:
         return "Nothing: it serves what it should"
     return f"It would be taken out of {' and '.join(map(str, difference.places))}"

@@ -30,6 +30,33 @@ UNLOCK = Target("unlock", "registry")
 IN_FORCE = Target("policy", "in-force")
 """What the ledger says a row was for: a download, taking a lock off, another policy."""
 
+_CHANGED = "was let through unlocked, and is not what was let through: its files were changed."
+_BEFORE_CONTENTS = (
+    "was let through unlocked before what it held was kept on record, so that nobody can tell whether it is "
+    "the same."
+)
+
+READINGS = 3
+"""How often a version and what was decided about it are read until they fit: a promotion may come between."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a version may not be where it is, after its name and number.
+
+    Attributes:
+        what: What is wrong, in words that are the same each time that it is.
+        detail: What a check or a store said about it, which need not be the same.
+        is_of_files: Whether it is in the artifacts, and nothing is wrong with its row.
+    """
+
+    what: str
+    detail: str = ""
+    is_of_files: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.detail}".strip()
+
 
 @dataclass(frozen=True)
 class Guard:
@@ -41,49 +68,49 @@ class Guard:
 
     gate: Gate
 
-    def check_read(self, name: str, version: int, workspace: str, actor: Actor) -> None:
+    def check_read(self, name: str, version: int, workspace: str, actor: Actor) -> str | None:
         """Refuse that a version is downloaded which is in a gated place without having passed the gate.
 
         The ledger has a refusal once, and not each time that somebody asks: a consumer asks again and again.
+
+        Returns:
+            The location that was looked at, which is the one to hand out; ``None`` where the version is in no
+            gated place.
 
         Raises:
             PromotionRefused: It serves something else than its promotion wrote, or was never promoted.
         """
         try:
-            self._check_read(name, version, workspace, actor)
+            return self._check_read(name, version, workspace, actor)
         except PromotionRefused as refusal:
             if refusal.reason != "unreachable":  # which is nothing about the version
                 self._record_once(Request(name, version, READ, actor, workspace), refusal)
             raise
 
     def _record_once(self, request: Request, refusal: PromotionRefused) -> None:
-        """Append a refused read to the ledger, unless the same one of this version is there as it is.
+        """Append a refused read to the ledger, unless the last one of this version is about the same.
 
         What cannot be put on record is refused all the same.
         """
-        about = request.workspace, request.name, request.version, str(request.target)
         try:
-            recent = self.gate.registry.recent_entries(request.name)
-            before = (
-                entry.message
-                for entry in recent
-                if (entry.workspace, entry.model, entry.version, entry.target) == about
-                and entry.event == "rejected"
+            before = self.gate.registry.last_refusal(
+                request.workspace, request.name, request.version, str(request.target)
             )
-            if next(before, None) != str(refusal):
+            if before is None or not _is_the_same(before, refusal):
                 self.gate.reject(request, self.gate.policy(), refusal)
         except Exception:
-            _logger.exception("A refused read of %s version %s is not on record", *about[1:3])
+            _logger.exception(
+                "A refused read of %s version %s is not on record", request.name, request.version
+            )
 
-    def _check_read(self, name: str, version: int, workspace: str, actor: Actor) -> None:
+    def _check_read(self, name: str, version: int, workspace: str, actor: Actor) -> str | None:
         policy = self.gate.policy()
         if not policy.candidates(name):
-            return
-        found = self.gate.registry.model_version(name, version)
-        rule = policy.rule_for(name, found.tags, found.model_tags)
-        if rule is None or not rule.gated_places(found):
-            return
-        decision = self.gate.registry.decision_on(workspace, name, version)
+            return None
+        gated = self._gated_version(policy, name, version, workspace)
+        if gated is None:
+            return None
+        found, rule, decision = gated
         fault = self.fault(found, rule, decision)
         if fault is not None:
             may_pass = decision is None or (decision.event == "passed" and stands(decision, found))
@@ -91,19 +118,40 @@ class Guard:
                 self.gate.let_through(
                     Request(name, version, READ, actor, workspace), policy, found, NOT_AN_LLM
                 )
-                return
+                return found.location
             _warn_or_refuse(
                 rule.reads,
                 PromotionRefused(
                     "not_locked",
                     f"{name!r} version {version} {fault}",
                     next_step="Promote it again, which locks it, or take it out of there.",
+                    about=f"{name!r} version {version} {fault.what}",
                 ),
             )
         if decision is not None and stands(decision, found):
             self._look_at_the_lock(decision, rule, found)
+        return found.location
 
-    def fault(self, found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) -> str | None:
+    def _gated_version(
+        self, policy: Policy, name: str, version: int, workspace: str
+    ) -> tuple[ModelVersion, GateRule, LedgerEntry | None] | None:
+        """A version, its gate and what was decided about it last; ``None`` where it is in no gated place.
+
+        They are two readings. Where they do not fit, a promotion may have come between, so both are read once
+        more.
+        """
+        readings = 0
+        while True:
+            readings += 1
+            found = self.gate.registry.model_version(name, version)
+            rule = policy.rule_for(name, found.tags, found.model_tags)
+            if rule is None or not rule.gated_places(found):
+                return None
+            decision = self.gate.registry.decision_on(workspace, name, version)
+            if decision is None or stands(decision, found) or readings == READINGS:
+                return found, rule, decision
+
+    def fault(self, found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) -> Fault | None:
         """Why a version may not be where it is, as ``fault_of``; what it serves is compared too.
 
         Files of weights are compared by their sizes alone: the loader compares blocks of them.
@@ -111,18 +159,21 @@ class Guard:
         Raises:
             PromotionRefused: The store does not answer now.
         """
-        fault = fault_of(found, rule, decision)
-        if fault is not None or decision is None or not rule.gated_places(found):
-            return fault
+        by_its_row = fault_of(found, rule, decision)
+        if by_its_row is not None:
+            return Fault(by_its_row)
+        if decision is None or not rule.gated_places(found):
+            return None
         try:
             if decision.locks:
                 self.gate.locked_models.check_as_decided(decision)
             elif not self.gate.is_let_through(decision, found):
-                return "was let through unlocked, and is not what was let through: its files were changed."
+                return Fault(_BEFORE_CONTENTS if decision.contents is None else _CHANGED, is_of_files=True)
         except SafelockError as error:
             if is_transient(error):
                 raise unreadable(error) from error
-            return f"does not serve what passed the gate: {error.cause}"
+            what = f"does not serve what passed the gate at {found.location}:"
+            return Fault(what, error.cause, is_of_files=True)
         return None
 
     def unlock(self, name: str, version: int, workspace: str, actor: Actor, reason: str) -> str:
@@ -288,6 +339,11 @@ def _difference(decision: LedgerEntry | None, found: ModelVersion) -> str:
         return "its lock was taken off."
     recorded = decision.location or decision.original_location
     return f"the ledger has it at {recorded}, and it is at {found.location}."
+
+
+def _is_the_same(before: LedgerEntry, refusal: PromotionRefused) -> bool:
+    """Whether a row of the ledger has a refusal of the same, in whatever words the rest of it is."""
+    return before.reason == refusal.reason and (before.message or "").startswith(refusal.about)
 
 
 def _warn_or_refuse(how: str, refusal: PromotionRefused) -> None:

@@ -217,6 +217,27 @@ def decision_on(session: Session, workspace: str, model: str, version: int) -> L
     return None if row is None else _entry(row)
 
 
+def last_refusal(
+    session: Session, workspace: str, model: str, version: int, target: str
+) -> LedgerEntry | None:
+    """The last row by which a version was refused what a target stands for."""
+    # In canonical JSON nothing but the key itself reads like this: quotes within a text are escaped.
+    said = '"target":' + rfc8785.dumps(target).decode()
+    row = session.execute(
+        sa.select(TABLE)
+        .where(
+            TABLE.c.model == model,
+            TABLE.c.version == version,
+            TABLE.c.workspace == workspace,
+            TABLE.c.event == "rejected",
+            TABLE.c.body.contains(said, autoescape=True),
+        )
+        .order_by(TABLE.c.sequence.desc())
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else _entry(row)
+
+
 def writing_of(session: Session, location: str) -> LedgerEntry | None:
     """The last writing of a standalone model at ``location``."""
     row = session.execute(

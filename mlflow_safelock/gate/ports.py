@@ -175,8 +175,8 @@ class Registry(Protocol):
     def locking_entries(self) -> Sequence[LedgerEntry]:
         """Every row of the ledger by which a version was locked, oldest first."""
 
-    def recent_entries(self, name: str) -> Sequence[LedgerEntry]:
-        """The last rows of the ledger about a registered model, newest first; a few dozen at most."""
+    def last_refusal(self, workspace: str, name: str, version: int, target: str) -> LedgerEntry | None:
+        """The last row by which a version was refused what a target stands for; ``None``: none was."""
 
     def works_held(self) -> Sequence[Work]:
         """What somebody is at work on now."""

@@ -16,7 +16,7 @@ from typing import Literal
 from mlflow_safelock.errors import LedgerError, PromotionRefused, SafelockError
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.explanation import Refusal, explain
-from mlflow_safelock.gate.guard import Guard, fault_of
+from mlflow_safelock.gate.guard import Fault, Guard, fault_of
 from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.policy import GateRule, Policy
@@ -70,6 +70,7 @@ class Difference:
         decision: What was decided about it last.
         is_served: Whether the gate would hand it out as it is, so that only its tags differ.
         remedy: What makes it fit to stay.
+        is_told: Whether it could be told what it serves; where not, nothing is done about it.
     """
 
     request: Request
@@ -79,6 +80,7 @@ class Difference:
     decision: LedgerEntry | None
     is_served: bool
     remedy: Remedy
+    is_told: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,20 @@ class Reconciling:
         if rule is None or not places:
             return None
         request = Request(name, version, places[0], actor, workspace)
+        decision: LedgerEntry | None = None
         try:
             decision = self.registry.decision_on(workspace, name, version)
             fault = self.guard.fault(found, rule, decision)
         except LedgerError as error:
-            decision, fault = None, f"is held to a row that cannot be read: {error.cause}"
+            fault = Fault("is held to a row that cannot be read:", error.cause)
+        except PromotionRefused as unreachable:
+            return _untold(request, found, places, decision, _refusal_of(unreachable))
+        if fault is not None and fault.is_of_files and not self._can_be_read(found, decision):
+            return _untold(request, found, places, decision, _cannot_be_read(fault))
         back = self._as_the_ledger_has_it(found, decision)
         if fault is None and back is None:
             return None
-        what = fault or "has other tags than the gate gave it."
+        what = "has other tags than the gate gave it." if fault is None else str(fault)
         try:
             remedy = self._remedy(request, rule, found, decision, back)
         except Exception as error:
@@ -153,6 +160,8 @@ class Reconciling:
             ways: What may be done. What the gate lets through as it is goes on record in any case.
         """
         remedy, refusal, left = difference.remedy, difference.remedy.refusal, difference
+        if not difference.is_told:
+            return Repair(difference, None, refusal)
         is_doable = refusal is None or remedy.back is not None
         if is_doable and ("lock" in ways or remedy.done in ("let through", "renamed")):
             try:
@@ -163,7 +172,7 @@ class Reconciling:
                 if still is None:
                     return Repair(difference, remedy.done or "restored", refusal)
                 left, refusal = still, refusal or still.remedy.refusal
-        if "demote" in ways and not left.is_served:
+        if "demote" in ways and left.is_told and not left.is_served:
             try:
                 self._take_out(left, refusal)
                 return Repair(difference, "taken out", refusal)
@@ -309,6 +318,27 @@ class Reconciling:
             _logger.warning("The source %s is not found: %s", found.source, error)
             return False
 
+    def _can_be_read(self, found: ModelVersion, decision: LedgerEntry | None) -> bool:
+        """Whether this process reads what a version serves, or what that was made of.
+
+        Where it reads neither, they may be gone, or be read by the registry's server alone.
+        """
+        original = None if decision is None else decision.original_location
+        return any(self._reads(place) for place in (found.location, original) if place is not None)
+
+    def _reads(self, location: str) -> bool:
+        artifacts = self.gate.artifacts
+        try:
+            reader = artifacts.reader(artifacts.resolve(location))
+            smallest = min(reader.files(), key=lambda file: file.size, default=None)
+            if smallest is None:
+                return False
+            reader.read(smallest.path)
+        except Exception as error:  # noqa: BLE001 - each kind of store raises its own
+            _logger.warning("What is at %s cannot be read here: %s", location, error)
+            return False
+        return True
+
     def _is_another_by_now(self, difference: Difference) -> bool:
         """Whether a version, or what was decided about it, changed since it was examined."""
         request = difference.request
@@ -318,6 +348,28 @@ class Reconciling:
             decision = None  # as it was when it was examined
         found = self.registry.model_version(request.name, request.version)
         return decision != difference.decision or found != difference.found
+
+
+def _untold(
+    request: Request,
+    found: ModelVersion,
+    places: tuple[Target, ...],
+    decision: LedgerEntry | None,
+    why: Refusal,
+) -> Difference:
+    """A version of which nobody can say now whether it serves what passed the gate."""
+    what = "cannot be compared with what passed the gate."
+    remedy = _refused("", why, None)
+    return Difference(request, found, places, what, decision, is_served=False, remedy=remedy, is_told=False)
+
+
+def _cannot_be_read(fault: Fault) -> Refusal:
+    return Refusal(
+        "unreadable",
+        f"Neither what it serves nor its fine-tune can be read here: {fault.detail or fault.what}",
+        "Have them read by this process (--artifacts-destination is for artifacts behind a server); if they "
+        "are gone, take it out of there, or register it anew.",
+    )
 
 
 def _going_back(found: ModelVersion, back: ModelVersion) -> str:

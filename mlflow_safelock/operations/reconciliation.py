@@ -23,6 +23,7 @@ from mlflow_safelock.gate import leases, ledger
 from mlflow_safelock.gate.explanation import Refusal
 from mlflow_safelock.gate.guard import Guard
 from mlflow_safelock.gate.policy import Policy
+from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.gate.reconciling import Difference, Reconciling, Repair, Way
 from mlflow_safelock.operations.sweeping import Sweeping
 from mlflow_safelock.registry.actor import current_actor
@@ -52,18 +53,21 @@ class Reconciliation:
     def repairs(self, ways: Collection[Way]) -> Iterator[Repair]:
         """What differs, and what was done about it; without a way nothing is written.
 
-        The audit finds whom to look at, from all workspaces at once; the gate then looks at each by itself.
+        The audit finds whom to look at, from all workspaces at once: whose row differs first, then all others
+        in gated places, whose files are compared as at a read. The gate then looks at each by itself.
 
         Raises:
             LedgerError: The database cannot be read.
         """
+        policy = self.policy()
         # All of it before anything is changed: the audit reads in a transaction.
-        audited = list(database_rows(self.registry_uri, self.is_wanted, self.policy()))
-        for row in audited:
-            if row.violation is not None or row.drift:
-                repair = self._look_and_repair(row, ways)
-                if repair is not None:
-                    yield repair
+        audited = list(database_rows(self.registry_uri, self.is_wanted, policy))
+        by_their_rows = [row for row in audited if _differs(row)]
+        by_their_files = [row for row in audited if not _differs(row) and _may_be_gated(row, policy)]
+        for row in (*by_their_rows, *by_their_files):
+            repair = self._look_and_repair(row, ways)
+            if repair is not None:
+                yield repair
 
     def _look_and_repair(self, row: AuditRow, ways: Collection[Way]) -> Repair | None:
         reconciling = self.reconciling()
@@ -77,6 +81,16 @@ class Reconciliation:
             if difference is None:
                 return None
             return _repaired(reconciling, difference, ways) if ways else Repair(difference, None)
+
+
+def _differs(row: AuditRow) -> bool:
+    return row.violation is not None or bool(row.drift)
+
+
+def _may_be_gated(row: AuditRow, policy: Policy) -> bool:
+    """Whether a version is in a place that some gate for its model's name is for, with whatever tags."""
+    places = (Target("stage", row.stage), *(Target("alias", alias) for alias in row.aliases))
+    return any(rule.covers(place) for rule in policy.candidates(row.model) for place in places)
 
 
 def _repaired(reconciling: Reconciling, difference: Difference, ways: Collection[Way]) -> Repair:

@@ -69,7 +69,7 @@ class Watcher:
                 request = repair.difference.request
                 version = request.workspace, request.name, request.version
                 if repair.done is None:
-                    left[version] = f"{repair.difference.what} {repair.refusal}"
+                    left[version] = f"{repair.difference.what} {_stable(repair)}"
                 if repair.done is not None or self._left.get(version) != left[version]:
                     self.tell(repair)
         except SafelockError as error:
@@ -79,6 +79,12 @@ class Watcher:
             _logger.exception("This pass failed, and is made again")
             return
         self._left = left
+
+
+def _stable(repair: Repair) -> str:
+    """Why a version is left, in words that are the same in each pass: a store may have others each time."""
+    refusal = repair.refusal
+    return refusal.reason if refusal is not None and not repair.difference.is_told else str(refusal)
 
 
 @contextmanager

@@ -27,9 +27,6 @@ T = TypeVar("T")
 PATIENCE = 15.0
 """Seconds after which a transaction that lost its races for the ledger's next row is not repeated again."""
 
-RECENT = 50
-"""How many rows back it is looked whether something is on record already."""
-
 LONGEST_WAIT = 90.0
 """Seconds that a request waits for another one to finish with the same version; MLflow's client waits 120."""
 
@@ -71,10 +68,11 @@ class SqlLedger(ABC):
         """Every row of the ledger by which a version was locked, oldest first."""
         return self._from_ledger(ledger.locking_entries)
 
-    def recent_entries(self, name: str) -> Sequence[LedgerEntry]:
-        """The last rows of the ledger about a registered model, newest first; a few dozen at most."""
-        found = self._from_ledger(lambda session: ledger.last_entries(session, RECENT, name))
-        return [entry for _, entry in found]
+    def last_refusal(self, workspace: str, name: str, version: int, target: str) -> LedgerEntry | None:
+        """The last row by which a version was refused what a target stands for."""
+        return self._from_ledger(
+            lambda session: ledger.last_refusal(session, workspace, name, version, target)
+        )
 
     def works_held(self) -> Sequence[Work]:
         """What somebody is at work on now."""

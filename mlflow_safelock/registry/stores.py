@@ -134,15 +134,12 @@ class GateMixin:
         self, name: str | None = None, source: str | None = None, *_: Any, **__: Any
     ) -> SafetyLock | None:
         """The lock that is about to be registered, if it is one."""
-        found: list[SafetyLock | None] = []
-        if name is not None and source is not None and name.startswith(LOCK_MODEL_PREFIX):
-            self._refusing(
-                f"register a lock as a version of {name!r}",
-                lambda: found.append(
-                    self._locks.check_new(self._name(name), source, self._workspace, current_actor())
-                ),
-            )
-        return found[0] if found else None
+        if name is None or source is None or not name.startswith(LOCK_MODEL_PREFIX):
+            return None
+        return self._refusing(
+            f"register a lock as a version of {name!r}",
+            lambda: self._locks.check_new(self._name(name), source, self._workspace, current_actor()),
+        )
 
     def _create(self, *arguments: Any, **options: Any) -> ModelVersion:
         try:
@@ -155,14 +152,18 @@ class GateMixin:
             raise MlflowException(refusal.message, ErrorCode.Value(refusal.error_code)) from error
 
     def get_model_version_download_uri(self, name: str, version: Any) -> str:
-        """Where MLflow has the version, once the guard has seen that it passed the gate."""
+        """Where the version is that the guard saw to have passed the gate; MLflow's own answer for others.
+
+        It is not asked for again after the guard looked: by then it may be another.
+        """
         number = _number(version)
+        checked = None
         if number is not None:
-            self._refusing(
+            checked = self._refusing(
                 f"hand out {name!r} version {number}",
                 lambda: self._guard.check_read(self._name(name), number, self._workspace, current_actor()),
             )
-        return self._download_uri(name, version)
+        return self._download_uri(name, version) if checked is None else checked
 
     def rename_registered_model(self, name: str, new_name: str) -> RegisteredModel:
         """MLflow's own renaming, where no unlocked version comes into a gated place by it."""
@@ -313,10 +314,10 @@ class GateMixin:
         except LedgerError as busy:
             raise MlflowException(f"{busy} [conflict]", RESOURCE_CONFLICT) from busy
 
-    def _refusing(self, what: str, work: Callable[[], None]) -> None:
+    def _refusing(self, what: str, work: Callable[[], T]) -> T:
         """Do something of the gate's; whatever it refuses or fails at becomes an MLflow error of 4xx."""
         try:
-            work()
+            return work()
         except PromotionRefused as refusal:
             raise MlflowException(
                 f"safelock refused to {what} [{refusal.reason}]. {refusal}",

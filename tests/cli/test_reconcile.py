@@ -27,7 +27,7 @@ from tests.registries import (
 )
 from tests.registry.test_guard import edit_row
 from tests.registry.test_leases import hold
-from tests.registry.test_promotion import ledger_rows, stage
+from tests.registry.test_promotion import ledger_rows, open_with_policy, stage
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning"),
@@ -193,6 +193,29 @@ class TestARowThatWasEdited:
         with pytest.raises(Exception, match=r"config\.json"):
             mlflow.pyfunc.load_model("models:/bot/Staging")
 
+    def test_is_found_by_its_files_alone_that_reads_refuse_and_locked_again(
+        self, run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], locked: dict[str, Any]
+    ) -> None:
+        mlmodel = Path(locked["location"]) / "MLmodel"
+        mlmodel.write_text(mlmodel.read_text() + "\n")
+        with pytest.raises(MlflowException, match=r"not_locked.*'MLmodel'"):
+            client.get_model_version_download_uri("bot", "1")
+        assert run("audit", *gated).exit_code == 0, "it looks at rows"
+        looked = run("reconcile", *gated, "--format", "json")
+        assert (looked.exit_code, len(looked.json)) == (3, 1)
+        assert "'MLmodel'" in looked.json[0]["found"]
+        assert "taken out of stage:Staging" in looked.json[0]["demote"]
+        done = run("reconcile", "--lock", "--demote", *gated, "--format", "json")
+        assert (done.exit_code, [row["done"] for row in done.json]) == (0, ["locked"])
+        assert biases("models:/bot/Staging")
+        # Where none of it is there, this may be the wrong machine: that is no reason to take it out.
+        location = Path(client.get_model_version_download_uri("bot", "1"))
+        for folder in (location, Path(locked["original"])):
+            folder.rename(folder.with_name("away"))
+        (row,) = run("reconcile", "--lock", "--demote", *gated, "--format", "json").json
+        assert (row["done"], row["refusal"]["reason"]) == (None, "unreadable")
+        assert client.get_model_version("bot", "1").current_stage == "Staging"
+
     def test_tags_alone_are_put_back_and_are_no_reason_to_take_it_out(
         self, run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], locked: dict[str, Any]
     ) -> None:
@@ -290,6 +313,34 @@ def test_a_model_of_another_kind_stays_where_it_was_before_the_gate(
     assert (done.exit_code, [row["done"] for row in done.json]) == (0, ["let through"])
     assert state_of(client, "prices", 1) == before
     assert events(tmp_path) == [("passed", None), ("reconciled", "let through")]
+
+
+def test_what_was_let_through_is_found_when_it_changed_and_when_its_row_says_nothing_of_its_files(
+    run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{missing_lock: allow}]\n")
+    version = log_fine_tune("bot")
+    stage(client, version)
+    config = Path(client.get_model_version_download_uri("bot", str(version))) / "model" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    (row,) = run("reconcile", *gated, "--format", "json").json
+    assert "its files were changed" in row["found"]
+    assert "let through unlocked" in row["lock"]
+    done = run("reconcile", "--lock", *gated, "--format", "json")
+    assert (done.exit_code, [row["done"] for row in done.json]) == (0, ["let through"])
+    assert client.get_model_version_download_uri("bot", str(version))
+
+    registry = client._get_registry_client().store._gate.registry
+    known = registry.decision_on("default", "bot", version)
+    registry.record(known.model_copy(update={"contents": None}))
+    with pytest.raises(
+        MlflowException, match=r"not_locked.*before what it held was kept on record.*Promote it again"
+    ):
+        client.get_model_version_download_uri("bot", str(version))
+    done = run("reconcile", "--lock", *gated, "--format", "json")
+    assert (done.exit_code, [row["done"] for row in done.json]) == (0, ["let through"])
+    assert "before what it held was kept on record" in done.json[0]["found"]
+    assert client.get_model_version_download_uri("bot", str(version))
 
 
 def test_a_version_whose_row_of_the_ledger_was_edited_can_only_be_taken_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,15 @@ import sqlalchemy as sa
 from mlflow import MlflowClient
 from mlflow.utils.workspace_context import WorkspaceContext
 
+from mlflow_safelock.cli.repairs import facts_of
 from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.policy import DEFAULT_POLICY
-from mlflow_safelock.gate.ports import Withdrawal
+from mlflow_safelock.gate.ports import Target, Withdrawal
 from mlflow_safelock.gate.promotion import reconciled_entry
 from mlflow_safelock.gate.reconciling import Difference, Reconciling, Way
 from mlflow_safelock.operations.reconciliation import Reconciliation, repairing
-from mlflow_safelock.provenance import Actor
+from mlflow_safelock.provenance import Actor, LocalArtifacts, contents_of
 from mlflow_safelock.registry.stores import open_store
 from tests.registries import base_lock, biases_of, log_fine_tune, register_lock
 from tests.registry.test_guard import edit_row
@@ -116,6 +119,36 @@ def test_every_workspace_is_put_right_and_nothing_is_mixed_up(
     for workspace, stage in (("team-a", "Staging"), ("team-b", "None")):
         with WorkspaceContext(workspace):
             assert store.get_model_version("bot", "1").current_stage == stage
+
+
+def test_what_cannot_be_read_is_left_and_told_and_the_pass_goes_on(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    store = client._get_registry_client().store
+    client.create_registered_model("prices")
+    client.create_model_version("prices", AWAY)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "MLmodel").write_text("flavors: {python_function: {loader_module: other}}\n")
+    client.create_model_version("prices", str(folder))
+    with sqlite3.connect(tmp_path / "registry.db") as connection:
+        connection.execute("UPDATE model_versions SET current_stage='Staging'")
+    reconciliation = repairing(store, f"sqlite:///{tmp_path}/registry.db", None)
+    request = Request("prices", 1, Target("stage", "Staging"), ACTOR, "default")
+    contents = contents_of(LocalArtifacts(folder))
+    passed = request.row("passed", DEFAULT_POLICY, original_location=AWAY, contents=contents)
+    store.reconciling.registry.record(passed)
+    # Its row has something to look at, too: a tag that the gate gives to what is locked.
+    client.set_model_version_tag("prices", "1", "safelock.state", "locked")
+    repairs = {
+        repair.difference.request.version: repair for repair in reconciliation.repairs(("lock", "demote"))
+    }
+    assert (repairs[1].done, repairs[2].done) == (None, "let through")
+    assert repairs[1].refusal is not None
+    assert repairs[1].refusal.reason == "unreachable"
+    assert client.get_model_version("prices", "1").current_stage == "Staging"
+    assert "Nothing, until" in facts_of(repairs[1])["demote"]
 
 
 class TestRaces:
@@ -222,5 +255,6 @@ class TestRaces:
         assert reconciling.repair(again, ("lock",)).done == "restored"
 
 
+AWAY = "http://127.0.0.1:1/api/2.0/mlflow-artifacts/artifacts/model"
 ACTOR = Actor(name="somebody", verified=False)
 EDIT = "UPDATE model_versions SET storage_location=? WHERE name='bot' AND version=1"

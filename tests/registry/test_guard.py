@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,20 @@ from sklearn.linear_model import LinearRegression
 
 from mlflow_safelock.apply import attention_of
 from mlflow_safelock.audit import audit
-from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.errors import PromotionRefused, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
 from mlflow_safelock.gate import promotion
+from mlflow_safelock.gate.approval import Request
+from mlflow_safelock.gate.guard import Guard
+from mlflow_safelock.gate.locked_models import LockedModels
+from mlflow_safelock.gate.policy import DEFAULT_POLICY
+from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.lock import SafetyLock
-from mlflow_safelock.provenance import Contents, Span, contents_of
+from mlflow_safelock.provenance import Actor, Contents, Span, contents_of
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.remote import RemoteArtifacts
+from mlflow_safelock.registry.sql import SqlRegistry
 from tests.keys import write_keys
 from tests.models import tiny_model
 from tests.registries import (
@@ -130,6 +136,38 @@ class TestReads:
                 download_uri(client, version)
         assert [row["event"] for row in ledger_rows(tmp_path)] == 2 * ["rejected"], "a row for each fault"
 
+    def test_who_reads_many_versions_in_turn_leaves_one_row_for_each_and_its_fault(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{not_an_llm: reject}]\n")
+        client.create_registered_model("bot")
+        for _ in range(60):
+            client.create_model_version("bot", "/nowhere")
+        with sqlite3.connect(tmp_path / "registry.db") as connection:
+            connection.execute("UPDATE model_versions SET current_stage='Staging'")
+
+        def read(*versions: int) -> list[int]:
+            for version in versions:
+                with pytest.raises(MlflowException, match="not_locked"):
+                    download_uri(client, version)
+            return [row["version"] for row in ledger_rows(tmp_path) if row["event"] == "rejected"]
+
+        each = list(range(1, 61))
+        assert read(*each) == each
+        assert read(*each) == each
+
+        request = Request("bot", 60, Target("stage", "Staging"), Actor(name="x", verified=False), "default")
+        promoted = request.row("promoted", DEFAULT_POLICY, location="/nowhere")
+        store_of(client)._gate.registry.record(promoted)
+        numbers = count()
+
+        def fail(*_: object) -> None:
+            raise VerificationError(f"The copy at /tmp/{next(numbers)} is another.")
+
+        monkeypatch.setattr(LockedModels, "check_as_decided", fail)
+        assert read(60) == [*each, 60]
+        assert read(60) == [*each, 60], "the same fault, in other words each time"
+
     def test_nothing_is_registered_from_a_version_that_may_not_be_read(
         self, client: MlflowClient, tmp_path: Path
     ) -> None:
@@ -150,6 +188,34 @@ class TestReads:
             mlflow.pyfunc.load_model("models:/bot@Champion")
         client.set_registered_model_alias("bot", "champion", str(version))
         assert loaded_biases("models:/bot@champion")
+
+    def test_a_promotion_in_the_middle_of_a_read_is_no_reason_to_refuse_it(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        version, _ = locked_version(client)
+        first = download_uri(client, version)
+        register_lock(base_lock(seed=1))
+
+        def promoting_after(method: str, about: type) -> None:
+            """Have the version promoted right after the next call of a method, whatever reads it."""
+            stock = getattr(about, method)
+
+            def then_promoted(*arguments: Any) -> Any:
+                found = stock(*arguments)
+                monkeypatch.setattr(about, method, stock)
+                stage(client, version)
+                return found
+
+            monkeypatch.setattr(about, method, then_promoted)
+
+        promoting_after("model_version", SqlRegistry)
+        second = download_uri(client, version)
+        assert second != first
+        register_lock(base_lock(seed=2))
+        promoting_after("check_read", Guard)
+        assert download_uri(client, version) == second, "what was looked at, and nothing else"
+        assert download_uri(client, version) not in (first, second)
+        assert [row["event"] for row in ledger_rows(tmp_path)] == 3 * ["promoted"]
 
     def test_the_locked_model_of_an_earlier_promotion_does_not_come_back(
         self, client: MlflowClient, tmp_path: Path
