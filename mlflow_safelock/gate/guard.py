@@ -154,7 +154,7 @@ class Guard:
     def fault(self, found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) -> Fault | None:
         """Why a version may not be where it is, as ``fault_of``; what it serves is compared too.
 
-        Files of weights are compared by their sizes alone: the loader compares blocks of them.
+        Files of weights are compared by blocks; where the store gives whole files only, by their sizes.
 
         Raises:
             PromotionRefused: The store does not answer now.
