@@ -154,7 +154,8 @@ class Guard:
     def fault(self, found: ModelVersion, rule: GateRule, decision: LedgerEntry | None) -> Fault | None:
         """Why a version may not be where it is, as ``fault_of``; what it serves is compared too.
 
-        Files of weights are compared by blocks; where the store gives whole files only, by their sizes.
+        Of large files blocks are compared, or sizes alone where a store gives whole files only; the loader of
+        an overlay compares blocks of the fine-tune's weights.
 
         Raises:
             PromotionRefused: The store does not answer now.
