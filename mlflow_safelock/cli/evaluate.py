@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mlflow_safelock.evaluate.evaluation import Estimate
     from mlflow_safelock.evaluate.subjects import RegisteredVersion
     from mlflow_safelock.lock import SafetyLock
-    from mlflow_safelock.provenance import EvaluationStatement
+    from mlflow_safelock.provenance import EvaluationStatement, MeasuredForm
     from mlflow_safelock.registry.stores import GuardedStore
 
 
@@ -109,6 +109,7 @@ def evaluate(
     After an interruption the same command goes on where it was.
     """
     from mlflow_safelock.evaluate import evaluate as measure
+    from mlflow_safelock.evaluate.evaluating import form_of
     from mlflow_safelock.forging import load_pairs
 
     suite = measuring.suite()
@@ -119,7 +120,7 @@ def evaluate(
     record = _record_of(subject, mlflow_address, artifacts_destination) if filed else None
     if record is not None:
         # Now, and not after hours of generation.
-        record.check(measuring.suite_name)
+        record.check(form_of(suite, settings))
     with counting() as progress:
         found = measure(subject, suite, settings, progress=progress)
     output.write_text(found.to_json(), encoding="utf-8")
@@ -148,9 +149,9 @@ class _Record:
     alpha: float
     store: GuardedStore | None
 
-    def check(self, suite: str) -> None:
+    def check(self, form: MeasuredForm) -> None:
         """Refuse before anything is measured that would never count."""
-        about = (self.version.name, self.version.version, suite, self.lock.digest, self.alpha)
+        about = (self.version.name, self.version.version, form, self.lock.digest, self.alpha)
         if self.store is not None:
             self.store.check_measured(*about)
             return

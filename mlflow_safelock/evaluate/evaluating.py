@@ -49,7 +49,7 @@ from mlflow_safelock.evaluate.suites import Suite, overlap
 from mlflow_safelock.evaluate.transforms import find_transform
 from mlflow_safelock.forging import PreferencePair, dataset_digest
 from mlflow_safelock.forging.starter import starter_preference_pairs
-from mlflow_safelock.provenance import tool_versions
+from mlflow_safelock.provenance import MeasuredForm, MeasuredSuite, tool_versions
 
 if TYPE_CHECKING:
     from mlflow_safelock.lock import SafetyLock
@@ -328,6 +328,22 @@ def drawn_by(suite: Suite, settings: Settings) -> Suite:
         raise EvaluationError(f"A limit of {limit} prompts leaves nothing to ask.")
     drawn = random.Random(settings.seed).sample(range(len(suite.prompts)), limit)  # noqa: S311 - no secret
     return replace(suite, prompts=tuple(suite.prompts[place] for place in sorted(drawn)))
+
+
+def form_of(suite: Suite, settings: Settings) -> MeasuredForm:
+    """What would be asked of a model, and in which form, as its statement will have it.
+
+    Raises:
+        EvaluationError: The suite is empty, or the limit leaves nothing of it.
+    """
+    used = drawn_by(suite, settings)
+    return MeasuredForm(
+        suite=MeasuredSuite(name=used.name, digest=used.digest),
+        transform=settings.transform,
+        judge=settings.judge.name,
+        system_prompt=settings.system_prompt,
+        max_new_tokens=settings.max_new_tokens,
+    )
 
 
 def _asked(suite: Suite, transform: str) -> tuple[Asked, ...]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
+from mlflow_safelock.evaluate.suites import SHIPPED
 from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.locked_models import beside
@@ -28,6 +29,7 @@ from mlflow_safelock.provenance import (
     ArtifactReader,
     EvaluationStatement,
     Measured,
+    MeasuredForm,
     PublicKey,
     check_fingerprint,
     signed_evaluation,
@@ -106,19 +108,36 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
     return replace(approved, evaluations=tuple(relied_on))
 
 
-def check_applies(approved: Approved, lock: str, alpha: float, suite: str) -> None:
-    """Refuse to have something measured, or filed, that a promotion would not apply.
+def check_applies(approved: Approved, lock: str, alpha: float, form: MeasuredForm) -> None:
+    """Refuse to have something measured, or filed, that would never count.
+
+    Args:
+        approved: What a promotion would apply.
+        lock: Digest of the lock that is measured.
+        alpha: Its strength.
+        form: What is asked, and in which form.
 
     Raises:
-        PromotionRefused: It would apply another lock, or another strength.
+        PromotionRefused: It would apply another lock, or another strength, or the policy asks for another
+            suite or form.
     """
-    wanted = approved.lock
+    wanted, rule, suite = approved.lock, approved.rule.evaluation, form.suite.name
+    if rule is not None:
+        asked = {rule.digest_of(one): one for one in rule.suites}
+        differs = list(_differences(form, rule, asked.keys()))
+        if differs:
+            raise PromotionRefused(
+                "other_evaluation",
+                f"It would not count: {'; '.join(differs)}.",
+                next_step=f"Measure what the policy asks for: "
+                f"{_command(approved, rule, asked.get(form.suite.digest, rule.suites[0]))}",
+            )
     if (lock, alpha) != (wanted.lock.digest, approved.alpha):
         raise PromotionRefused(
             "other_lock",
             f"It is of {lock} at alpha {alpha:g}, and a promotion would apply {wanted.title}, "
             f"{wanted.lock.digest}, at alpha {approved.alpha:g}.",
-            next_step=f"Measure that: {_command(approved, approved.rule.evaluation, suite)}",
+            next_step=f"Measure that: {_command(approved, rule, suite)}",
         )
 
 
@@ -216,7 +235,7 @@ def file_evaluation(
     """
     measured, lock = statement.predicate, approved.lock
     check_signature(approved.rule.evaluation, statement, envelope)
-    check_applies(approved, measured.lock, measured.alpha, measured.suite.name)
+    check_applies(approved, measured.lock, measured.alpha, measured.form)
     check_fingerprint(measured.source, artifacts.reader(approved.original))
     location = _location(approved, statement, envelope)
     rows = registry.evaluations_of(approved.original)
@@ -387,13 +406,25 @@ def _row_of(
 
 
 def _is_bound(measured: Measured, approved: Approved, rule: EvaluationRule, suite: str) -> bool:
-    found = (measured.lock, measured.alpha, measured.suite.digest)
-    form = (measured.judge, measured.transform, measured.system_prompt)
-    return (
-        found == (approved.lock.lock.digest, approved.alpha, suite)
-        and form == (rule.judge, rule.transform, rule.system_prompt)
-        and measured.max_new_tokens >= rule.min_new_tokens
+    found = (measured.lock, measured.alpha)
+    return found == (approved.lock.lock.digest, approved.alpha) and not any(
+        _differences(measured.form, rule, (suite,))
     )
+
+
+def _differences(form: MeasuredForm, rule: EvaluationRule, suites: Collection[str]) -> Iterator[str]:
+    """In what something was, or would be, measured otherwise than a policy asks for; ``suites`` by digest."""
+    if form.suite.digest not in suites:
+        yield f"it asks {form.suite.name} with the digest {form.suite.digest}, or a part of a suite"
+    for what, is_so, wanted in (
+        ("judge", form.judge, rule.judge),
+        ("wrapper", form.transform, rule.transform),
+        ("system prompt", form.system_prompt, rule.system_prompt),
+    ):
+        if is_so != wanted:
+            yield f"its {what} is {is_so!r}, and the policy's {wanted!r}"
+    if form.max_new_tokens < rule.min_new_tokens:
+        yield f"its answers may have {form.max_new_tokens} tokens, and the policy wants {rule.min_new_tokens}"
 
 
 def _check_age(measured: Measured, approved: Approved, rule: EvaluationRule, suite: str) -> None:
@@ -451,7 +482,8 @@ def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str
     """What to type; options that have the value wanted by default are left out."""
     lock = f"models:/{approved.lock.model}/{approved.lock.version}"
     words = ["safelock", "evaluate", approved.uri, "--lock", lock, "--alpha", f"{approved.alpha!r}"]
-    words += ["--suite", suite]
+    # A suite that is not shipped is named by its digest, which leads to no file.
+    words += ["--suite", suite if suite in SHIPPED else "SUITE"]
     if rule is not None:
         wanted = {"--judge": rule.judge, "--transform": rule.transform, "--system-prompt": rule.system_prompt}
         usual = {"--judge": "refusal-match", "--transform": "plain", "--system-prompt": None}

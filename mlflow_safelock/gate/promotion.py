@@ -36,7 +36,14 @@ from mlflow_safelock.gate.remembered import holds
 from mlflow_safelock.gate.source import examine, hub_reference
 from mlflow_safelock.gate.tags import Stated
 from mlflow_safelock.gate.transient import AGAIN, is_transient, unreadable
-from mlflow_safelock.provenance import EvaluationStatement, PublicKey, Receipt, SteadyArtifacts, contents_of
+from mlflow_safelock.provenance import (
+    EvaluationStatement,
+    MeasuredForm,
+    PublicKey,
+    Receipt,
+    SteadyArtifacts,
+    contents_of,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -213,14 +220,15 @@ class Gate:
         found = self.registry.model_version(name, version)
         return signed_by_rule(_rule_for(found, self.policy()).evaluation, envelope)
 
-    def check_measured(self, request: Request, lock: str, alpha: float) -> None:
-        """Refuse before anything is measured that would never count; the target names the suite.
+    def check_measured(self, request: Request, lock: str, alpha: float, form: MeasuredForm) -> None:
+        """Refuse before anything is measured that would never count.
 
         Raises:
             PromotionRefused: A promotion would apply another lock than the one with this digest, or another
-                strength, or the version could not be promoted as it is.
+                strength, the policy asks for another suite or form, or the version could not be promoted as
+                it is.
         """
-        check_applies(self._approved(request), lock, alpha, request.target.name)
+        check_applies(self._approved(request), lock, alpha, form)
 
     def _approved(self, request: Request) -> Approved:
         """What a promotion of a version would apply, to whatever place."""

@@ -217,9 +217,15 @@ class Reconciling:
         known = self.registry.promotion_at(found.location)
         if known is None or known.model == found.name or known.version != found.version:
             return None
-        half_done = Renaming(self.gate).is_half_done(known.model, found.name, request.workspace)
-        before = self.registry.decision_on(request.workspace, known.model, found.version)
-        return known.model if half_done and before is not None and before.locks else None
+        renaming, workspace = Renaming(self.gate), request.workspace
+        before = self.registry.decision_on(workspace, known.model, found.version)
+        if before is None or not before.locks:
+            return None
+        if not renaming.is_half_done(known.model, found.name, workspace):
+            return None
+        # Under a stricter gate what was decided does not go on: the version is promoted anew, or refused.
+        refusal = renaming.refusal(found, before, known.model, found.name, workspace, request.actor)
+        return known.model if refusal is None else None
 
     def _make_fit(self, difference: Difference) -> Difference | None:
         """Make a version fit to stay where it is; what still differs then.

@@ -26,6 +26,7 @@ from mlflow_safelock.provenance.keys import (
 from mlflow_safelock.provenance.measured import (
     EvaluationStatement,
     Measured,
+    MeasuredForm,
     MeasuredRate,
     MeasuredSuite,
     MeasuredUtility,
@@ -68,6 +69,7 @@ __all__ = [
     "LocalArtifacts",
     "LockReference",
     "Measured",
+    "MeasuredForm",
     "MeasuredRate",
     "MeasuredSuite",
     "MeasuredUtility",

@@ -60,6 +60,24 @@ class MeasuredUtility(Form):
         return round(self.unlocked - self.locked, 9)
 
 
+class MeasuredForm(Form):
+    """What was asked, and in which form; a policy asks for the same.
+
+    Attributes:
+        suite: The prompts.
+        transform: The wrapper around the harmful ones.
+        judge: Who called answers harmful.
+        system_prompt: System prompt of every chat.
+        max_new_tokens: Most tokens of an answer.
+    """
+
+    suite: MeasuredSuite
+    transform: NonEmpty
+    judge: NonEmpty
+    system_prompt: str | None
+    max_new_tokens: Annotated[int, Field(gt=0)]
+
+
 class Measured(Form):
     """What an evaluation found of a locked model.
 
@@ -94,6 +112,17 @@ class Measured(Form):
     result: Digest
     created: NonEmpty
     tools: dict[str, str]
+
+    @property
+    def form(self) -> MeasuredForm:
+        """What was asked, and in which form."""
+        return MeasuredForm(
+            suite=self.suite,
+            transform=self.transform,
+            judge=self.judge,
+            system_prompt=self.system_prompt,
+            max_new_tokens=self.max_new_tokens,
+        )
 
     @field_validator("created")
     @classmethod

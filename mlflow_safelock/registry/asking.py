@@ -15,7 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlflow_safelock.errors import KeyFileError, SourceError, VerificationError
 from mlflow_safelock.lock import Digest, NonEmpty
-from mlflow_safelock.provenance import EvaluationStatement, configured_signing_key, sign_evaluation
+from mlflow_safelock.provenance import (
+    EvaluationStatement,
+    MeasuredForm,
+    configured_signing_key,
+    sign_evaluation,
+)
 
 CHECK_TAG = "safelock.check_evaluation"
 """Asks whether an evaluation would count; the value is a ``Question``."""
@@ -30,7 +35,7 @@ class Question(BaseModel):
     """Whether an evaluation would count, before it is made.
 
     Attributes:
-        suite: The suite, as its user calls it.
+        form: What would be asked, and in which form.
         lock: Digest of the lock.
         alpha: Its strength.
         keyid: Of the key that it would be signed with.
@@ -38,7 +43,7 @@ class Question(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    suite: NonEmpty
+    form: MeasuredForm
     lock: Digest
     alpha: Annotated[float, Field(gt=0.0)]
     keyid: NonEmpty
@@ -56,7 +61,7 @@ class Question(BaseModel):
             raise VerificationError(f"The value of {CHECK_TAG} is no question of this package.") from error
 
 
-def check_through_server(name: str, version: int, suite: str, lock: str, alpha: float) -> None:
+def check_through_server(name: str, version: int, form: MeasuredForm, lock: str, alpha: float) -> None:
     """Find out before anything is measured whether it would count as evidence at the registry's server.
 
     Raises:
@@ -72,7 +77,7 @@ def check_through_server(name: str, version: int, suite: str, lock: str, alpha: 
             next_step="Set SAFELOCK_SIGNING_KEY to a private key whose public one the policy names "
             "(evaluation.signature).",
         )
-    question = Question(suite=suite, lock=lock, alpha=alpha, keyid=key.public.keyid)
+    question = Question(form=form, lock=lock, alpha=alpha, keyid=key.public.keyid)
     _ask(name, version, CHECK_TAG, question.model_dump_json())
 
 

@@ -42,7 +42,7 @@ from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
 from mlflow_safelock.gate.transient import AGAIN, is_transient
 from mlflow_safelock.lock import SafetyLock
-from mlflow_safelock.provenance import EvaluationStatement, configured_signing_key
+from mlflow_safelock.provenance import EvaluationStatement, MeasuredForm, configured_signing_key
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.asking import ASKING, CHECK_TAG, Question
@@ -219,7 +219,7 @@ class GateMixin:
                 f"The key {question.keyid[:16]} is none of those whose evaluations the policy takes.",
                 next_step="Name another in SAFELOCK_SIGNING_KEY, or this one in the policy.",
             )
-        self.check_measured(name, version, question.suite, question.lock, question.alpha)
+        self.check_measured(name, version, question.form, question.lock, question.alpha)
 
     def _file_signed(self, name: str, version: int, value: str) -> None:
         envelope = value.encode()
@@ -244,14 +244,14 @@ class GateMixin:
         request = self._measuring(name, version, statement.predicate.suite.name)
         return self._gate.file_evaluation(request, statement, envelope)
 
-    def check_measured(self, name: str, version: int, suite: str, lock: str, alpha: float) -> None:
+    def check_measured(self, name: str, version: int, form: MeasuredForm, lock: str, alpha: float) -> None:
         """Refuse before anything is measured that would never count; see ``Gate.check_measured``.
 
         Raises:
             PromotionRefused: A promotion would apply something else, or could not be made.
             MlflowException: There is no such version.
         """
-        self._gate.check_measured(self._measuring(name, version, suite), lock, alpha)
+        self._gate.check_measured(self._measuring(name, version, form.suite.name), lock, alpha, form)
 
     def _measuring(self, name: str, version: int, suite: str) -> Request:
         return self._request(name, version, Target("evaluate", suite))

@@ -162,7 +162,7 @@ def test_promotion_of_a_standalone_model(world: World, failpoint: str) -> None:
 
 @pytest.mark.parametrize("failpoint", failpoints.PREPARE)
 def test_preparation(world: World, failpoint: str) -> None:
-    alpha = 2.0 + failpoints.PREPARE.index(failpoint)  # each has a place of its own
+    alpha = 2.25 + failpoints.PREPARE.index(failpoint)  # each has a place of its own
     version = world.new_version("whole", {"safelock.alpha": str(alpha)})
     killed(world, failpoint, "prepare", "whole", int(version))
     assert not world.check("whole", version)
