@@ -143,7 +143,7 @@ def sweep(
     that keep the limits the most useful is taken, and of those the one farthest from points that do not:
     utility is the accuracy on tasks, or the share of harmless twins that are answered. With --prefer room it
     is the other way round. Where none keeps them, the nearest is shown and said to be that, the exit code is
-    1, and no policy is proposed.
+    1, and no policy is proposed. The same where the chosen point does not keep them on the other half.
     """
     from mlflow_safelock.errors import EvaluationError
     from mlflow_safelock.evaluate import Limits, explore, fewer_heads
@@ -178,7 +178,7 @@ def sweep(
         run = log_sweep(found, facts, pictures, experiment=measuring.experiment, version=subject.version)
     if write_lock is not None:
         save_lock(found.chosen.lock, write_lock)
-    if write_policy is not None and found.satisfied:
+    if write_policy is not None and found.satisfied and found.holds(limits):
         write_policy.write_text(_policy(found, limits), encoding="utf-8")
     if form == "json":
         show_json({"run": run, **facts})
@@ -192,12 +192,20 @@ def sweep(
             f"{found.chosen.utility.value:.1%}.",
             next_step="Try more strengths (--alphas), a lock with more heads, or other limits.",
         )
+    if not found.holds(limits):
+        raise EvaluationError(
+            f"{found.chosen.heads} heads at alpha {found.chosen.alpha:g} keep the limits on the half of the "
+            f"suite that was chosen by, and not on the other: {_honest(found)}.",
+            next_step="Take a larger suite, leave more room (--prefer room, tighter limits), or try more "
+            "strengths (--alphas).",
+        )
 
 
 def _facts(found: Exploration, limits: Limits) -> dict[str, Any]:
     confirmed = found.confirmed
     return {
         "satisfied": found.satisfied,
+        "confirmed_keeps_the_limits": found.holds(limits),
         "chosen": {
             "heads": found.chosen.heads,
             "alpha": found.chosen.alpha,
@@ -251,12 +259,13 @@ def _show(found: Exploration, limits: Limits) -> None:
     show_table(table)
     if found.heads is not None:
         _show_heads(found.heads)
-    if found.satisfied and found.confirmed.locked is not None:
-        arm = found.confirmed.locked
+    if found.satisfied:
+        point = f"{found.chosen.heads} heads at alpha {found.chosen.alpha:g}"
+        holds = found.holds(limits)
         show_lines(
             "",
-            f"Take {found.chosen.heads} heads at alpha {found.chosen.alpha:g}.",
-            f"On the other half of the suite: {_harm_and_utility(arm)}; "
+            f"Take {point}." if holds else f"{point} do not keep the limits on the other half of the suite.",
+            f"On the other half of the suite: {_honest(found)}; "
             f"unlocked: {_harm_and_utility(found.confirmed.unlocked)}.",
         )
 
@@ -270,6 +279,13 @@ def _show_heads(found: Contributions) -> None:
         figures = (harm_of(one.arm), utility_of(one.arm))
         table.add_row(str(one.head.layer), str(one.head.head), *(_cell(figure) for figure in figures))
     show_table(table)
+
+
+def _honest(found: Exploration) -> str:
+    """The chosen point's figures on the half that nothing was chosen by."""
+    arm = found.confirmed.locked
+    assert arm is not None
+    return f"{_harm_and_utility(arm)}, degenerate {_cell(arm.figures['degenerate_rate'])}"
 
 
 def _harm_and_utility(arm: Arm) -> str:
@@ -293,7 +309,10 @@ def _policy(found: Exploration, limits: Limits) -> str:
     suite = found.confirmed.suite
     kept = ", ".join(f"{alpha:g}" for alpha in accepted)
     return (
-        f"# {found.chosen.heads} heads of {found.chosen.lock.base_model}, measured on {suite.name}:\n"
-        f"# harmful rate at most {limits.max_harmful_rate:g} at alpha {kept}.\n"
+        f"# {found.chosen.heads} heads of {found.chosen.lock.base_model}, measured on {suite.name}.\n"
+        f"# At alpha {found.chosen.alpha:g}, on the half that nothing was chosen by (95 % intervals):\n"
+        f"# {_honest(found)}.\n"
+        "# The range is from the half that was chosen by, and was not measured again: there the harmful\n"
+        f"# rate is at most {limits.max_harmful_rate:g} at alpha {kept}.\n"
         + yaml.safe_dump({"version": 1, "gates": [rule]}, sort_keys=False)
     )

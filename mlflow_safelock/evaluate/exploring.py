@@ -60,7 +60,7 @@ class Exploration:
     Attributes:
         tried: Every point, by number of heads and strength.
         chosen: The point to take; see ``choose``.
-        satisfied: Whether ``chosen`` keeps the limits.
+        satisfied: Whether ``chosen`` keeps the limits on the half that it was chosen by; see ``holds``.
         confirmed: The chosen point on the other half of the suite.
         heads: What each head of the chosen lock contributes on the first half, where that was asked for.
     """
@@ -71,8 +71,16 @@ class Exploration:
     confirmed: Evaluation
     heads: Contributions | None = None
 
+    def holds(self, limits: Limits) -> bool:
+        """Whether the chosen point keeps the limits on the other half of the suite, too."""
+        again = Tried.under(self.chosen.lock, self.chosen.alpha, self.confirmed)
+        return again.excess(limits) == 0.0
+
     def accepted(self, limits: Limits) -> tuple[float, ...]:
-        """The strengths that keep the limits under the chosen lock, next to the chosen one without a gap."""
+        """The strengths that keep the limits under the chosen lock, next to the chosen one without a gap.
+
+        On the half that was chosen by: only the chosen one was measured on the other.
+        """
         same = [one for one in self.tried if one.lock == self.chosen.lock]
         place = same.index(self.chosen)
         low = high = place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from mlflow_safelock.evaluate import exploring
 from mlflow_safelock.formats import load_lock, save_lock
 from mlflow_safelock.gate.policy_file import load_policy
 from tests.cli.conftest import Run
@@ -65,6 +67,7 @@ def test_a_point_is_found_and_its_policy_locks_a_promotion(
     for name in ("sweep-pareto.png", "sweep-heat-map.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert load_lock(lock).digest == chosen["lock"]
+    assert "nothing was chosen by (95 % intervals):\n# harmful 0.0% (0.0% to" in policy.read_text()
     rule = load_policy(policy).gates[0]
     accepted = chosen["accepted_alphas"]
     assert (rule.alpha.default, rule.alpha.min, rule.alpha.max) == (
@@ -97,6 +100,25 @@ def test_where_nothing_keeps_the_limits_no_policy_is_proposed(
     assert "No point keeps the limits; 8 heads at alpha 0.4 come nearest" in done.stderr
     assert not policy.exists()
     assert json.loads((tmp_path / "sweep.json").read_text())["satisfied"] is False
+
+
+def test_a_point_that_the_other_half_does_not_confirm_is_not_recommended(
+    run: Run, arguments: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, policy = exploring.evaluate, tmp_path / "safelock.yaml"
+    # On the other half the lock is next to nothing.
+    monkeypatch.setattr(
+        exploring,
+        "evaluate",
+        lambda subject, *rest, **more: honest(replace(subject, alpha=0.1), *rest, **more),
+    )
+    done = run("sweep", *arguments, "--alphas", "1.1", "--write-policy", policy)
+    assert done.exit_code == 1
+    assert "and not on the other: harmful" in " ".join(done.stderr.split())
+    assert "Take" not in done.stdout
+    assert not policy.exists()
+    facts = json.loads((tmp_path / "sweep.json").read_text())
+    assert (facts["satisfied"], facts["confirmed_keeps_the_limits"]) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +155,7 @@ def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
     found = mlflow.get_run(done.json["run"])
     assert found.data.tags["safelock.model_version"] == f"models:/bot/{version}"
     assert (found.data.params["alpha"], found.data.params["heads"]) == ("1.1", "8")
+    assert found.data.params["confirmed_keeps_the_limits"] == "True"
     confirmed = done.json["confirmed"]["locked"]["figures"]["harmful_rate"]["value"]
     assert found.data.metrics["locked/harmful_rate"] == confirmed
     files = {one.path for one in MlflowClient().list_artifacts(found.info.run_id)}
