@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from mlflow_safelock.cli.options import (
     model_options,
     output_file_option,
 )
-from mlflow_safelock.cli.output import counting, new_table, show_json, show_lines, show_table
+from mlflow_safelock.cli.output import counting, new_table, show_json, show_lines, show_table, shown
 from mlflow_safelock.loading import ModelLoading
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
 @click.option(
     "--per-head",
     is_flag=True,
-    help="Leave out each head of the chosen lock in turn, and show what comes back.",
+    help="Leave out each head of the chosen lock in turn, where it has several, and show what comes back.",
 )
 @model_options
 @format_option
@@ -150,21 +151,23 @@ def sweep(
     from mlflow_safelock.evaluate.plots import contributions_plot, heat_map, pareto_plot
     from mlflow_safelock.formats import save_lock
 
-    suite = measuring.suite()
+    suite, pairs = measuring.suite(), measuring.pairs()
     subject = measuring.open(model, None, loading, mlflow_address)
     if subject.lock is None:
         raise EvaluationError("There is no lock to try.", next_step="Name one: --lock.")
     locks = fewer_heads(subject.lock, heads) if heads else (subject.lock,)
     limits = Limits(max_harmful_rate, max_utility_loss, max_degenerate_rate)
+    settings = replace(measuring.settings(output), pairs=pairs)
     with counting() as progress:
         found = explore(
-            *(subject, suite, locks, alphas, limits, measuring.settings(output)),
+            *(subject, suite, locks, alphas, limits, settings),
             refinements=refine,
             prefer=prefer,
             per_head=per_head,
             progress=progress,
         )
-    facts = _facts(found, limits)
+    warnings = _warnings(found, per_head=per_head)
+    facts = _facts(found, limits, warnings)
     output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     pictures = {"pareto": pareto_plot(found), "heat-map": heat_map(found)}
     if found.heads is not None:
@@ -184,6 +187,7 @@ def sweep(
         show_json({"run": run, **facts})
     else:
         _show(found, limits)
+        show_lines(*(f"Warning: {shown(warning)}" for warning in warnings))
         show_lines("", f"Every figure is in {output}" + (f", and in the MLflow run {run}." if run else "."))
     if not found.satisfied:
         raise EvaluationError(
@@ -201,7 +205,29 @@ def sweep(
         )
 
 
-def _facts(found: Exploration, limits: Limits) -> dict[str, Any]:
+def _warnings(found: Exploration, *, per_head: bool) -> list[str]:
+    """What a reader has to know of any measurement, each once, with the points that it is of."""
+    points: dict[str, list[str]] = {}
+    for one in found.tried:
+        for warning in one.evaluation.warnings:
+            points.setdefault(warning, []).append(f"{one.heads} heads at alpha {one.alpha:g}")
+    warnings = [
+        warning if len(names) == len(found.tried) else f"{', '.join(names)}: {warning}"
+        for warning, names in points.items()
+    ]
+    warnings += [f"The other half: {one}" for one in found.confirmed.warnings if one not in warnings]
+    if found.heads is not None:
+        failures = sum(one.arm.judge_failures for one in found.heads.without)
+        if failures:
+            warnings.append(f"The judge came to no verdict on {failures} answers without one head.")
+    elif per_head:
+        warnings.append("The chosen lock has one head, so none could be left out (--per-head).")
+    if any("no verdict" in warning for warning in warnings):
+        warnings.append("Here answers without a verdict count as harmful.")
+    return warnings
+
+
+def _facts(found: Exploration, limits: Limits, warnings: list[str]) -> dict[str, Any]:
     confirmed = found.confirmed
     return {
         "satisfied": found.satisfied,
@@ -223,6 +249,8 @@ def _facts(found: Exploration, limits: Limits) -> dict[str, Any]:
                 "alpha": one.alpha,
                 "keeps_the_limits": one.excess(limits) == 0.0,
                 "figures": {name: figure.model_dump() for name, figure in one.arm.figures.items()},
+                "judge_failures": one.arm.judge_failures,
+                "warnings": one.evaluation.warnings,
             }
             for one in found.tried
         ],
@@ -232,12 +260,15 @@ def _facts(found: Exploration, limits: Limits) -> dict[str, Any]:
                 "layer": one.head.layer,
                 "head": one.head.head,
                 "figures_without": {name: figure.model_dump() for name, figure in one.arm.figures.items()},
+                "judge_failures": one.arm.judge_failures,
             }
             for one in found.heads.without
         ],
         "unlocked": {
             name: figure.model_dump() for name, figure in found.chosen.evaluation.unlocked.figures.items()
         },
+        "unlocked_judge_failures": found.chosen.evaluation.unlocked.judge_failures,
+        "warnings": warnings,
         "chosen_by": found.chosen.evaluation.suite.model_dump(mode="json"),
         "confirmed": confirmed.model_dump(mode="json", exclude={"rows", "source"}),
     }

@@ -104,6 +104,7 @@ def _points_of(found: Exploration) -> pandas.DataFrame:
         {
             "heads": one.heads,
             "alpha": one.alpha,
+            "judge_failures": one.arm.judge_failures,
             **{name: figure.value for name, figure in one.arm.figures.items()},
         }
         for one in found.tried

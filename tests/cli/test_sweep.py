@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,24 @@ def test_the_table_shows_the_points_and_what_the_other_half_says(
     assert "Take 8 heads at alpha 1.1." in text
     assert "On the other half of the suite: harmful 0.0%" in text
     assert "unlocked: harmful 100.0%" in text
+
+
+def test_warnings_are_shown_once_with_their_points(
+    run: Run, toy: Toy, arguments: tuple[Any, ...], tmp_path: Path
+) -> None:
+    few = ("--alphas", "0.4,1.1", "--heads", "1", "--refine", 0, "--max-new-tokens", 3, "--per-head")
+    text = run("sweep", *arguments, *few).stdout
+    assert text.count("Warning: Whether the lock was forged from prompts of this suite is not known") == 1
+    assert "answers with the lock did not end within 3 tokens" in text
+    assert "Warning: The chosen lock has one head" in text
+    facts = json.loads((tmp_path / "sweep.json").read_text())
+    assert [point["judge_failures"] for point in facts["points"]] == [0, 0]
+    assert all(point["warnings"] for point in facts["points"])
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([asdict(pair) for pair in toy.world.pairs(100)]))
+    text = run("sweep", *arguments, *few, "--forged-from", pairs).stdout
+    assert "did not end" in text
+    assert "is not known" not in text
 
 
 def test_where_nothing_keeps_the_limits_no_policy_is_proposed(

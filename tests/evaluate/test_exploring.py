@@ -21,6 +21,7 @@ from mlflow_safelock.evaluate import (
     explore,
     fewer_heads,
 )
+from mlflow_safelock.evaluate.evaluation import Arm, Estimate, harm_of
 from mlflow_safelock.evaluate.exploring import contributions
 from mlflow_safelock.evaluate.plots import contributions_plot, heat_map, pareto_plot
 from mlflow_safelock.evaluate.suites import halves
@@ -129,6 +130,15 @@ def test_where_nothing_keeps_the_limits_that_is_said_and_the_nearest_given(toy: 
     assert not found.satisfied
     assert found.chosen.alpha == 0.5
     assert len(found.tried) == 2, "there is nothing to refine between"
+
+
+def test_answers_without_a_verdict_count_as_harmful() -> None:
+    def rate(count: int, total: int) -> Estimate:
+        return Estimate(value=count / total, low=0.0, high=1.0, total=total, count=count)
+
+    none = Arm(figures={"attack_success_rate": rate(0, 4)}, judge_failures=4)
+    some = Arm(figures={"attack_success_rate": rate(0, 4), "harmful_rate": rate(1, 3)}, judge_failures=1)
+    assert (harm_of(none).value, harm_of(some).value) == (1.0, 0.5)
 
 
 def test_pictures_show_every_point(found: Exploration) -> None:
