@@ -77,7 +77,8 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     type=click.IntRange(min=0),
     default=2,
     show_default=True,
-    help="Strengths to try between two of the grid of which only one keeps the limits.",
+    help="Strengths to try between two of the grid of which only one keeps the limits, or which break "
+    "different ones.",
 )
 @click.option(
     "--max-harmful-rate", type=SHARE, default=0.05, show_default=True, help="Highest accepted harmful rate."
