@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mlflow_safelock.evaluate.choosing import Limits, Preference
     from mlflow_safelock.evaluate.evaluation import Arm, Estimate
     from mlflow_safelock.evaluate.exploring import Contributions, Exploration
+    from mlflow_safelock.evaluate.subjects import RegisteredVersion
+    from mlflow_safelock.evaluate.suites import Suite
 
 SHARE = click.FloatRange(0.0, 1.0)
 
@@ -70,7 +72,7 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     "--heads",
     metavar="K,L,…",
     callback=_numbers(int),
-    help="Try the lock with this many of its best heads, too.  [default: with all of them]",
+    help="Try the lock with only so many of its best heads.  [default: with all of them]",
 )
 @click.option(
     "--refine",
@@ -104,7 +106,7 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     callback=_beside,
     metavar="PATH",
-    help="Propose a policy with the strength that was found, where one was.",
+    help="Propose a policy with the strength that was found, where one was, and these limits.",
 )
 @click.option(
     "--write-lock",
@@ -183,7 +185,7 @@ def sweep(
     if write_lock is not None:
         save_lock(found.chosen.lock, write_lock)
     if write_policy is not None and found.satisfied and found.holds(limits):
-        write_policy.write_text(_policy(found, limits), encoding="utf-8")
+        write_policy.write_text(_policy(found, limits, suite, subject.version), encoding="utf-8")
     if form == "json":
         show_json({"run": run, **facts})
     else:
@@ -330,21 +332,51 @@ def _cell(figure: Estimate) -> str:
     return f"{figure.value:.1%} ({figure.low:.1%} to {figure.high:.1%})"
 
 
-def _policy(found: Exploration, limits: Limits) -> str:
+def _policy(found: Exploration, limits: Limits, suite: Suite, version: RegisteredVersion | None) -> str:
+    """A policy for the version's registered model, that asks for a measurement of the whole suite.
+
+    Each of its promotions then needs one that keeps the same limits, made in the same way.
+    """
+    import glob
+
     import yaml
 
     accepted = found.accepted(limits)
-    rule = {
-        "models": "*",
-        "alpha": {"default": found.chosen.alpha, "min": min(accepted), "max": max(accepted)},
+    wanted = {
+        "suites": [_name_in_policy(suite)],
+        "max_harmful_rate": limits.max_harmful_rate,
+        "max_utility_drop": limits.max_utility_loss,
+        "max_degenerate_rate": limits.max_degenerate_rate,
+        "judge": found.confirmed.judge.name,
+        "system_prompt": found.confirmed.generation.system_prompt,
+        "min_new_tokens": found.confirmed.generation.max_new_tokens,
     }
-    suite = found.confirmed.suite
+    rule = {
+        "models": "*" if version is None else glob.escape(version.name),
+        "alpha": {"default": found.chosen.alpha, "min": min(accepted), "max": max(accepted)},
+        "evaluation": {name: value for name, value in wanted.items() if value is not None},
+    }
+    base, name = (" ".join(text.split()) for text in (found.chosen.lock.base_model, suite.name))
+    fill_in = (
+        "# To be filled in: the registered model's name, for which this was measured, in place of '*'.\n"
+    )
+    gates = yaml.safe_dump({"gates": [rule]}, sort_keys=False, allow_unicode=True)
     kept = ", ".join(f"{alpha:g}" for alpha in accepted)
     return (
-        f"# {found.chosen.heads} heads of {found.chosen.lock.base_model}, measured on {suite.name}.\n"
+        f"# {found.chosen.heads} heads of {base}, measured on {name}.\n"
+        f"# The lock is to be registered: {found.chosen.lock.digest}.\n"
         f"# At alpha {found.chosen.alpha:g}, on the half that nothing was chosen by (95 % intervals):\n"
         f"# {_honest(found)}.\n"
         "# The range is from the half that was chosen by, and was not measured again: there the harmful\n"
         f"# rate is at most {limits.max_harmful_rate:g} at alpha {kept}.\n"
-        + yaml.safe_dump({"version": 1, "gates": [rule]}, sort_keys=False)
+        "version: 1\n" + (gates if version else gates.replace("gates:\n", f"gates:\n{fill_in}", 1))
     )
+
+
+def _name_in_policy(suite: Suite) -> str:
+    """The name of a shipped suite, or the digest of another one."""
+    from mlflow_safelock.evaluate import load_suite
+    from mlflow_safelock.evaluate.suites import SHIPPED
+
+    shipped = suite.name in SHIPPED and load_suite(suite.name).digest == suite.digest
+    return suite.name if shipped else suite.digest

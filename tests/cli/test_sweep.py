@@ -12,8 +12,9 @@ import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
-from mlflow_safelock.evaluate import exploring
+from mlflow_safelock.evaluate import exploring, load_suite
 from mlflow_safelock.formats import load_lock, save_lock
 from mlflow_safelock.gate.policy_file import load_policy
 from tests.cli.conftest import Run
@@ -68,7 +69,12 @@ def test_a_point_is_found_and_its_policy_locks_a_promotion(
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert load_lock(lock).digest == chosen["lock"]
     assert "nothing was chosen by (95 % intervals):\n# harmful 0.0% (0.0% to" in policy.read_text()
+    assert "# To be filled in: the registered model's name" in policy.read_text()
     rule = load_policy(policy).gates[0]
+    wanted = rule.evaluation
+    assert wanted is not None
+    assert (wanted.max_harmful_rate, wanted.max_utility_drop, wanted.max_degenerate_rate) == (0.05, 0.1, 0.05)
+    assert (wanted.suites, wanted.min_new_tokens) == ((load_suite(tmp_path / "suite.jsonl").digest,), 20)
     accepted = chosen["accepted_alphas"]
     assert (rule.alpha.default, rule.alpha.min, rule.alpha.max) == (
         chosen["alpha"],
@@ -78,6 +84,14 @@ def test_a_point_is_found_and_its_policy_locks_a_promotion(
     monkeypatch.setenv("SAFELOCK_POLICY", str(policy))
     log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
     register_lock(load_lock(lock))
+    with pytest.raises(MlflowException, match="missing_evaluation"):
+        client.set_registered_model_alias("bot", "champion", "1")
+    measured = run(
+        *("evaluate", "models:/bot/1", "--lock", lock, "--alpha", chosen["alpha"], "--file", "--no-mlflow"),
+        *("--suite", tmp_path / "suite.jsonl", "--max-new-tokens", 20, "--output", tmp_path / "e.json"),
+        *("--tracking-uri", mlflow.get_tracking_uri(), "--registry-uri", mlflow.get_registry_uri()),
+    )
+    assert measured.exit_code == 0, measured.stderr
     client.set_registered_model_alias("bot", "champion", "1")
     assert client.get_model_version("bot", "1").tags["safelock.applied_alpha"] == f"{chosen['alpha']:g}"
 
@@ -167,9 +181,11 @@ def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
     version = log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
     options = [option for option in arguments[1:] if option != "--no-mlflow"]
     more = ("--alphas", "1.1", "--heads", "8", "--per-head", "--experiment", "sweeps", "--format", "json")
+    more = (*more, "--write-policy", tmp_path / "safelock.yaml")
     done = run("sweep", f"models:/bot/{version}", *options, *more)
     assert done.exit_code == 0, done.stderr
     assert len(done.json["per_head"]) == 8
+    assert load_policy(tmp_path / "safelock.yaml").gates[0].models == "bot"
     found = mlflow.get_run(done.json["run"])
     assert found.data.tags["safelock.model_version"] == f"models:/bot/{version}"
     assert (found.data.params["alpha"], found.data.params["heads"]) == ("1.1", "8")
