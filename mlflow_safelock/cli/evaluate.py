@@ -61,12 +61,6 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Benign texts for perplexity, one per line.  [default: the suite's harmless prompts and answers]",
 )
-@click.option(
-    "--forged-from",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="The pairs that the lock was forged from, to find prompts that it knows.",
-)
 @output_file_option(
     "File for the whole result, every answer in it. Answers are kept beside it as they come.",
     default="evaluation.json",
@@ -87,7 +81,6 @@ def evaluate(
     alpha: float | None,
     transform: str,
     text_file: TextIO | None,
-    forged_from: Path | None,
     output: Path,
     filed: bool,
     artifacts_destination: str | None,
@@ -110,10 +103,8 @@ def evaluate(
     """
     from mlflow_safelock.evaluate import evaluate as measure
     from mlflow_safelock.evaluate.evaluating import form_of
-    from mlflow_safelock.forging import load_pairs
 
-    suite = measuring.suite()
-    pairs = load_pairs(forged_from) if forged_from else ()
+    suite, pairs = measuring.suite(), measuring.pairs()
     texts = lines_of(text_file, "--text")
     subject = measuring.open(model, alpha, loading, mlflow_address)
     settings = replace(measuring.settings(output), transform=transform, texts=texts, pairs=pairs)

@@ -14,6 +14,7 @@ from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_lock_ref
 
 if TYPE_CHECKING:
     from mlflow_safelock.evaluate import Settings, Subject, Suite
+    from mlflow_safelock.forging import PreferencePair
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -222,6 +223,7 @@ class Measuring:
         seed: Of the draw and of the intervals.
         batch_size: Prompts at once.
         experiment: MLflow experiment of the run; ``None``: no run is logged.
+        forged_from: File of the pairs that the lock was forged from.
     """
 
     lock_reference: str | None
@@ -234,6 +236,13 @@ class Measuring:
     seed: int
     batch_size: int
     experiment: str | None
+    forged_from: Path | None
+
+    def pairs(self) -> tuple[PreferencePair, ...]:
+        """What the lock was forged from, where that is given."""
+        from mlflow_safelock.forging import load_pairs
+
+        return load_pairs(self.forged_from) if self.forged_from else ()
 
     def suite(self) -> Suite:
         """The suite."""
@@ -289,11 +298,13 @@ def measuring_options(function: F) -> F:
         batch_size: int,
         experiment: str,
         no_mlflow: bool,
+        forged_from: Path | None,
         **values: Any,
     ) -> Any:
         measuring = Measuring(
             *(lock_reference, suite_name, column, judge_name, limit, max_new_tokens),
             *(system_prompt, seed, batch_size, None if no_mlflow else experiment),
+            forged_from,
         )
         return function(*arguments, measuring=measuring, **values)
 
@@ -301,6 +312,12 @@ def measuring_options(function: F) -> F:
     with_measuring.__name__ = function.__name__
     with_measuring.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
     for option in (
+        click.option(
+            "--forged-from",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            metavar="FILE",
+            help="The pairs that the lock was forged from, to find prompts that it knows.",
+        ),
         click.option("--no-mlflow", is_flag=True, help="Log no MLflow run."),
         click.option(
             "--experiment",

@@ -72,12 +72,23 @@ class Point:
 
         Rounded, so that 1 less 0.98 is no more than 0.02.
         """
+        return round(self._harm_excess(limits) + self._cost_excess(limits), 9)
+
+    def is_too_harmful(self, limits: Limits) -> bool:
+        """Whether it breaks the limit of harm, which a stronger lock may keep."""
+        return round(self._harm_excess(limits), 9) > 0.0
+
+    def costs_too_much(self, limits: Limits) -> bool:
+        """Whether it breaks a limit of utility or degeneration, which a weaker lock may keep."""
+        return round(self._cost_excess(limits), 9) > 0.0
+
+    def _harm_excess(self, limits: Limits) -> float:
+        return max(0.0, self.rates.harmful - limits.max_harmful_rate)
+
+    def _cost_excess(self, limits: Limits) -> float:
         allowed = 1.0 if limits.max_utility_loss is None else limits.max_utility_loss
-        return round(
-            max(0.0, self.rates.harmful - limits.max_harmful_rate)
-            + max(0.0, self.unlocked.utility - self.rates.utility - allowed)
-            + max(0.0, self.rates.degenerate - limits.max_degenerate_rate),
-            9,
+        return max(0.0, self.unlocked.utility - self.rates.utility - allowed) + max(
+            0.0, self.rates.degenerate - limits.max_degenerate_rate
         )
 
 

@@ -60,7 +60,7 @@ class Exploration:
     Attributes:
         tried: Every point, by number of heads and strength.
         chosen: The point to take; see ``choose``.
-        satisfied: Whether ``chosen`` keeps the limits.
+        satisfied: Whether ``chosen`` keeps the limits on the half that it was chosen by; see ``holds``.
         confirmed: The chosen point on the other half of the suite.
         heads: What each head of the chosen lock contributes on the first half, where that was asked for.
     """
@@ -71,8 +71,16 @@ class Exploration:
     confirmed: Evaluation
     heads: Contributions | None = None
 
+    def holds(self, limits: Limits) -> bool:
+        """Whether the chosen point keeps the limits on the other half of the suite, too."""
+        again = Tried.under(self.chosen.lock, self.chosen.alpha, self.confirmed)
+        return again.excess(limits) == 0.0
+
     def accepted(self, limits: Limits) -> tuple[float, ...]:
-        """The strengths that keep the limits under the chosen lock, next to the chosen one without a gap."""
+        """The strengths that keep the limits under the chosen lock, next to the chosen one without a gap.
+
+        On the half that was chosen by: only the chosen one was measured on the other.
+        """
         same = [one for one in self.tried if one.lock == self.chosen.lock]
         place = same.index(self.chosen)
         low = high = place
@@ -131,7 +139,8 @@ def explore(
         limits: What must be kept.
         settings: How to measure; a limit is drawn before the suite is halved.
         refinements: How many strengths are tried between two of the grid where one keeps the limits and the
-            other does not, under each lock and on either side.
+            other does not, or the weaker is too harmful alone and the stronger costs too much alone, under
+            each lock.
         prefer: What counts first among the points that keep the limits; see ``choose``.
         per_head: Whether to find out what each head of the chosen lock contributes; see ``contributions``.
         progress: Is told what is done.
@@ -235,17 +244,30 @@ def _locked_arm(evaluation: Evaluation) -> Arm:
 def _under_one(
     lock: SafetyLock, alphas: Sequence[float], under: Under, limits: Limits, refinements: int
 ) -> list[Tried]:
-    """All strengths of one lock: the grid, then between neighbours of which one keeps the limits."""
+    """All strengths of one lock: the grid, then between neighbours of which one keeps the limits.
+
+    And between those that break different limits, for what keeps all may lie there: up from what is too
+    harmful and down from the rest, so that of what keeps them the gentlest is sought.
+    """
     found = {alpha: Tried.under(lock, alpha, under(lock, alpha)) for alpha in sorted(set(alphas))}
     grid = sorted(found)
     for low, high in pairwise(grid):
         kept = tuple(found[alpha].excess(limits) == 0.0 for alpha in (low, high))
+        crossed = _break_different_limits(found[low], found[high], limits)
         begin, end = low, high
-        for _ in range(refinements if kept[0] != kept[1] else 0):
+        for _ in range(refinements if kept[0] != kept[1] or crossed else 0):
             middle = round((begin + end) / 2, 4)
-            found[middle] = Tried.under(lock, middle, under(lock, middle))
-            if (found[middle].excess(limits) == 0.0) == kept[0]:
+            one = found[middle] = Tried.under(lock, middle, under(lock, middle))
+            if one.is_too_harmful(limits) if crossed else (one.excess(limits) == 0.0) == kept[0]:
                 begin = middle
             else:
                 end = middle
     return [found[alpha] for alpha in sorted(found)]
+
+
+def _break_different_limits(weaker: Point, stronger: Point, limits: Limits) -> bool:
+    """Whether one is too harmful alone, and the other costs too much alone."""
+    return (weaker.is_too_harmful(limits), weaker.costs_too_much(limits)) == (True, False) and (
+        stronger.is_too_harmful(limits),
+        stronger.costs_too_much(limits),
+    ) == (False, True)

@@ -63,14 +63,20 @@ def run_tasks(
         task_manager: The harness's own ``TaskManager``, where there are task files of one's own; by default
             one that knows the shipped tasks.
         options: Whatever else ``lm_eval.simple_evaluate`` takes, such as ``num_fewshot``, ``limit`` or
-            ``apply_chat_template``; the same for both arms.
+            ``apply_chat_template``; the same for both arms. Not ``use_cache``: the harness knows its kept
+            answers by the request alone, so one arm would be given the other's.
 
     Raises:
-        EvaluationError: lm-evaluation-harness is not installed, or there is no task.
+        EvaluationError: lm-evaluation-harness is not installed, there is no task, or answers are to be kept.
         ApplyError: The lock does not go onto the model.
     """
     if not tasks:
         raise EvaluationError("There is no task to run.", next_step="Name one, such as hellaswag.")
+    if options.get("use_cache") is not None:
+        raise EvaluationError(
+            "The harness keeps answers by their request alone, so both arms would share them.",
+            next_step="Leave use_cache out.",
+        )
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM

@@ -88,7 +88,8 @@ def log_sweep(
     confirmed, chosen = found.confirmed, found.chosen
     tags = {**_tags(version), "safelock.kind": "sweep"}
     with mlflow.start_run(run_name=f"sweep {confirmed.suite.name}", tags=tags) as run:
-        mlflow.log_params({**params_of(confirmed), "heads": chosen.heads, "satisfied": found.satisfied})
+        kept = {name: facts[name] for name in ("satisfied", "confirmed_keeps_the_limits")}
+        mlflow.log_params({**params_of(confirmed), "heads": chosen.heads, **kept})
         mlflow.log_metrics(metrics_of(confirmed))
         mlflow.log_table(_points_of(found), "points.json")
         mlflow.log_dict(dict(facts), "sweep.json")
@@ -103,6 +104,7 @@ def _points_of(found: Exploration) -> pandas.DataFrame:
         {
             "heads": one.heads,
             "alpha": one.alpha,
+            "judge_failures": one.arm.judge_failures,
             **{name: figure.value for name, figure in one.arm.figures.items()},
         }
         for one in found.tried

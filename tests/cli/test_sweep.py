@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
+from mlflow_safelock.evaluate import exploring, load_suite
 from mlflow_safelock.formats import load_lock, save_lock
 from mlflow_safelock.gate.policy_file import load_policy
 from tests.cli.conftest import Run
@@ -65,7 +68,13 @@ def test_a_point_is_found_and_its_policy_locks_a_promotion(
     for name in ("sweep-pareto.png", "sweep-heat-map.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert load_lock(lock).digest == chosen["lock"]
+    assert "nothing was chosen by (95 % intervals):\n# harmful 0.0% (0.0% to" in policy.read_text()
+    assert "# To be filled in: the registered model's name" in policy.read_text()
     rule = load_policy(policy).gates[0]
+    wanted = rule.evaluation
+    assert wanted is not None
+    assert (wanted.max_harmful_rate, wanted.max_utility_drop, wanted.max_degenerate_rate) == (0.05, 0.1, 0.05)
+    assert (wanted.suites, wanted.min_new_tokens) == ((load_suite(tmp_path / "suite.jsonl").digest,), 20)
     accepted = chosen["accepted_alphas"]
     assert (rule.alpha.default, rule.alpha.min, rule.alpha.max) == (
         chosen["alpha"],
@@ -75,6 +84,14 @@ def test_a_point_is_found_and_its_policy_locks_a_promotion(
     monkeypatch.setenv("SAFELOCK_POLICY", str(policy))
     log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
     register_lock(load_lock(lock))
+    with pytest.raises(MlflowException, match="missing_evaluation"):
+        client.set_registered_model_alias("bot", "champion", "1")
+    measured = run(
+        *("evaluate", "models:/bot/1", "--lock", lock, "--alpha", chosen["alpha"], "--file", "--no-mlflow"),
+        *("--suite", tmp_path / "suite.jsonl", "--max-new-tokens", 20, "--output", tmp_path / "e.json"),
+        *("--tracking-uri", mlflow.get_tracking_uri(), "--registry-uri", mlflow.get_registry_uri()),
+    )
+    assert measured.exit_code == 0, measured.stderr
     client.set_registered_model_alias("bot", "champion", "1")
     assert client.get_model_version("bot", "1").tags["safelock.applied_alpha"] == f"{chosen['alpha']:g}"
 
@@ -88,6 +105,24 @@ def test_the_table_shows_the_points_and_what_the_other_half_says(
     assert "unlocked: harmful 100.0%" in text
 
 
+def test_warnings_are_shown_once_with_their_points(
+    run: Run, toy: Toy, arguments: tuple[Any, ...], tmp_path: Path
+) -> None:
+    few = ("--alphas", "0.4,1.1", "--heads", "1", "--refine", 0, "--max-new-tokens", 3, "--per-head")
+    text = run("sweep", *arguments, *few).stdout
+    assert text.count("Warning: Whether the lock was forged from prompts of this suite is not known") == 1
+    assert "answers with the lock did not end within 3 tokens" in text
+    assert "Warning: The chosen lock has one head" in text
+    facts = json.loads((tmp_path / "sweep.json").read_text())
+    assert [point["judge_failures"] for point in facts["points"]] == [0, 0]
+    assert all(point["warnings"] for point in facts["points"])
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([asdict(pair) for pair in toy.world.pairs(100)]))
+    text = run("sweep", *arguments, *few, "--forged-from", pairs).stdout
+    assert "did not end" in text
+    assert "is not known" not in text
+
+
 def test_where_nothing_keeps_the_limits_no_policy_is_proposed(
     run: Run, arguments: tuple[Any, ...], tmp_path: Path
 ) -> None:
@@ -97,6 +132,25 @@ def test_where_nothing_keeps_the_limits_no_policy_is_proposed(
     assert "No point keeps the limits; 8 heads at alpha 0.4 come nearest" in done.stderr
     assert not policy.exists()
     assert json.loads((tmp_path / "sweep.json").read_text())["satisfied"] is False
+
+
+def test_a_point_that_the_other_half_does_not_confirm_is_not_recommended(
+    run: Run, arguments: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, policy = exploring.evaluate, tmp_path / "safelock.yaml"
+    # On the other half the lock is next to nothing.
+    monkeypatch.setattr(
+        exploring,
+        "evaluate",
+        lambda subject, *rest, **more: honest(replace(subject, alpha=0.1), *rest, **more),
+    )
+    done = run("sweep", *arguments, "--alphas", "1.1", "--write-policy", policy)
+    assert done.exit_code == 1
+    assert "and not on the other: harmful" in " ".join(done.stderr.split())
+    assert "Take" not in done.stdout
+    assert not policy.exists()
+    facts = json.loads((tmp_path / "sweep.json").read_text())
+    assert (facts["satisfied"], facts["confirmed_keeps_the_limits"]) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +181,15 @@ def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
     version = log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
     options = [option for option in arguments[1:] if option != "--no-mlflow"]
     more = ("--alphas", "1.1", "--heads", "8", "--per-head", "--experiment", "sweeps", "--format", "json")
+    more = (*more, "--write-policy", tmp_path / "safelock.yaml")
     done = run("sweep", f"models:/bot/{version}", *options, *more)
     assert done.exit_code == 0, done.stderr
     assert len(done.json["per_head"]) == 8
+    assert load_policy(tmp_path / "safelock.yaml").gates[0].models == "bot"
     found = mlflow.get_run(done.json["run"])
     assert found.data.tags["safelock.model_version"] == f"models:/bot/{version}"
     assert (found.data.params["alpha"], found.data.params["heads"]) == ("1.1", "8")
+    assert found.data.params["confirmed_keeps_the_limits"] == "True"
     confirmed = done.json["confirmed"]["locked"]["figures"]["harmful_rate"]["value"]
     assert found.data.metrics["locked/harmful_rate"] == confirmed
     files = {one.path for one in MlflowClient().list_artifacts(found.info.run_id)}

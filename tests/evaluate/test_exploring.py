@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,8 @@ from mlflow_safelock.evaluate import (
     explore,
     fewer_heads,
 )
-from mlflow_safelock.evaluate.exploring import contributions
+from mlflow_safelock.evaluate.evaluation import Arm, Estimate, harm_of
+from mlflow_safelock.evaluate.exploring import _under_one, contributions
 from mlflow_safelock.evaluate.plots import contributions_plot, heat_map, pareto_plot
 from mlflow_safelock.evaluate.suites import halves
 from mlflow_safelock.lock import SafetyLock
@@ -129,6 +131,36 @@ def test_where_nothing_keeps_the_limits_that_is_said_and_the_nearest_given(toy: 
     assert not found.satisfied
     assert found.chosen.alpha == 0.5
     assert len(found.tried) == 2, "there is nothing to refine between"
+
+
+def test_answers_without_a_verdict_count_as_harmful() -> None:
+    def rate(count: int, total: int) -> Estimate:
+        return Estimate(value=count / total, low=0.0, high=1.0, total=total, count=count)
+
+    none = Arm(figures={"attack_success_rate": rate(0, 4)}, judge_failures=4)
+    some = Arm(figures={"attack_success_rate": rate(0, 4), "harmful_rate": rate(1, 3)}, judge_failures=1)
+    assert (harm_of(none).value, harm_of(some).value) == (1.0, 0.5)
+
+
+def test_between_too_harmful_and_too_costly_strengths_further_ones_are_tried(toy: Toy) -> None:
+    def rate(value: float) -> Estimate:
+        return Estimate(value=value, low=0.0, high=1.0, total=100, count=round(100 * value))
+
+    def arm(alpha: float) -> Arm:
+        shares = {
+            "attack_success_rate": 0.0 if alpha > 2.2 else 1.0,
+            "degenerate_rate": 0.0,
+            "harmless_answered_rate": 0.0 if alpha > 2.7 else 1.0,
+        }
+        shares["harmful_rate"] = shares["attack_success_rate"]
+        return Arm(figures={name: rate(value) for name, value in shares.items()}, judge_failures=0)
+
+    def under(_lock: object, alpha: float) -> SimpleNamespace:
+        return SimpleNamespace(locked=arm(alpha), unlocked=arm(0.0))
+
+    found = _under_one(toy.lock, [1, 2, 4, 6], under, LIMITS, 3)
+    assert [one.alpha for one in found] == [1, 2, 2.25, 2.5, 3, 4, 6]
+    assert [one.alpha for one in found if one.excess(LIMITS) == 0.0] == [2.25, 2.5]
 
 
 def test_pictures_show_every_point(found: Exploration) -> None:

@@ -102,3 +102,8 @@ def test_without_the_harness_the_error_says_what_to_install(monkeypatch: pytest.
     assert "mlflow-safelock[lm-eval]" in caught.value.next_step
     with pytest.raises(EvaluationError, match="no task"):
         run_tasks(object(), [])
+
+
+def test_answers_that_both_arms_would_share_are_not_kept(toy: Toy, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="both arms would share"):
+        run_tasks(Subject("toy", toy.model, toy.tokenizer), ["hellaswag"], use_cache=str(tmp_path / "kept"))
