@@ -122,6 +122,13 @@ def check_applies(approved: Approved, lock: str, alpha: float, form: MeasuredFor
             suite or form.
     """
     wanted, rule, suite = approved.lock, approved.rule.evaluation, form.suite.name
+    if (lock, alpha) != (wanted.lock.digest, approved.alpha):
+        raise PromotionRefused(
+            "other_lock",
+            f"It is of {lock} at alpha {alpha:g}, and a promotion would apply {wanted.title}, "
+            f"{wanted.lock.digest}, at alpha {approved.alpha:g}.",
+            next_step=f"Measure that: {_command(approved, rule, suite)}",
+        )
     if rule is not None:
         asked = {rule.digest_of(one): one for one in rule.suites}
         differs = list(_differences(form, rule, asked.keys()))
@@ -132,13 +139,6 @@ def check_applies(approved: Approved, lock: str, alpha: float, form: MeasuredFor
                 next_step=f"Measure what the policy asks for: "
                 f"{_command(approved, rule, asked.get(form.suite.digest, rule.suites[0]))}",
             )
-    if (lock, alpha) != (wanted.lock.digest, approved.alpha):
-        raise PromotionRefused(
-            "other_lock",
-            f"It is of {lock} at alpha {alpha:g}, and a promotion would apply {wanted.title}, "
-            f"{wanted.lock.digest}, at alpha {approved.alpha:g}.",
-            next_step=f"Measure that: {_command(approved, rule, suite)}",
-        )
 
 
 def check_signature(

@@ -117,7 +117,8 @@ def test_a_version_is_promoted_once_it_was_measured_by_the_command_that_the_refu
     assert "[missing_evaluation]" in refusal.message
     words = shlex.split(refusal.message.partition("promote again: ")[2])
     assert words[:2] == ["safelock", "evaluate"]
-    assert words[words.index("--suite") + 1] == shop.suite.digest
+    assert words[words.index("--suite") + 1] == "SUITE"
+    assert shop.suite.digest in refusal.message
     rows = [
         {"id": one.id, "category": one.category, "prompt": one.prompt, "twin": one.twin}
         for one in shop.suite.prompts
@@ -178,7 +179,16 @@ def test_a_measurement_of_something_else_does_not_count(shop: Shop) -> None:
         {"system_prompt": "no no no"},
         {"judge": kind},
     ):
-        shop.file(shop.measured(**changes).statement())
+        statement = shop.measured(**changes).statement()
+        with pytest.raises(PromotionRefused, match="It would not count: ") as caught:
+            shop.file(statement)
+        assert caught.value.reason == "other_evaluation", changes
+        # Filed while the policy asked for nothing, it counts as little.
+        policy = shop.policy.read_text()
+        alpha = yaml.safe_load(policy)["gates"][0]["alpha"]
+        shop.policy.write_text(yaml.safe_dump({"version": 1, "gates": [{"alpha": alpha}]}))
+        shop.file(statement)
+        shop.policy.write_text(policy)
         assert "[missing_evaluation]" in shop.refused().message, changes
     shop.file(shop.measured().statement())
     shop.promote()
@@ -485,7 +495,8 @@ def test_a_question_is_answered_before_anything_is_measured(
 ) -> None:
     keys, others = write_keys(tmp_path), write_keys(tmp_path, "p256", "other")
     shop.want_signed(keys)
-    about = ("bot", 1, "starter-harmful", shop.toy.lock.digest)
+    form = shop.measured().statement().predicate.form
+    about = ("bot", 1, form, shop.toy.lock.digest)
     with pytest.raises(KeyFileError, match="no key is named"):
         check_through_server(*about, shop.toy.alpha)
     monkeypatch.setenv("SAFELOCK_SIGNING_KEY", str(others.private))
@@ -495,6 +506,9 @@ def test_a_question_is_answered_before_anything_is_measured(
     check_through_server(*about, shop.toy.alpha)
     with pytest.raises(MlflowException, match=r"\[other_lock\]"):
         check_through_server(*about, 0.7)
+    shorter = form.model_copy(update={"max_new_tokens": 1})
+    with pytest.raises(MlflowException, match=r"\[other_evaluation\].*its answers may have 1 tokens"):
+        check_through_server("bot", 1, shorter, shop.toy.lock.digest, shop.toy.alpha)
     with pytest.raises(MlflowException, match=r"\[unreadable\]"):
         shop.client.set_model_version_tag("bot", "1", CHECK_TAG, "{}")
     mlflow.set_registry_uri(mlflow.get_registry_uri().removeprefix("safelock+"))
