@@ -21,7 +21,7 @@ from mlflow_safelock.apply import apply_lock, generate, render_prompt
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.apply.generation import Answer
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate.answer_store import AnswerStore, is_offloaded, sample_digest
+from mlflow_safelock.evaluate.answer_store import AnswerStore, decisive, is_offloaded, sample_digest
 from mlflow_safelock.evaluate.evaluation import (
     Answered,
     Arm,
@@ -145,9 +145,10 @@ def measuring(
     kept: list[_Measured] = []
     with whole.unlocked() as measured:
         digest = sample_digest(measured.model)
+        made_by = decisive(measured.model, measured.tokenizer) if settings.answers is not None else {}
 
         def under(lock: SafetyLock | None, alpha: float | None) -> Evaluation:
-            arms = _Arms(measured.with_lock(lock, alpha), digest, used, asked, settings, progress)
+            arms = _Arms(measured.with_lock(lock, alpha), digest, made_by, used, asked, settings, progress)
             # Locked first: what cannot be locked fails before anything is generated.
             locked = arms.measure(locked=True) if arms.subject.lock is not None else None
             if not kept:
@@ -185,6 +186,7 @@ class _Arms:
 
     subject: Subject
     model_digest: str
+    made_by: Mapping[str, Any]
     suite: Suite
     asked: tuple[Asked, ...]
     settings: Settings
@@ -298,6 +300,8 @@ class _Arms:
         subject, settings = self.subject, self.settings
         return {
             "model": self.model_digest,
+            "source": subject.source.digest if subject.source else None,
+            **self.made_by,
             "lock": subject.lock.digest if locked and subject.lock else None,
             "alpha": subject.strength if locked else None,
             "suite": self.suite.digest,

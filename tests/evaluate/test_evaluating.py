@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from mlflow_safelock.apply import apply_lock, generate, handle_of
 from mlflow_safelock.errors import ApplyError, EvaluationError, LockMismatchError
@@ -24,8 +26,9 @@ from mlflow_safelock.evaluate import (
     classify,
     evaluate,
 )
+from mlflow_safelock.evaluate.answer_store import sample_digest
 from mlflow_safelock.forging import dataset_digest
-from mlflow_safelock.provenance import installed_version
+from mlflow_safelock.provenance import SourceFingerprint, installed_version
 from tests.models import CHATML, tiny_model, tiny_tokenizer
 from tests.toy import Toy
 
@@ -252,6 +255,40 @@ def test_other_weights_have_answers_of_their_own(toy: Toy, tmp_path: Path) -> No
         weight.add_(1e-3)
         evaluate(Subject("toy", toy.model, toy.tokenizer), toy.suite(3), settings)
         weight.sub_(1e-3)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_weights_that_differ_in_few_columns_are_told_apart() -> None:
+    model = tiny_model("llama")
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    before = sample_digest(model)
+    assert sample_digest(model) == before
+    with torch.no_grad():
+        weight[:, 30:] += 1.0
+    assert sample_digest(model) != before
+
+
+@pytest.mark.parametrize("what", ["source", "end", "tokenizer", "config", "attention"])
+def test_whatever_else_decides_answers_keeps_them_apart(what: str, tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(CHATML)
+    suite = Suite("one", (SuitePrompt("a", "how do i bake"),))
+    settings = Settings(max_new_tokens=2, answers=tmp_path)
+    for _ in range(2):
+        evaluate(Subject("tiny", model, tokenizer), suite, settings)
+    assert len(list(tmp_path.iterdir())) == 1
+    source = None
+    if what == "source":
+        source = SourceFingerprint(files=())
+    elif what == "end":
+        model.generation_config.eos_token_id = 7
+    elif what == "tokenizer":
+        tokenizer = deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    elif what == "config":
+        model.config.rms_norm_eps *= 2
+    else:
+        model.set_attn_implementation("eager")
+    evaluate(Subject("tiny", model, tokenizer, source=source), suite, settings)
     assert len(list(tmp_path.iterdir())) == 2
 
 
