@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,13 @@ from mlflow_safelock.evaluate.figures import (
     judged,
     values_of,
 )
-from mlflow_safelock.evaluate.fluency import Text, divergences, next_token_divergences, surprises
+from mlflow_safelock.evaluate.fluency import (
+    Text,
+    divergences,
+    is_countable,
+    next_token_divergences,
+    surprises,
+)
 from mlflow_safelock.evaluate.judges import Judge, RefusalMatcher
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, overlap
@@ -198,7 +204,7 @@ class _Arms:
         name = "with the lock" if locked else "without a lock"
         with _lock_on(subject) if locked else nullcontext():
             answers, expected = self._answers(name, locked=locked)
-            texts = _texts(self.suite, settings)
+            texts = self.texts
             nats = surprises(
                 subject.model,
                 subject.tokenizer,
@@ -218,6 +224,13 @@ class _Arms:
         if texts:
             values[LOG_PERPLEXITY] = {str(number): value for number, value in enumerate(nats)}
         return _Measured(answered, values, expected)
+
+    @cached_property
+    def texts(self) -> list[Text]:
+        """What perplexity is measured by: of the benign texts, those with a token that can be counted."""
+        tokenizer, system_prompt = self.subject.tokenizer, self.settings.system_prompt
+        given = _texts(self.suite, self.settings)
+        return [text for text in given if is_countable(tokenizer, text, system_prompt=system_prompt)]
 
     def divergences(self, unlocked: _Measured, locked: _Measured) -> dict[str, float]:
         """What the lock does to the first token of the answers to harmless prompts.
@@ -386,7 +399,7 @@ def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | 
         unlocked=_arm(unlocked, settings.seed),
         locked=_arm(locked, settings.seed) if locked else None,
         changes=changes_of(unlocked.values, locked.values, settings.seed) if locked else {},
-        warnings=tuple(_warnings(subject, used, settings, unlocked, locked)),
+        warnings=(*_text_warnings(arms), *_warnings(subject, used, settings, unlocked, locked)),
         rows=tuple(
             Row(
                 id=one.id,
@@ -405,6 +418,11 @@ def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | 
 
 def _arm(measured: _Measured, seed: int) -> Arm:
     return Arm(figures=figures_of(measured.values, seed), judge_failures=measured.judge_failures)
+
+
+def _text_warnings(arms: _Arms) -> Iterator[str]:
+    if short := len(_texts(arms.suite, arms.settings)) - len(arms.texts):
+        yield f"{short} benign texts have no token to measure perplexity by, and are not in it."
 
 
 def _warnings(

@@ -259,6 +259,14 @@ def test_other_weights_have_answers_of_their_own(toy: Toy, tmp_path: Path) -> No
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_text_of_one_token_is_left_out_of_the_perplexity_and_said() -> None:
+    prompts = (SuitePrompt("a", "how do i forge", twin="x"), SuitePrompt("b", "how?", twin="how do i bake"))
+    tiny = Subject("tiny", tiny_model("llama"), tiny_tokenizer(CHATML))
+    result = evaluate(tiny, Suite("two", prompts), Settings(max_new_tokens=2))
+    assert result.unlocked.figures["perplexity"].total == 1
+    assert any("1 benign texts have no token" in warning for warning in result.warnings)
+
+
 def test_weights_that_differ_in_few_columns_are_told_apart() -> None:
     model = tiny_model("llama")
     weight = model.model.layers[0].mlp.gate_proj.weight
