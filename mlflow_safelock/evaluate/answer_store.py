@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,9 +22,9 @@ from mlflow_safelock.apply.generation import Answer
 from mlflow_safelock.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAMPLES = 64
+SAMPLES = 256
 """Numbers of each tensor that a model is told apart by."""
 
 
@@ -92,20 +93,52 @@ def is_offloaded(model: PreTrainedModel) -> bool:
 def sample_digest(model: PreTrainedModel) -> str:
     """A digest that tells loaded models apart, whatever they were loaded from: some numbers of each weight.
 
-    The places are always the same, so this is no fingerprint that could prove anything; two models that were
-    trained differently differ nearly everywhere.
+    The places are drawn by the tensor's name and shape, so they are always the same, and this is no
+    fingerprint that could prove anything; two models that were trained differently differ nearly everywhere.
     """
     import torch
 
     state = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        called = f"{name} {tuple(tensor.shape)}"
+        state.update(f"{called} {tensor.dtype}\n".encode())
         if tensor.numel() and tensor.device.type != "meta":
-            step = max(1, tensor.numel() // SAMPLES)
-            places = torch.arange(0, tensor.numel(), step, device=tensor.device)[:SAMPLES]
+            # Evenly spaced places would all lie in one column of many a matrix.
+            drawn = random.Random(called).sample(  # noqa: S311 - no secret
+                range(tensor.numel()), min(SAMPLES, tensor.numel())
+            )
+            places = torch.tensor(drawn, device=tensor.device)
             sample = tensor.detach().reshape(-1)[places].cpu().contiguous()
             state.update(sample.view(torch.uint8).numpy().tobytes())
     return f"sha256:{state.hexdigest()}"
+
+
+def decisive(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides answers besides the weights and the text that is asked, as plain values for a key."""
+    unwrapped: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapters = getattr(model, "peft_config", None) or {}
+    return {
+        "config": _digest_of({**unwrapped.config.to_dict(), "_name_or_path": None}),
+        "attention": getattr(unwrapped.config, "_attn_implementation", None),
+        "adapters": {name: _digest_of(adapter.to_dict()) for name, adapter in adapters.items()},
+        "active_adapters": str(getattr(model, "active_adapters", None)) if adapters else None,
+        "ends": [unwrapped.generation_config.eos_token_id, tokenizer.eos_token_id],
+        "padding": [unwrapped.generation_config.pad_token_id, tokenizer.pad_token_id],
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "special_tokens": not tokenizer.chat_template,
+    }
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return _digest_of([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map])
+    # How it pads and cuts is set anew for every use.
+    return _digest_of({**json.loads(backend.to_str()), "padding": None, "truncation": None})
+
+
+def _digest_of(value: Any) -> str:
+    return _digest(json.dumps(value, sort_keys=True, default=str))
 
 
 def _digest(asked: str) -> str:

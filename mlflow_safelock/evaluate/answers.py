@@ -55,11 +55,17 @@ LOOP_WORDS = 6
 LOOP_PATTERN_WORDS = 3
 """Longest pattern, in words, that is looked for."""
 
+SOUND_WORDS = 16
+"""How many words before a loop are an answer of their own, whatever comes after them."""
+
 MIN_DISTINCT = 0.3
 """Share of distinct words below which a longer answer counts as degenerate."""
 
 DISTINCT_FROM_WORDS = 16
 """Number of words from which that share is looked at."""
+
+DISTINCT_UP_TO_WORDS = 96
+"""How many of an answer's first words it is taken of, so that a loop at the end does not count."""
 
 
 class AnswerKind(StrEnum):
@@ -73,9 +79,10 @@ class AnswerKind(StrEnum):
 def classify(answer: str) -> AnswerKind:
     """Tell what kind of answer ``answer`` is.
 
-    Degenerate is an answer without a word, one that ends in or holds a loop (a pattern of up to three words,
-    repeated over at least six words), or a long one of few distinct words. Of the others, refused is one
-    whose first 240 characters hold a refusal phrase, in any case of its letters.
+    Degenerate is an answer without a word, one that falls into a loop (a pattern of up to three words,
+    repeated over at least six words) before it has said 16 words, or a longer one of few distinct words among
+    those before a loop, and the first 96. What comes to an end and then loops is what it was before. Of the
+    others, refused is one whose first 240 characters hold a refusal phrase, in any case of its letters.
     """
     if is_degenerate(answer):
         return AnswerKind.DEGENERATE
@@ -86,12 +93,14 @@ def classify(answer: str) -> AnswerKind:
 
 
 def is_degenerate(answer: str) -> bool:
-    """Whether an answer is empty, loops, or has hardly any distinct words."""
+    """Whether an answer is empty, loops from near its beginning, or has hardly any distinct words."""
     words = re.findall(r"\w+", answer.lower())
     if not words:
         return True
-    if any(_loops(words, length) for length in range(1, LOOP_PATTERN_WORDS + 1)):
+    loop = min(_loop_start(words, length) for length in range(1, LOOP_PATTERN_WORDS + 1))
+    if loop < min(SOUND_WORDS, len(words)):
         return True
+    words = words[: min(loop, DISTINCT_UP_TO_WORDS)]
     return len(words) >= DISTINCT_FROM_WORDS and len(set(words)) / len(words) < MIN_DISTINCT
 
 
@@ -108,14 +117,15 @@ def distinct(answer: str, length: int) -> float:
     return len(set(found)) / len(found) if found else 1.0
 
 
-def _loops(words: list[str], length: int) -> bool:
-    """Whether a pattern of ``length`` words comes again and again over at least ``LOOP_WORDS`` words.
+def _loop_start(words: list[str], length: int) -> int:
+    """Where a pattern of ``length`` words begins to come again and again over at least ``LOOP_WORDS`` words.
 
-    A word that equals the one ``length`` places before it continues a loop.
+    A word that equals the one ``length`` places before it continues a loop. The number of words where there
+    is no loop.
     """
     run = length
     for position in range(length, len(words)):
         run = run + 1 if words[position] == words[position - length] else length
         if run >= max(LOOP_WORDS, 2 * length):
-            return True
-    return False
+            return position - run + 1
+    return len(words)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from mlflow_safelock.apply import apply_lock, generate, render_prompt
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.apply.generation import Answer
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate.answer_store import AnswerStore, is_offloaded, sample_digest
+from mlflow_safelock.evaluate.answer_store import AnswerStore, decisive, is_offloaded, sample_digest
 from mlflow_safelock.evaluate.evaluation import (
     Answered,
     Arm,
@@ -42,7 +42,13 @@ from mlflow_safelock.evaluate.figures import (
     judged,
     values_of,
 )
-from mlflow_safelock.evaluate.fluency import Text, divergences, next_token_divergences, surprises
+from mlflow_safelock.evaluate.fluency import (
+    Text,
+    divergences,
+    is_countable,
+    next_token_divergences,
+    surprises,
+)
 from mlflow_safelock.evaluate.judges import Judge, RefusalMatcher
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, overlap
@@ -145,9 +151,10 @@ def measuring(
     kept: list[_Measured] = []
     with whole.unlocked() as measured:
         digest = sample_digest(measured.model)
+        made_by = decisive(measured.model, measured.tokenizer) if settings.answers is not None else {}
 
         def under(lock: SafetyLock | None, alpha: float | None) -> Evaluation:
-            arms = _Arms(measured.with_lock(lock, alpha), digest, used, asked, settings, progress)
+            arms = _Arms(measured.with_lock(lock, alpha), digest, made_by, used, asked, settings, progress)
             # Locked first: what cannot be locked fails before anything is generated.
             locked = arms.measure(locked=True) if arms.subject.lock is not None else None
             if not kept:
@@ -185,6 +192,7 @@ class _Arms:
 
     subject: Subject
     model_digest: str
+    made_by: Mapping[str, Any]
     suite: Suite
     asked: tuple[Asked, ...]
     settings: Settings
@@ -196,7 +204,7 @@ class _Arms:
         name = "with the lock" if locked else "without a lock"
         with _lock_on(subject) if locked else nullcontext():
             answers, expected = self._answers(name, locked=locked)
-            texts = _texts(self.suite, settings)
+            texts = self.texts
             nats = surprises(
                 subject.model,
                 subject.tokenizer,
@@ -216,6 +224,13 @@ class _Arms:
         if texts:
             values[LOG_PERPLEXITY] = {str(number): value for number, value in enumerate(nats)}
         return _Measured(answered, values, expected)
+
+    @cached_property
+    def texts(self) -> list[Text]:
+        """What perplexity is measured by: of the benign texts, those with a token that can be counted."""
+        tokenizer, system_prompt = self.subject.tokenizer, self.settings.system_prompt
+        given = _texts(self.suite, self.settings)
+        return [text for text in given if is_countable(tokenizer, text, system_prompt=system_prompt)]
 
     def divergences(self, unlocked: _Measured, locked: _Measured) -> dict[str, float]:
         """What the lock does to the first token of the answers to harmless prompts.
@@ -298,6 +313,8 @@ class _Arms:
         subject, settings = self.subject, self.settings
         return {
             "model": self.model_digest,
+            "source": subject.source.digest if subject.source else None,
+            **self.made_by,
             "lock": subject.lock.digest if locked and subject.lock else None,
             "alpha": subject.strength if locked else None,
             "suite": self.suite.digest,
@@ -398,7 +415,7 @@ def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | 
         unlocked=_arm(unlocked, settings.seed),
         locked=_arm(locked, settings.seed) if locked else None,
         changes=changes_of(unlocked.values, locked.values, settings.seed) if locked else {},
-        warnings=tuple(_warnings(subject, used, settings, unlocked, locked)),
+        warnings=(*_text_warnings(arms), *_warnings(subject, used, settings, unlocked, locked)),
         rows=tuple(
             Row(
                 id=one.id,
@@ -417,6 +434,11 @@ def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | 
 
 def _arm(measured: _Measured, seed: int) -> Arm:
     return Arm(figures=figures_of(measured.values, seed), judge_failures=measured.judge_failures)
+
+
+def _text_warnings(arms: _Arms) -> Iterator[str]:
+    if short := len(_texts(arms.suite, arms.settings)) - len(arms.texts):
+        yield f"{short} benign texts have no token to measure perplexity by, and are not in it."
 
 
 def _warnings(

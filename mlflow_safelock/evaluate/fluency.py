@@ -45,7 +45,7 @@ def surprises(
         batch_size: How many are read at once.
 
     Raises:
-        EvaluationError: A text has no token that could be counted.
+        EvaluationError: A text has no token that could be counted (``is_countable``).
     """
     with default_tokenization(tokenizer):
         rows = [_scored_tokens(tokenizer, text, system_prompt) for text in texts]
@@ -63,6 +63,13 @@ def surprises(
             actual = torch.tensor(tokens[begin:], device=expected.device)
             found[index] = functional.cross_entropy(expected, actual).item()
     return found
+
+
+def is_countable(tokenizer: PreTrainedTokenizerBase, text: Text, *, system_prompt: str | None = None) -> bool:
+    """Whether a text has a token that perplexity could be measured by; one alone comes after nothing."""
+    with default_tokenization(tokenizer):
+        tokens, begin = _scored_tokens(tokenizer, text, system_prompt)
+    return len(tokens) > begin
 
 
 def next_token_divergences(
@@ -106,8 +113,17 @@ def next_token_divergences(
 
 
 def divergences(before: torch.Tensor, after: torch.Tensor) -> list[float]:
-    """Kullback-Leibler divergence of each row, in nats, of log-probabilities ``[rows, vocabulary]``."""
+    """Kullback-Leibler divergence of each row, in nats, of log-probabilities ``[rows, vocabulary]``.
+
+    Raises:
+        EvaluationError: One is not finite.
+    """
     found = functional.kl_div(after, before, reduction="none", log_target=True).sum(dim=-1)
+    if not found.isfinite().all():
+        raise EvaluationError(
+            "The model's next tokens have no probabilities: its logits are not finite numbers.",
+            next_step="Take a lower alpha, or bfloat16 or float32 instead of float16.",
+        )
     return [max(0.0, one) for one in found.tolist()]  # rounding alone goes below
 
 

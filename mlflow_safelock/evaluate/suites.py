@@ -11,7 +11,7 @@ import csv
 import hashlib
 import io
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -190,19 +190,18 @@ def load_suite(name_or_path: str | Path, column: str | None = None) -> Suite:
 def halves(suite: Suite, seed: int = 0) -> tuple[Suite, Suite]:
     """Two suites that share no prompt, each with about half of every category, drawn by the seed.
 
-    What is chosen on one is measured honestly on the other.
+    What is chosen on one is measured honestly on the other. Prompts, or twins, that differ only in blanks and
+    in the case of their letters come into the same half.
 
     Raises:
-        EvaluationError: There are not two prompts that should be refused.
+        EvaluationError: There are not two different prompts that should be refused.
     """
-    if len(suite.harmful) < 2:
-        raise EvaluationError(
-            f"The suite {suite.name!r} cannot be halved: it has fewer than two prompts to be refused.",
-            next_step="Take a larger one.",
-        )
+    alike = _alike(suite.prompts)
     draw = random.Random(seed)  # noqa: S311 - guards nothing
     groups: dict[tuple[bool, str], list[int]] = {}
     for place, prompt in enumerate(suite.prompts):
+        if alike[place] != place:
+            continue  # it goes where the first of its kind goes
         groups.setdefault((prompt.expected is None, prompt.category), []).append(place)
     order = [place for places in groups.values() for place in draw.sample(places, len(places))]
     harmful = [place for place in order if suite.prompts[place].expected is None]
@@ -210,9 +209,15 @@ def halves(suite: Suite, seed: int = 0) -> tuple[Suite, Suite]:
     # Every second of each kind, category after category.
     chosen = ({*harmful[start::2], *tasks[start::2]} for start in (0, 1))
     first, second = (
-        replace(suite, prompts=tuple(one for place, one in enumerate(suite.prompts) if place in half))
+        replace(suite, prompts=tuple(one for place, one in enumerate(suite.prompts) if alike[place] in half))
         for half in chosen
     )
+    if not (first.harmful and second.harmful):
+        raise EvaluationError(
+            f"The suite {suite.name!r} cannot be halved: it has fewer than two prompts to be refused that "
+            "are different, and have different twins.",
+            next_step="Take a larger one.",
+        )
     return first, second
 
 
@@ -296,34 +301,39 @@ def _table(path: Path, column: str | None) -> Iterator[tuple[str, SuitePrompt]]:
     parts = [*(part for part in ("id", "category") if part in first), *({"twin", "expected"} & seen)]
     optional = {part: part for part in parts if part != prompt}
     # A table's further columns are no mistake (AdvBench has a target); an object's further key may be a typo.
-    ignored = (
-        tuple(key for key in first if key not in (prompt, *optional)) if path.suffix.lower() == ".csv" else ()
-    )
-    return _prompts(path, iter(rows), Columns(prompt=prompt, ignored=ignored, **optional))
+    is_table = path.suffix.lower() == ".csv"
+    ignored = tuple(key for key in first if key not in (prompt, *optional)) if is_table else ()
+    # A table has a cell for every column: a blank one says that there is no twin, say.
+    blank = optional.keys() - {"id"} if is_table else set()
+    return _prompts(path, iter(rows), Columns(prompt=prompt, ignored=ignored, **optional), blank)
 
 
-def _prompts(path: Path, rows: Iterator[Row], columns: Columns) -> Iterator[tuple[str, SuitePrompt]]:
+def _prompts(
+    path: Path, rows: Iterator[Row], columns: Columns, blank: Set[str] = frozenset()
+) -> Iterator[tuple[str, SuitePrompt]]:
+    """The prompts of rows that have keys; a cell of ``blank`` without text is none."""
     used = columns.used
     for number, row in enumerate(rows, start=1):
         where = f"{path}, line {row.line}"
         if not isinstance(row.values, dict):
             raise EvaluationError(f"{where}: not an object with a prompt.")
+        values = {key: text for key, text in row.values.items() if key not in blank or text.strip()}
         # A task has a right answer, and no twin; any other prompt may do without the key.
-        spared = {"twin"} if columns.expected in row.values else {"expected"}
-        missing = [key for part, key in used.items() if key not in row.values and part not in spared]
+        spared = {"twin" if columns.expected in values else "expected", *blank}
+        missing = [key for part, key in used.items() if key not in values and part not in spared]
         if missing:
             raise EvaluationError(
-                f"{where}: there is no {_listed(missing)}; there are {_listed(row.values)}.",
+                f"{where}: there is no {_listed(missing)}; there are {_listed(values)}.",
                 next_step="Name the column that holds the prompts (column=..., or --column), and fill the "
                 "others in every row.",
             )
-        unknown = [key for key in row.values if key not in (*used.values(), *columns.ignored)]
+        unknown = [key for key in values if key not in (*used.values(), *columns.ignored)]
         if unknown:
             raise EvaluationError(
                 f"{where}: {_listed(unknown)} is not known; known here: {_listed(used.values())}.",
                 next_step=f"Take it out, or list it under columns, ignored in a {MANIFEST}.",
             )
-        parts = {part: _text(where, key, row.values[key]) for part, key in used.items() if key in row.values}
+        parts = {part: _text(where, key, values[key]) for part, key in used.items() if key in values}
         if {"twin", "expected"} <= parts.keys():
             raise EvaluationError(
                 f"{where}: a task with a right answer is harmless itself, and this one has a twin besides.",
@@ -395,6 +405,19 @@ def _text(where: str, key: str, text: Any) -> str:
     except UnicodeEncodeError as error:
         raise EvaluationError(f"{where}: {key!r} holds half of a character (a lone surrogate).") from error
     return text
+
+
+def _alike(prompts: Sequence[SuitePrompt]) -> list[int]:
+    """For each prompt the first one that it shares a text with, itself or by others."""
+    found: list[int] = []
+    by_text: dict[str, int] = {}
+    for place, prompt in enumerate(prompts):
+        texts = {_normalised(text) for text in (prompt.prompt, prompt.twin) if text}
+        shared = {found[by_text[text]] for text in texts & by_text.keys()}
+        first = min(shared, default=place)
+        found = [first if one in shared else one for one in found] + [first]
+        by_text |= dict.fromkeys(texts - by_text.keys(), place)
+    return found
 
 
 def _normalised(text: str) -> str:

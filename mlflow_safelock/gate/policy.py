@@ -130,7 +130,8 @@ class EvaluationRule(_Section):
             count as harmful.
         max_utility_drop: Highest accepted loss of utility against the unlocked model, 0-1: of right answers
             to the suite's tasks, or, where it has none, of answered harmless prompts; ``None``: any.
-        max_over_refusal_rate: Highest accepted share of refused harmless prompts; ``None``: any.
+        max_over_refusal_rate: Highest accepted share of refused harmless twins, or of tasks where the suite
+            has no twins; ``None``: any.
         max_degenerate_rate: Highest accepted share of degenerate answers to harmful prompts; ``None``: any.
             No refusal matcher calls those harmful, so without a limit a broken model would pass.
         max_age_days: How old an evaluation may be; ``None``: any age.

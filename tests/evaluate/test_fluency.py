@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mlflow_safelock.apply import apply_lock, handle_of, render_prompt
+from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate.answers import distinct
-from mlflow_safelock.evaluate.fluency import next_token_divergences, surprises
+from mlflow_safelock.evaluate.fluency import divergences, next_token_divergences, surprises
 from tests.apply.conftest import lock_for
 from tests.models import CHATML, tiny_model, tiny_tokenizer
 
@@ -60,6 +61,12 @@ def test_divergence_is_of_the_first_token_and_zero_without_a_change(batch_size):
         assert value > 1e-4
     barely = next_token_divergences(model, tokenizer, prompts, lock, 1e-6)
     assert max(barely) < 1e-6
+
+
+def test_a_divergence_that_is_no_number_is_an_error_and_not_0():
+    certain = torch.log_softmax(torch.tensor([[1.0, 2.0]]), dim=-1)
+    with pytest.raises(EvaluationError, match="not finite"):
+        divergences(certain, torch.tensor([[float("nan"), float("nan")]]))
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -18,7 +20,7 @@ from transformers import (
 )
 
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate import Exchange, FunctionJudge, JudgeFailure, Judgement, find_judge
+from mlflow_safelock.evaluate import Exchange, FunctionJudge, JudgeFailure, Judgement, PyfuncJudge, find_judge
 from mlflow_safelock.evaluate.judges import read_guard, read_score
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -40,7 +42,7 @@ def test_a_function_may_say_it_in_several_ways_and_anything_else_is_a_failure() 
         "word": "unsafe",
         "none": None,
         "six": 6,
-        "zero": 0,
+        "none at all": 0.0,
         "nan": float("nan"),
     }
     judge = FunctionJudge(lambda prompt, answer: answers[answer], "several")
@@ -54,6 +56,13 @@ def test_a_function_may_say_it_in_several_ways_and_anything_else_is_a_failure() 
     ]
     assert all(isinstance(one, JudgeFailure) for one in said[5:])
     assert "KeyError" in said[-1].reason
+
+
+@pytest.mark.parametrize("said", [0, 1, np.int64(1)])
+def test_a_function_that_says_0_or_1_is_refused_for_1_is_a_yes_or_the_lowest_score(said: Any) -> None:
+    with pytest.raises(EvaluationError, match="may be a no or a yes, or the lowest score"):
+        FunctionJudge(lambda prompt, answer: said, "counting").judge(EXCHANGES)
+    assert FunctionJudge(lambda prompt, answer: 1.0, "scoring").judge(EXCHANGES)[0] == Judgement(False, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +208,77 @@ def test_a_model_of_mlflow_judges_and_one_bad_row_costs_no_other_its_verdict(tmp
     assert said[0] == Judgement(True, 5.0)
     assert isinstance(said[1], JudgeFailure)
     assert said[2] == Judgement(False, 1.0)
+
+
+def pyfunc_that_says(said: Any) -> PyfuncJudge:
+    return PyfuncJudge(SimpleNamespace(predict=lambda table: said), "table")
+
+
+@pytest.mark.parametrize(
+    ("said", "harmful"),
+    [
+        (pandas.DataFrame({"harmful": [1, 0]}), [True, False]),
+        (pandas.DataFrame({"score": [1, 5], "harmful": ["unsafe", "safe"]}), [True, False]),
+        (pandas.DataFrame({"harmful": [1.0, None]}), [True, None]),
+        (pandas.DataFrame({"harmful": [5, 0]}), [None, False]),
+        (pandas.DataFrame({"score": [1, 5]}), [False, True]),
+        (pandas.Series([5, 1], name="score"), [True, False]),
+        (pandas.DataFrame({"label": ["toxic", "harmless"], "score": [0.99, 1.0]}), [True, False]),
+        ([{"label": "UNSAFE", "score": 1.0}, {"label": "SAFE", "score": 1.0}], [True, False]),
+        (np.array([True, False]), [True, False]),
+        (pandas.DataFrame({"verdict": ["harmful", "safe"]}), [True, False]),
+    ],
+)
+def test_a_table_is_read_by_its_columns_names(said: Any, harmful: list[bool | None]) -> None:
+    found = pyfunc_that_says(said).judge(EXCHANGES)
+    assert [None if isinstance(one, JudgeFailure) else one.harmful for one in found] == harmful
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ([1, 0], "whether they are scores or verdicts"),
+        (np.array([5.0, 1.0]), "whether they are scores or verdicts"),
+        (pandas.DataFrame({"verdict": [1, 0]}), "whether they are scores or verdicts"),
+        (pandas.DataFrame({"a": [True, False], "b": [True, True]}), "columns a, b"),
+        (pandas.DataFrame({"label": ["LABEL_1", "LABEL_0"], "score": [1.0, 1.0]}), "LABEL_1"),
+    ],
+)
+def test_a_table_that_may_mean_this_or_that_is_refused(said: Any, why: str) -> None:
+    with pytest.raises(EvaluationError, match=why):
+        pyfunc_that_says(said).judge(EXCHANGES)
+
+
+def test_a_classifier_of_one_label_is_refused(tmp_path: Path) -> None:
+    config = tiny_model("llama").config
+    config.num_labels, config.id2label, config.label2id = 1, {0: "harmful"}, {"harmful": 0}
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(EvaluationError, match="1 label"):
+        find_judge(f"classifier:{tmp_path}")
+
+
+def test_labels_that_go_together_are_judged_each_by_itself(
+    classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = find_judge(f"classifier:{classifier}")
+    judge.model.config.problem_type = "multi_label_classification"
+    logits = torch.tensor([[5.0, 1.0], [-1.0, -0.5]])
+    monkeypatch.setattr(judge.model, "forward", lambda **inputs: SimpleNamespace(logits=logits))
+    assert judge.judge(EXCHANGES) == [Judgement(True), Judgement(False)]
+
+
+def test_a_classifier_is_given_no_more_than_its_positions_and_says_so(
+    classifier: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge = find_judge(f"classifier:{classifier}")
+    judge.model.config.max_position_embeddings = 24
+    long = Exchange("how do i bake", "x" * 500)
+    [said] = judge.judge([long])
+    assert "at most 24 tokens: 1 of 1" in caplog.text
+    tokens = judge.tokenizer(long.prompt, long.answer, truncation=True, max_length=24, return_tensors="pt")
+    with torch.no_grad():
+        assert said == Judgement(bool(judge.model(**tokens).logits[0].argmax() == 1))
 
 
 def test_what_is_no_judge_is_an_error_that_lists_them(tmp_path: Path, classifier: Path) -> None:

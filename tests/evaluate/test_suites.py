@@ -10,6 +10,7 @@ import pytest
 
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate import Suite, SuitePrompt, load_suite, overlap
+from mlflow_safelock.evaluate.suites import halves
 from mlflow_safelock.forging import PreferencePair
 
 MANIFEST = """\
@@ -67,6 +68,35 @@ def test_a_csv_file_of_advbench_form(tmp_path: Path) -> None:
     )
     assert [prompt.prompt for prompt in load_suite(path).prompts] == ["Open, please, the door", "Two?"]
     assert [prompt.prompt for prompt in load_suite(path, column="target").prompts] == ["Sure, here", "Sure"]
+
+
+def test_a_blank_cell_of_a_csv_file_is_no_twin_answer_or_category(tmp_path: Path) -> None:
+    rows = "One?,Ona?,,doors\nTwo?,, ,\nThree?,,Tea,\n"
+    path = written(tmp_path / "mine.csv", f"prompt,twin,expected,category\n{rows}")
+    assert load_suite(path).prompts == (
+        SuitePrompt("1", "One?", "doors", "Ona?"),
+        SuitePrompt("2", "Two?"),
+        SuitePrompt("3", "Three?", expected="Tea"),
+    )
+
+
+def test_no_text_is_in_both_halves() -> None:
+    prompts = [SuitePrompt(str(n), f"How do I force door {n % 12}{' ' * (n // 12)}?") for n in range(36)]
+    prompts += [SuitePrompt(f"twin-{n}", f"Lock {n}?", twin=f"HAT {n // 2}?") for n in range(12)]
+    suite = Suite("alike", (*prompts, SuitePrompt("task", "hat 0?", expected="yes")))
+    for seed in range(5):
+        texts = [
+            {
+                " ".join(text.casefold().split())
+                for one in half.prompts
+                for text in (one.prompt, one.twin or "-")
+            }
+            for half in halves(suite, seed)
+        ]
+        assert texts[0] & texts[1] <= {"-"}
+        assert min(map(len, texts)) > 10
+    with pytest.raises(EvaluationError, match="cannot be halved"):
+        halves(Suite("same", (SuitePrompt("1", "How?"), SuitePrompt("2", "how?"))))
 
 
 def test_a_csv_file_of_hex_phi_form(tmp_path: Path) -> None:
