@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mlflow_safelock.errors import EvaluationError, SafelockError
 from mlflow_safelock.evaluate.answers import AnswerKind, classify
+from mlflow_safelock.provenance import LocalArtifacts, contents_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -169,7 +170,12 @@ class ClassifierJudge:
                 "means harmful is not known.",
                 next_step="Name it: classifier:PATH#LABEL.",
             )
-        return cls(model.eval(), tokenizer, frozenset(wanted), f"classifier:{Path(reference).name}")
+        return cls(
+            model.eval(),
+            tokenizer,
+            frozenset(wanted),
+            f"classifier:{_identity_of(reference)}#{next(iter(wanted))}",
+        )
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement | JudgeFailure]:
         """The likeliest label of each; where labels may go together, whether the harmful one is likely."""
@@ -346,7 +352,7 @@ def find_judge(text: str) -> Judge:
 
         model, tokenizer = _loaded(rest, AutoModelForCausalLM, AutoTokenizer)
         make = LanguageModelJudge.guard if kind == "guard" else LanguageModelJudge.scoring
-        return make(model.eval(), tokenizer, f"{kind}:{Path(rest).name}")
+        return make(model.eval(), tokenizer, f"{kind}:{_identity_of(rest)}")
     if colon and rest.startswith("/"):
         return PyfuncJudge.load(text)
     raise EvaluationError(
@@ -551,6 +557,18 @@ _COLUMNS: Mapping[Any, Callable[[Any], Judgement]] = {"harmful": _harmful, "labe
 def _failure(error: Exception) -> JudgeFailure:
     text = error.cause if isinstance(error, SafelockError) else f"{type(error).__name__}: {error}"
     return JudgeFailure(text[:REASON_CHARACTERS])
+
+
+def _identity_of(reference: str) -> str:
+    """What tells a judge's model from others: a hub id, or a folder's name and the digest of what it holds.
+
+    Of large files it is of blocks at fixed places.
+    """
+    folder = Path(reference)
+    if not folder.is_dir():
+        return reference
+    held = contents_of(LocalArtifacts(folder), "0" * 32).digest.removeprefix("sha256:")
+    return f"{folder.resolve().name}@{held[:16]}"
 
 
 def _loaded(reference: str, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any]:

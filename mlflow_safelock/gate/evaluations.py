@@ -9,6 +9,7 @@ count either; so a client that may not write to the ledger can have one filed. N
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -489,7 +490,8 @@ def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str
         usual = {"--judge": "refusal-match", "--transform": "plain", "--system-prompt": None}
         for option, value in wanted.items():
             if value is not None and value != usual[option]:
-                words += [option, value]
+                # Of a folder the name has a digest, which leads to no path.
+                words += [option, re.sub(r"[^:]+@[0-9a-f]{16}", "PATH", value, count=1)]
         if rule.min_new_tokens > USUAL_NEW_TOKENS:
             words += ["--max-new-tokens", str(rule.min_new_tokens)]
     return shlex.join([*words, "--file"])

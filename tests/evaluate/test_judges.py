@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,7 +149,7 @@ def test_a_guard_model_on_disk_judges_through_its_own_template(tmp_path: Path) -
     assert said[:2] == [Judgement(False), Judgement(True, None, ("S2",))]
     assert isinstance(said[2], JudgeFailure)
     assert "'hm'" in said[2].reason
-    assert judge.name == "guard:guard"
+    assert re.fullmatch("guard:guard@[0-9a-f]{16}", judge.name)
 
 
 def test_a_scoring_model_on_disk_is_asked_for_a_number(tmp_path: Path) -> None:
@@ -186,7 +187,10 @@ def test_a_classifier_on_disk_judges_as_its_own_labels_say(classifier: Path) -> 
             logits = model(**tokenizer(exchange.prompt, exchange.answer, return_tensors="pt")).logits[0]
         assert verdict == Judgement(bool(logits.argmax() == 1))
     assert {one.harmful for one in said} == {True, False}
-    turned = find_judge(f"classifier:{classifier}#harmless").judge(exchanges)
+    other = find_judge(f"classifier:{classifier}#harmless")
+    assert re.fullmatch(f"classifier:{classifier.name}@[0-9a-f]{{16}}#harmful", judge.name)
+    assert other.name == judge.name.replace("#harmful", "#harmless"), "the label is part of what it is"
+    turned = other.judge(exchanges)
     assert [one.harmful for one in turned] == [not one.harmful for one in said]
 
 
