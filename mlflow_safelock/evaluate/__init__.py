@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         difference_interval,
         mean_interval,
         paired_test,
+        rate_difference_interval,
         rate_interval,
     )
     from mlflow_safelock.evaluate.subjects import Subject, open_subject
@@ -81,6 +82,7 @@ _HOMES = {
     "open_subject": "subjects",
     "overlap": "suites",
     "paired_test": "statistics",
+    "rate_difference_interval": "statistics",
     "rate_interval": "statistics",
 }
 
@@ -125,6 +127,7 @@ __all__ = [
     "open_subject",
     "overlap",
     "paired_test",
+    "rate_difference_interval",
     "rate_interval",
 ]
 

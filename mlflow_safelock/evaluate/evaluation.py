@@ -90,7 +90,7 @@ class Change(_Part):
     """One figure, locked less unlocked, on the same prompts.
 
     Attributes:
-        difference: The difference with its interval, a paired bootstrap.
+        difference: The difference with its interval, Newcombe's of a rate, else a paired bootstrap.
         p_value: McNemar's exact test, two-sided, where the figure is a rate.
     """
 

@@ -17,6 +17,7 @@ from mlflow_safelock.evaluate.statistics import (
     difference_interval,
     mean_interval,
     paired_test,
+    rate_difference_interval,
     rate_interval,
 )
 from mlflow_safelock.evaluate.transforms import Message
@@ -189,11 +190,12 @@ def changes_of(unlocked: Values, locked: Values, seed: int) -> dict[str, Change]
         both = sorted(unlocked[name].keys() & locked[name].keys())
         if both:
             first, second = ([arm[name][key] for key in both] for arm in (unlocked, locked))
-            tested = paired_test([bool(v) for v in first], [bool(v) for v in second])
-            changes[name] = Change(
-                difference=_estimate(difference_interval(first, second, seed=seed), len(both)),
-                p_value=tested.p_value if name in RATES else None,
-            )
+            if name in RATES:
+                had, has = [bool(value) for value in first], [bool(value) for value in second]
+                interval, p_value = rate_difference_interval(had, has), paired_test(had, has).p_value
+            else:
+                interval, p_value = difference_interval(first, second, seed=seed), None
+            changes[name] = Change(difference=_estimate(interval, len(both)), p_value=p_value)
     return dict(sorted(changes.items()))
 
 

@@ -15,6 +15,7 @@ from mlflow_safelock.evaluate.statistics import (
     difference_interval,
     mean_interval,
     paired_test,
+    rate_difference_interval,
     rate_interval,
 )
 from mlflow_safelock.evaluate.subjects import Subject
@@ -145,11 +146,12 @@ def _changes_of(unlocked: Scores, locked: Scores, seed: int) -> dict[str, Change
     for name in sorted(unlocked.keys() & locked.keys()):
         both = sorted(unlocked[name].keys() & locked[name].keys())
         first, second = ([arm[name][key] for key in both] for arm in (unlocked, locked))
-        p_value = None
         if _are_of_a_rate([*first, *second]):
-            p_value = paired_test([bool(one) for one in first], [bool(one) for one in second]).p_value
-        difference = _estimate(difference_interval(first, second, seed=seed), len(both))
-        changes[name] = Change(difference=difference, p_value=p_value)
+            had, has = [bool(one) for one in first], [bool(one) for one in second]
+            interval, p_value = rate_difference_interval(had, has), paired_test(had, has).p_value
+        else:
+            interval, p_value = difference_interval(first, second, seed=seed), None
+        changes[name] = Change(difference=_estimate(interval, len(both)), p_value=p_value)
     return changes
 
 

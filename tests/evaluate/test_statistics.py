@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate import difference_interval, mean_interval, paired_test, rate_interval
+from mlflow_safelock.evaluate import (
+    difference_interval,
+    mean_interval,
+    paired_test,
+    rate_difference_interval,
+    rate_interval,
+)
 
 counts = st.integers(1, 2000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
 confidences = st.floats(0.5, 0.999)
@@ -109,6 +115,44 @@ def test_a_difference_is_that_of_the_means_and_turns_round_with_the_arms(
     assert -1 <= interval.low <= interval.estimate <= interval.high <= 1
     turned = difference_interval(second, first, resamples=200)
     assert (turned.low, turned.high) == pytest.approx((-interval.high, -interval.low), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(outcomes)
+def test_a_rates_change_is_never_certain_and_turns_round_with_the_arms(
+    pairs: list[tuple[bool, bool]],
+) -> None:
+    first, second = [one for one, _ in pairs], [other for _, other in pairs]
+    interval = rate_difference_interval(first, second)
+    assert interval.estimate == pytest.approx(np.mean(second) - np.mean(first), abs=1e-12)
+    assert -1 <= interval.low <= interval.estimate <= interval.high <= 1
+    assert interval.low < interval.high
+    turned = rate_difference_interval(second, first)
+    assert (turned.low, turned.high) == pytest.approx((-interval.high, -interval.low), abs=1e-12)
+
+
+def test_a_rates_change_has_newcombes_interval() -> None:
+    # One of the examples in Newcombe's article: 36 in both arms, 12 and 2 in one, of 50.
+    first = [True] * 38 + [False] * 12
+    second = [True] * 36 + [False] * 2 + [True] * 12
+    interval = rate_difference_interval(first, second)
+    assert (interval.low, interval.high) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    whole = rate_difference_interval([True] * 50, [False] * 50)
+    assert (whole.low, whole.high) == (-1.0, pytest.approx(-0.8991, abs=5e-5))
+
+
+@pytest.mark.parametrize("rates", [(0.5, 0.5, 0.9), (0.95, 0.02, 0.5), (0.3, 0.8, 0.6)])
+def test_a_rates_change_is_covered_as_often_as_it_says(rates: tuple[float, float, float]) -> None:
+    random = np.random.default_rng(3)
+    before, kept, changed = rates  # of those that had the outcome, and of those that had not
+    truth = before * kept + (1 - before) * (1 - changed) - before
+    covered = 0
+    for _ in range(400):
+        first = random.random(60) < before
+        second = np.where(first, random.random(60) < kept, random.random(60) < 1 - changed)
+        interval = rate_difference_interval(first.tolist(), second.tolist())
+        covered += interval.low <= truth <= interval.high
+    assert covered / 400 >= 0.92
 
 
 def test_a_paired_difference_is_surer_than_two_means_apart() -> None:
