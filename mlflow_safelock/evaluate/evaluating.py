@@ -203,8 +203,8 @@ class _Arms:
         subject, settings = self.subject, self.settings
         name = "with the lock" if locked else "without a lock"
         with _lock_on(subject) if locked else nullcontext():
-            answers, expected = self._answers(name, locked=locked)
             texts = self.texts
+            answers, expected = self._answers(name, locked=locked)
             nats = surprises(
                 subject.model,
                 subject.tokenizer,
@@ -227,10 +227,21 @@ class _Arms:
 
     @cached_property
     def texts(self) -> list[Text]:
-        """What perplexity is measured by: of the benign texts, those with a token that can be counted."""
+        """What perplexity is measured by: of the suite's texts, those with a token that can be counted.
+
+        Raises:
+            EvaluationError: A text that was given has none.
+        """
         tokenizer, system_prompt = self.subject.tokenizer, self.settings.system_prompt
-        given = _texts(self.suite, self.settings)
-        return [text for text in given if is_countable(tokenizer, text, system_prompt=system_prompt)]
+        every = _texts(self.suite, self.settings)
+        texts = [text for text in every if is_countable(tokenizer, text, system_prompt=system_prompt)]
+        if self.settings.texts and len(texts) < len(every):
+            short = next(text for _, text in every if ("", text) not in texts)
+            raise EvaluationError(
+                f"The text {short[:60]!r} has no token to measure perplexity by.",
+                next_step="Take texts of several words.",
+            )
+        return texts
 
     def divergences(self, unlocked: _Measured, locked: _Measured) -> dict[str, float]:
         """What the lock does to the first token of the answers to harmless prompts.
