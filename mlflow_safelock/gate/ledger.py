@@ -158,6 +158,9 @@ class LedgerEntry(BaseModel):
         return self.event in LOCKING
 
 
+_Conditions = tuple[sa.ColumnElement[bool], ...]
+
+
 def append(session: Session, entry: LedgerEntry) -> None:
     """Append a row in the session's own transaction.
 
@@ -192,29 +195,12 @@ def row_digest(previous: str, body: bytes) -> str:
 
 def promotion_at(session: Session, location: str) -> LedgerEntry | None:
     """The last promotion that wrote the locked model at ``location``."""
-    row = session.execute(
-        sa.select(TABLE)
-        .where(TABLE.c.location_key == _key(location), TABLE.c.event == "promoted")
-        .order_by(TABLE.c.sequence.desc())
-        .limit(1)
-    ).one_or_none()
-    return None if row is None else _entry(row)
+    return _last(session, *_keyed(location, "promoted"))
 
 
 def decision_on(session: Session, workspace: str, model: str, version: int) -> LedgerEntry | None:
     """What was decided last about a version, refusals aside."""
-    row = session.execute(
-        sa.select(TABLE)
-        .where(
-            TABLE.c.model == model,
-            TABLE.c.version == version,
-            TABLE.c.workspace == workspace,
-            TABLE.c.event.in_(DECISIONS),
-        )
-        .order_by(TABLE.c.sequence.desc())
-        .limit(1)
-    ).one_or_none()
-    return None if row is None else _entry(row)
+    return _last(session, *_of_version(workspace, model, version), TABLE.c.event.in_(DECISIONS))
 
 
 def last_refusal(
@@ -223,41 +209,20 @@ def last_refusal(
     """The last row by which a version was refused what a target stands for."""
     # In canonical JSON nothing but the key itself reads like this: quotes within a text are escaped.
     said = '"target":' + rfc8785.dumps(target).decode()
-    row = session.execute(
-        sa.select(TABLE)
-        .where(
-            TABLE.c.model == model,
-            TABLE.c.version == version,
-            TABLE.c.workspace == workspace,
-            TABLE.c.event == "rejected",
-            TABLE.c.body.contains(said, autoescape=True),
-        )
-        .order_by(TABLE.c.sequence.desc())
-        .limit(1)
-    ).one_or_none()
-    return None if row is None else _entry(row)
+    of_target = TABLE.c.event == "rejected", TABLE.c.body.contains(said, autoescape=True)
+    return _last(session, *_of_version(workspace, model, version), *of_target)
 
 
 def writing_of(session: Session, location: str) -> LedgerEntry | None:
     """The last writing of a standalone model at ``location``."""
-    row = session.execute(
-        sa.select(TABLE)
-        .where(TABLE.c.location_key == _key(location), TABLE.c.event == "written")
-        .order_by(TABLE.c.sequence.desc())
-        .limit(1)
-    ).one_or_none()
-    return None if row is None else _entry(row)
+    return _last(session, *_keyed(location, "written"))
 
 
 def locks_of(session: Session, workspace: str, base: str) -> list[LedgerEntry]:
     """Every lock of a base model that was seen in a workspace, once each, in the order of their coming."""
     rows = session.execute(
         sa.select(TABLE)
-        .where(
-            TABLE.c.location_key == _key(base),
-            TABLE.c.event == "registered",
-            TABLE.c.workspace == workspace,
-        )
+        .where(*_keyed(base, "registered"), TABLE.c.workspace == workspace)
         .order_by(TABLE.c.sequence)
     )
     first: dict[str, LedgerEntry] = {}
@@ -299,53 +264,33 @@ def known_lock(
     session: Session, workspace: str, model: str, version: int, digest: str | None = None
 ) -> LedgerEntry | None:
     """The last row by which the lock of a version became known; of those with a digest, where given."""
-    rows = session.execute(
-        sa.select(TABLE)
-        .where(
-            TABLE.c.model == model,
-            TABLE.c.version == version,
-            TABLE.c.workspace == workspace,
-            TABLE.c.event == "registered",
-        )
-        .order_by(TABLE.c.sequence.desc())
-    )
-    found = (_entry(row) for row in rows)
+    registered = *_of_version(workspace, model, version), TABLE.c.event == "registered"
+    found = (_entry(row) for row in session.execute(_newest_first(*registered)))
     return next((entry for entry in found if digest is None or entry.lock_digest == digest), None)
 
 
 def revocation_of(session: Session, digest: str) -> LedgerEntry | None:
     """The first revocation of the lock with a digest."""
     row = session.execute(
-        sa.select(TABLE)
-        .where(TABLE.c.location_key == _key(digest), TABLE.c.event == "revoked")
-        .order_by(TABLE.c.sequence)
-        .limit(1)
+        sa.select(TABLE).where(*_keyed(digest, "revoked")).order_by(TABLE.c.sequence).limit(1)
     ).one_or_none()
     return None if row is None else _entry(row)
 
 
 def preparation_of(session: Session, original: str) -> LedgerEntry | None:
     """The last measuring of the fine-tune at ``original``."""
-    row = session.execute(_about(original, "prepared").limit(1)).one_or_none()
-    return None if row is None else _entry(row)
+    return _last(session, *_keyed(original, "prepared"))
 
 
 def evaluations_of(session: Session, original: str) -> list[LedgerEntry]:
     """Every evaluation on record of the fine-tune at ``original``, newest row first."""
-    return [_entry(row) for row in session.execute(_about(original, "evaluated"))]
-
-
-def _about(original: str, event: str) -> sa.Select[Any]:
-    where = TABLE.c.location_key == _key(original), TABLE.c.event == event
-    return sa.select(TABLE).where(*where).order_by(TABLE.c.sequence.desc())
+    return [_entry(row) for row in session.execute(_newest_first(*_keyed(original, "evaluated")))]
 
 
 def last_policy(session: Session) -> str | None:
     """Digest of the policy that came into force last, as far as the ledger knows."""
-    row = session.execute(
-        sa.select(TABLE).where(TABLE.c.event == "policy").order_by(TABLE.c.sequence.desc()).limit(1)
-    ).one_or_none()
-    return None if row is None else _entry(row).policy
+    entry = _last(session, TABLE.c.event == "policy")
+    return None if entry is None else entry.policy
 
 
 def entries(session: Session) -> Iterator[LedgerEntry]:
@@ -445,6 +390,23 @@ def _key_in(values: dict[str, Any]) -> str | None:
     about_the_source = values["event"] in ("prepared", "evaluated")
     place = values["original_location" if about_the_source else "location"]
     return _key(place) if place else None
+
+
+def _keyed(what: str, event: str) -> _Conditions:
+    return TABLE.c.location_key == _key(what), TABLE.c.event == event
+
+
+def _of_version(workspace: str, model: str, version: int) -> _Conditions:
+    return TABLE.c.model == model, TABLE.c.version == version, TABLE.c.workspace == workspace
+
+
+def _newest_first(*conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return sa.select(TABLE).where(*conditions).order_by(TABLE.c.sequence.desc())
+
+
+def _last(session: Session, *conditions: sa.ColumnElement[bool]) -> LedgerEntry | None:
+    row = session.execute(_newest_first(*conditions).limit(1)).one_or_none()
+    return None if row is None else _entry(row)
 
 
 def _entry(row: sa.Row[tuple[object, ...]]) -> LedgerEntry:
