@@ -24,8 +24,8 @@ BATCH = 8
 def run(settings: Settings) -> Iterator[Row]:
     """Harmful prompts and their twins, in both arms; a random model ends no answer before the limit.
 
-    Of two sizes: in the small one a step takes hardly longer than what calls it, and all that is not generation
-    weighs more than it does in any model that is used.
+    Of two sizes: in the small one a step takes hardly longer than what calls it, and all that is not
+    generation weighs more than it does in any model that is used.
     """
     threads = torch.get_num_threads()
     # As fast for a model this small, and work beside it disturbs one thread less than several that wait.

@@ -22,12 +22,18 @@ from mlflow_safelock.gate.source import HubReference, is_hub_reference
 MODEL_FOLDER = "model"
 """Where MLflow has the weights of a model of its transformers flavor."""
 
-WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+WEIGHTS = (
+    *("config.json", "generation_config.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+)
 TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "chat_template.*"),
 )
-"""Names of the files that are fetched; code is not among them, nor anything pickled."""
+"""Names of the files that are fetched; code is not among them, nor anything pickled, nor the same weights in
+another layout, such as Mistral's ``consolidated.safetensors``."""
+
+_NESTED = "*/*"
 
 _NEXT = "Log it with its weights: mlflow.transformers.log_model(..., save_pretrained=True)."
 
@@ -80,7 +86,12 @@ def _reference_of(part: str, flavor: dict[str, Any]) -> HubReference | None:
 def _fetch(reference: HubReference, names: tuple[str, ...], folder: Path) -> None:
     """Copy files of a repository at a commit, from the hub or its cache on this machine."""
     fetched = Path(
-        snapshot_download(reference.repository, revision=reference.commit, allow_patterns=list(names))
+        snapshot_download(
+            reference.repository,
+            revision=reference.commit,
+            allow_patterns=list(names),
+            ignore_patterns=_NESTED,  # a name's asterisk stands for a slash, too
+        )
     )
     folder.mkdir(parents=True)
     for name in names:
