@@ -1,7 +1,7 @@
 """Promotions by one client and by many at once, at a gated server and at a stock one, each on PostgreSQL.
 
 Each request has a connection of its own: uvicorn with several workers does not set ``TCP_NODELAY``, so that
-on a kept connection any answer, a stock server's too, may wait 40 ms for the client's delayed acknowledgement.
+on a kept connection any answer, a stock server's too, may wait 40 ms for a delayed acknowledgement.
 """
 
 from __future__ import annotations
