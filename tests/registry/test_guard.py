@@ -643,6 +643,21 @@ class TestLocksMoveForward:
         with pytest.raises(MlflowException, match=r"lock_superseded.*registered past the gate"):
             stage(client, log_fine_tune("bot"))
 
+    def test_nor_does_it_follow_those_of_a_model_that_was_deleted_and_made_anew(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        version = log_fine_tune("bot")
+        for seed in (1, 2):
+            register_lock(base_lock(seed=seed))
+        client.delete_registered_model(lock_model_name(BASE))
+        with stock_registry(tmp_path):
+            register_lock(base_lock(seed=0))
+        with pytest.raises(MlflowException, match=r"lock_superseded.*registered past the gate"):
+            stage(client, version)
+        register_lock(base_lock(seed=3))
+        stage(client, version)
+        assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=3).digest
+
     def test_a_newer_lock_that_is_no_good_is_revoked_though_it_be_deleted(
         self, client: MlflowClient, tmp_path: Path
     ) -> None:
