@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError
-from mlflow_safelock.gate.approval import Approved, Request, approve, original_of
+from mlflow_safelock.gate.approval import Approved, Request, original_of
 from mlflow_safelock.gate.evaluations import require_evaluations
 from mlflow_safelock.gate.locked_models import standalone_location
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion
-from mlflow_safelock.gate.promotion import NOT_AN_LLM, Gate, is_in_force, promoted_entry, tags_of
+from mlflow_safelock.gate.promotion import Gate, promoted_entry, tags_of
 from mlflow_safelock.gate.strength import ALPHA_TAG
 from mlflow_safelock.gate.transient import unreadable
 
@@ -119,15 +119,9 @@ def explain(gate: Gate, request: Request, found: ModelVersion | None = None) -> 
 def _explained(
     gate: Gate, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, begun: Explanation
 ) -> Explanation:
-    try:
-        approved = approve(request, policy, rule, found, gate.registry, gate.artifacts)
-    except PromotionRefused as refusal:
-        if refusal.reason != "missing_lock" or rule.missing_lock == "reject":
-            raise
-        return _passed(begun, refusal)
-    if approved is None:
-        return _passed(begun, NOT_AN_LLM)
-    known = gate.registry.decision_on(request.workspace, request.name, request.version)
+    approved = gate.weigh(request, policy, rule, found)
+    if isinstance(approved, PromotionRefused):
+        return _passed(begun, approved)
     begun = replace(
         begun,
         base=approved.hint.base,
@@ -142,12 +136,7 @@ def _explained(
     )
     try:
         approved = require_evaluations(approved, gate.registry, gate.artifacts)
-        stands = (
-            known is not None
-            and is_in_force(known, approved, found)
-            and gate.locked_models.still_stands(known, rule)
-        )
-        if stands:
+        if gate.is_done(approved):
             return replace(begun, outcome="nothing to do", why=(*begun.why, "It runs that lock already."))
         approved = gate.measurements.required(approved)
         return replace(begun, outcome="lock", writes=_writes(gate, approved))

@@ -294,27 +294,43 @@ class Gate:
         self.registry.record(row)
         return str(reference)
 
-    def _promote(
-        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, lease: Lease
-    ) -> None:
+    def weigh(
+        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion
+    ) -> Approved | PromotionRefused:
+        """What a promotion would apply, or why the version goes unlocked; nothing is written.
+
+        Raises:
+            PromotionRefused: The version may not be promoted.
+            SourceError: Its artifacts cannot be read.
+        """
         try:
             approved = approve(request, policy, rule, found, self.registry, self.artifacts)
         except PromotionRefused as refusal:
             if refusal.reason != "missing_lock" or rule.missing_lock == "reject":
                 raise
-            self.let_through(request, policy, found, refusal)
-            return
-        if approved is None:
-            self.let_through(request, policy, found, NOT_AN_LLM)
-            return
-        approved = require_evaluations(approved, self.registry, self.artifacts)
-        reach("approved")
+            return refusal
+        return NOT_AN_LLM if approved is None else approved
+
+    def is_done(self, approved: Approved) -> bool:
+        """Whether the version runs this lock at this strength already, from files as they were made."""
+        request, found = approved.request, approved.found
         known = self.registry.decision_on(request.workspace, request.name, request.version)
-        if (
+        return (
             known is not None
             and is_in_force(known, approved, found)
-            and self.locked_models.still_stands(known, rule)
-        ):
+            and self.locked_models.still_stands(known, approved.rule)
+        )
+
+    def _promote(
+        self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, lease: Lease
+    ) -> None:
+        weighed = self.weigh(request, policy, rule, found)
+        if isinstance(weighed, PromotionRefused):
+            self.let_through(request, policy, found, weighed)
+            return
+        approved = require_evaluations(weighed, self.registry, self.artifacts)
+        reach("approved")
+        if self.is_done(approved):
             return
         approved = self.measurements.required(approved)
         if rule.carrier == "overlay":
