@@ -59,6 +59,39 @@ def test_rows_come_back_in_order_and_each_is_chained_to_the_one_before(engine: s
     assert [row.previous for row in rows] == [GENESIS, rows[0].digest, rows[1].digest]
 
 
+def registered(number: int, digit: str, workspace: str = "default") -> LedgerEntry:
+    lock = LockInForce(
+        model="safelock.base", version=number, digest=f"sha256:{digit * 64}", base_model="base"
+    )
+    return LedgerEntry(
+        event="registered",
+        workspace=workspace,
+        model=lock.model,
+        version=number,
+        target="lock:registered",
+        actor=Actor(name="ana", verified=False),
+        policy=DIGEST,
+        lock=lock,
+    )
+
+
+def test_a_lock_keeps_its_place_though_two_clients_put_it_on_record(engine: sa.Engine) -> None:
+    for one in (
+        registered(1, "1"),
+        registered(2, "2"),
+        registered(3, "1"),
+        registered(1, "3", "other"),
+    ):
+        with Session(engine) as session, session.begin():
+            ledger.append(session, one)
+    with Session(engine) as session:
+        known = ledger.locks_of(session, "default", "base")
+    assert [(one.version, one.lock_digest) for one in known] == [
+        (1, f"sha256:{'1' * 64}"),
+        (2, f"sha256:{'2' * 64}"),
+    ]
+
+
 def test_a_row_from_before_evaluations_were_named_still_holds(engine: sa.Engine) -> None:
     values = entry(1, "s3://b/locked").model_dump(mode="json")
     del values["evaluations"]

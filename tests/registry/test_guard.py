@@ -564,7 +564,9 @@ class TestDescent:
 
 
 class TestLocksMoveForward:
-    def test_a_deleted_lock_does_not_bring_the_older_one_back(self, client: MlflowClient) -> None:
+    def test_a_deleted_lock_does_not_bring_the_older_one_back(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
         version = log_fine_tune("bot")
         register_lock(base_lock(seed=0))
         newest = register_lock(base_lock(seed=1))
@@ -573,6 +575,9 @@ class TestLocksMoveForward:
             stage(client, version)
         register_lock(base_lock(seed=1))
         stage(client, version)
+        with sqlite3.connect(tmp_path / "registry.db") as connection:
+            rows = connection.execute("SELECT version FROM safelock_ledger WHERE event = 'registered'")
+            assert [version for (version,) in rows] == [1, 2], "each is on record once"
 
     def test_an_older_lock_is_not_registered_anew(self, client: MlflowClient, tmp_path: Path) -> None:
         version = log_fine_tune("bot")
