@@ -23,6 +23,7 @@ LockReader = Callable[[str], SafetyLock]
 
 def faults_of_lock(
     applied: LockInForce,
+    first: int,
     rule: LockRule,
     revocation: LedgerEntry | None,
     registered: Callable[[], SafetyLock] | None,
@@ -31,6 +32,7 @@ def faults_of_lock(
 
     Args:
         applied: The lock, as the version's promotion has it.
+        first: The version that it was registered as first, which is what the policy's floor is held against.
         rule: Which locks are good enough where the version is.
         revocation: The lock's revocation; ``None`` where it stands.
         registered: Gives the lock as it is registered, which says how old it is, and is asked only where the
@@ -39,8 +41,9 @@ def faults_of_lock(
     title = f"lock {applied.model} version {applied.version}"
     if revocation is not None:
         yield f"It runs {title}, which was revoked at {revocation.time}: {revocation.message}"
-    if applied.version < rule.min_version:
-        yield f"It runs {title}, and the policy asks for version {rule.min_version} or later."
+    if first < rule.min_version:
+        was = "" if first == applied.version else f", registered as version {first} first"
+        yield f"It runs {title}{was}, and the policy asks for version {rule.min_version} or later."
     if rule.max_age_days is None or registered is None:
         return
     try:

@@ -216,13 +216,16 @@ def _lock_faults(
             raise SourceError("It is registered no more.")
         return read(at)
 
+    revocation, first = None, applied.version
     try:
         revocation = ledger.revocation_of(session, applied.digest)
+        known = ledger.known_lock(session, row.workspace, applied.model, applied.version, applied.digest)
+        if known is not None:
+            first = min(first, known.version)
     except LedgerError as error:
         yield f"Whether its lock was revoked cannot be read: {error.cause}"
-        revocation = None
     yield from faults_of_lock(
-        applied, rule, revocation, None if read_lock is None else partial(registered, read_lock)
+        applied, first, rule, revocation, None if read_lock is None else partial(registered, read_lock)
     )
 
 

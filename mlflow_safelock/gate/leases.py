@@ -35,7 +35,7 @@ TABLE = sa.Table(
     sa.Column("expires", sa.Double, nullable=False),
 )
 
-SECONDS = {"promote": 60.0, "prepare": 3600.0, "write": 3600.0}
+SECONDS = {"promote": 60.0, "register": 60.0, "prepare": 3600.0, "write": 3600.0}
 """How long a lease lasts by what it is for; a preparation renews its own while bytes move."""
 
 RENEWED_AFTER = 60.0
@@ -57,7 +57,7 @@ class Work:
     workspace: str
     model: str
     version: int
-    purpose: Literal["promote", "prepare", "write"] = "promote"
+    purpose: Literal["promote", "register", "prepare", "write"] = "promote"
 
     @classmethod
     def writing(cls, location: str) -> Work:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -84,6 +85,10 @@ class LockInForce(BaseModel):
     digest: Digest
     base_model: NonEmpty
 
+    def is_below(self, other: LockInForce) -> bool:
+        """Whether it is a version of the same registered model with a lower number."""
+        return self.model == other.model and self.version < other.version
+
 
 class LedgerEntry(BaseModel):
     """One decision.
@@ -158,6 +163,8 @@ class LedgerEntry(BaseModel):
         return self.event in LOCKING
 
 
+_logger = logging.getLogger(__name__)
+
 _Conditions = tuple[sa.ColumnElement[bool], ...]
 
 
@@ -218,30 +225,43 @@ def writing_of(session: Session, location: str) -> LedgerEntry | None:
     return _last(session, *_keyed(location, "written"))
 
 
+EARLIER = "earlier"
+"""Reason in the row of a lock that was found registered past the gate, below others that were on record."""
+
+
 def locks_of(session: Session, workspace: str, base: str) -> list[LedgerEntry]:
-    """Every lock of a base model that was seen in a workspace, once each, in the order of their coming."""
+    """Every lock of a base model that was seen in a workspace, once each, in the order of their coming.
+
+    That is the order of their rows; one that was found later than it came stands before those of its
+    registered model with higher numbers.
+    """
     rows = session.execute(
         sa.select(TABLE)
         .where(*_keyed(base, "registered"), TABLE.c.workspace == workspace)
         .order_by(TABLE.c.sequence)
     )
-    first: dict[str, LedgerEntry] = {}
-    for row in rows:
-        entry = _entry(row)
-        if entry.lock is not None:
-            first.setdefault(entry.lock.digest, entry)
-    return list(first.values())
+    found: list[LedgerEntry] = []
+    for entry in map(_entry, rows):
+        if entry.lock is not None and all(entry.lock_digest != other.lock_digest for other in found):
+            found.insert(_place_of(entry.lock, entry.reason, found), entry)
+    return found
+
+
+def _place_of(lock: LockInForce, reason: str | None, known: list[LedgerEntry]) -> int:
+    if reason != EARLIER:
+        return len(known)
+    later = (place for place, other in enumerate(known) if other.lock and lock.is_below(other.lock))
+    return next(later, len(known))
 
 
 def locks_not_on_record(session: Session) -> Iterator[LedgerEntry]:
     """Rows for the locks that were applied and have none yet, in the order in which they were applied first.
 
-    Raises:
-        LedgerError: A row's body is not what its digest says.
+    A row that was edited says nothing here: it is refused where it is looked up.
     """
     chosen = TABLE.c.event.in_(("registered", *LOCKING))
     rows = session.execute(sa.select(TABLE).where(chosen).order_by(TABLE.c.sequence)).all()
-    entries = [_entry(row) for row in rows]
+    entries = [entry for row in rows if (entry := _readable(row)) is not None]
     known = {(entry.workspace, entry.lock_digest) for entry in entries if entry.event == "registered"}
     for entry in entries:
         if entry.lock is None or (entry.workspace, entry.lock.digest) in known:
@@ -263,10 +283,15 @@ def locks_not_on_record(session: Session) -> Iterator[LedgerEntry]:
 def known_lock(
     session: Session, workspace: str, model: str, version: int, digest: str | None = None
 ) -> LedgerEntry | None:
-    """The last row by which the lock of a version became known; of those with a digest, where given."""
-    registered = *_of_version(workspace, model, version), TABLE.c.event == "registered"
-    found = (_entry(row) for row in session.execute(_newest_first(*registered)))
-    return next((entry for entry in found if digest is None or entry.lock_digest == digest), None)
+    """The last row by which the lock of a version became known; with a digest that of the lock that has it.
+
+    A lock is on record once, by its first number, whatever others it had afterwards.
+    """
+    if digest is None:
+        return _last(session, *_of_version(workspace, model, version), TABLE.c.event == "registered")
+    of_model = TABLE.c.model == model, TABLE.c.workspace == workspace, TABLE.c.event == "registered"
+    found = (_entry(row) for row in session.execute(_newest_first(*of_model)))
+    return next((entry for entry in found if entry.lock_digest == digest), None)
 
 
 def revocation_of(session: Session, digest: str) -> LedgerEntry | None:
@@ -407,6 +432,14 @@ def _newest_first(*conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
 def _last(session: Session, *conditions: sa.ColumnElement[bool]) -> LedgerEntry | None:
     row = session.execute(_newest_first(*conditions).limit(1)).one_or_none()
     return None if row is None else _entry(row)
+
+
+def _readable(row: sa.Row[tuple[object, ...]]) -> LedgerEntry | None:
+    try:
+        return _entry(row)
+    except LedgerError as error:
+        _logger.warning("%s", error)
+        return None
 
 
 def _entry(row: sa.Row[tuple[object, ...]]) -> LedgerEntry:

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError
-from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
+from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, LOCK_MODEL_PREFIX, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.gate.approval import Request
-from mlflow_safelock.gate.ledger import LockInForce
+from mlflow_safelock.gate.ledger import EARLIER, LockInForce
 from mlflow_safelock.gate.locks import check_moves_forward
 from mlflow_safelock.gate.permissions import require
 from mlflow_safelock.gate.ports import ModelVersion, Registry, Target
@@ -42,10 +42,10 @@ class LockRecords:
         """The registry."""
         return self.gate.registry
 
-    def check_new(self, name: str, source: str, workspace: str, actor: Actor) -> SafetyLock | None:
-        """Refuse to have a lock registered that another one of its base superseded.
+    def check_new(self, name: str, source: str, workspace: str, actor: Actor) -> SafetyLock:
+        """Refuse to have anything registered but a lock, and one that another of its base superseded.
 
-        Those that were registered past the gate, and are there, go on record before it.
+        Those that were registered past the gate, and are there, go on record before it: where they came.
 
         Args:
             name: The registered model that it becomes a version of.
@@ -54,19 +54,23 @@ class LockRecords:
             actor: Who registers it.
 
         Returns:
-            The lock; ``None`` where it is none, or one of another base, which no promotion applies.
+            The lock.
 
         Raises:
-            PromotionRefused: It was superseded, or its store does not answer now.
+            PromotionRefused: It was superseded, or is none, or one of another base, or its store does not
+                answer now.
         """
-        lock = self._lock_of_base(name, self._location_of(source))
-        if lock is None:
-            return None
+        lock = self._only_a_lock(name, source)
         for version in self.registry.model_versions(name):
-            if self.registry.known_lock(workspace, name, version.version) is None:
-                earlier = self._lock_of_base(name, version.location)
-                if earlier is not None:
-                    self.put_on_record(earlier, name, version.version, workspace, actor)
+            try:
+                earlier = self._lock_at(version.location, version.name)
+            except SafelockError as error:
+                if is_transient(error):
+                    raise unreadable(error) from error
+                _logger.info("%s version %s is no lock: %s", name, version.version, error)
+                continue
+            if lock_model_name(earlier.base_model) == name:
+                self._put_earlier_one_on_record(earlier, name, version.version, workspace, actor)
         known = self.registry.locks_of(workspace, lock.base_model)
         check_moves_forward(lock, f"at {source}", known, self.registry)
         return lock
@@ -74,10 +78,22 @@ class LockRecords:
     def put_on_record(self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor) -> None:
         """Put on record that a lock was registered, unless it was before."""
         applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
+        self._record(applied, workspace, actor, None)
+
+    def _put_earlier_one_on_record(
+        self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor
+    ) -> None:
+        """Put on record a lock that was registered past the gate, before those with higher numbers."""
+        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
         known = self.registry.locks_of(workspace, lock.base_model)
-        if all(entry.lock is None or entry.lock.digest != lock.digest for entry in known):
-            request = Request(name, version, REGISTERED, actor, workspace)
-            self.registry.record(registered_entry(request, self.gate.policy(), applied))
+        is_earlier = any(entry.lock is not None and applied.is_below(entry.lock) for entry in known)
+        self._record(applied, workspace, actor, EARLIER if is_earlier else None)
+
+    def _record(self, applied: LockInForce, workspace: str, actor: Actor, reason: str | None) -> None:
+        known = self.registry.locks_of(workspace, applied.base_model)
+        if all(entry.lock_digest != applied.digest for entry in known):
+            request = Request(applied.model, applied.version, REGISTERED, actor, workspace)
+            self.registry.record(registered_entry(request, self.gate.policy(), applied, reason))
 
     def revoke(
         self,
@@ -136,16 +152,25 @@ class LockRecords:
             )
         return LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
 
-    def _lock_of_base(self, name: str, location: str) -> SafetyLock | None:
-        """The lock at a location, where it is one that belongs under a registered model's name."""
+    def _only_a_lock(self, name: str, source: str) -> SafetyLock:
+        """The lock at a source, which belongs under a registered model's name."""
         try:
-            lock = self._lock_at(location, name)
-        except Exception as error:
-            if is_transient(error) and isinstance(error, SafelockError):
+            lock = self._lock_at(self._location_of(source), source)
+        except SafelockError as error:
+            if is_transient(error):
                 raise unreadable(error) from error
-            _logger.info("What is registered as %s is no lock: %s", name, error)
-            return None
-        return lock if lock_model_name(lock.base_model) == name else None
+            raise PromotionRefused(
+                "no_lock",
+                f"Names like {name!r} are for locks alone, and what is at {source} is none: {error.cause}",
+                next_step=f"Register it under a name that does not begin with {LOCK_MODEL_PREFIX!r}.",
+            ) from error
+        if lock_model_name(lock.base_model) != name:
+            raise PromotionRefused(
+                "no_lock",
+                f"What is at {source} is a lock of {lock.base_model!r}, and {name!r} is not for those.",
+                next_step=f"Register it as {lock_model_name(lock.base_model)!r}: safelock lock register.",
+            )
+        return lock
 
     def _location_of(self, source: str) -> str:
         """Where a source lies, that of a registered version where it names one."""

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from mlflow_safelock.errors import LockError, PromotionRefused, VerificationError
+from mlflow_safelock.errors import LockError, PromotionRefused, SourceError, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce, TokenizerFinding
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry
 from mlflow_safelock.gate.source import BaseHint, LanguageModel
+from mlflow_safelock.gate.transient import is_transient, unreadable
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import LOCK_SIGNATURE_FILE, check_lock_signature
 
@@ -87,8 +88,9 @@ def find_lock(
     for hint in hints:
         found = _newest(hint.base, registry, artifacts)
         if found is not None:
-            _check(found, hint.base, source, rule, version)
             known = registry.locks_of(workspace, hint.base)
+            _check(found, hint.base, source, rule, version)
+            _check_the_floor(found, rule, known)
             _check_freshness(found, rule, known, registry)
             if rule.signature.required:
                 _check_signature(found, rule, artifacts)
@@ -125,9 +127,13 @@ def _newest(base: str, registry: Registry, artifacts: Artifacts) -> RegisteredLo
     origin = f"models:/{newest.name}/{newest.version}"
     try:
         lock = lock_from_bytes(artifacts.reader(newest.location).read(LOCK_FILE), origin=origin)
-    except LockError as error:
+    except (LockError, SourceError) as error:
+        if is_transient(error):
+            raise unreadable(error) from error
         raise PromotionRefused(
-            "damaged_lock", error.cause, next_step=f"Register a sound lock for {base!r}."
+            "damaged_lock",
+            f"The newest lock of {base!r}, {origin}, is none that can be read: {error.cause}",
+            next_step=f"Register a sound lock for {base!r} (safelock lock register), or delete that version.",
         ) from error
     return RegisteredLock(lock, newest.name, newest.version, newest.location)
 
@@ -141,12 +147,6 @@ def _check(
             "damaged_lock",
             f"The lock {name} is for {found.lock.base_model!r}, and it is registered for {base!r}.",
             next_step=f"Register a lock for {base!r}: safelock lock register.",
-        )
-    if found.version < rule.lock.min_version:
-        raise PromotionRefused(
-            "lock_too_old",
-            f"The newest lock is {name}, and the policy asks for version {rule.lock.min_version} or later.",
-            next_step="Register a newer lock: safelock lock register.",
         )
     if source.geometry is not None and found.lock.geometry != source.geometry:
         raise PromotionRefused(
@@ -163,6 +163,30 @@ def _check(
             f"{version.version} was trained on another shape: {misfit}.",
             next_step=_ANOTHER_BASE,
         )
+
+
+def _check_the_floor(found: RegisteredLock, rule: GateRule, known: Sequence[LedgerEntry]) -> None:
+    """Refuse a lock below the policy's floor by the number that it had first, whatever others it got since.
+
+    Raises:
+        PromotionRefused: It is.
+    """
+    first = min([found.version, *_first_numbers(found, known)])
+    if first >= rule.lock.min_version:
+        return
+    was = "" if first == found.version else f", which was registered as version {first} first"
+    raise PromotionRefused(
+        "lock_too_old",
+        f"The newest lock is {found.title}{was}, and the policy asks for version {rule.lock.min_version} or "
+        "later.",
+        next_step="Register a newer lock: safelock lock register.",
+    )
+
+
+def _first_numbers(found: RegisteredLock, known: Sequence[LedgerEntry]) -> list[int]:
+    locks = [entry.lock for entry in known if entry.lock is not None]
+    same = [one for one in locks if (one.model, one.digest) == (found.model, found.lock.digest)]
+    return [one.version for one in same]
 
 
 _ANOTHER_BASE = "It does not descend from that base: correct its base, or register a lock for its own."
@@ -203,7 +227,7 @@ def check_moves_forward(
             "an older one does not take its place.",
             next_step="Register the newer one, or a new one (safelock lock register); or put on record that "
             f"the newer one is no good: safelock lock revoke models:/{later.model}/{later.version} --digest "
-            f"{later.digest}.",
+            f"{later.digest} --reason '…'.",
         )
 
 
@@ -227,7 +251,7 @@ def _check_that_none_was_newer(
             "lock_superseded",
             f"The lock {found.title} was registered past the gate, and a newer version of {found.model} was "
             "there and is gone.",
-            next_step="Register the lock that should be in force through the gate: safelock lock register.",
+            next_step="Register a newer one through the gate: safelock lock register.",
         )
 
 

@@ -493,10 +493,12 @@ def _first_seen(approved: Approved) -> tuple[LedgerEntry, ...]:
     return (registered_entry(approved.request, approved.policy, approved.lock.in_force),)
 
 
-def registered_entry(request: Request, policy: Policy, lock: LockInForce) -> LedgerEntry:
+def registered_entry(
+    request: Request, policy: Policy, lock: LockInForce, reason: str | None = None
+) -> LedgerEntry:
     """The ledger's row for a lock that is seen for the first time."""
     about = replace(request, name=lock.model, version=lock.version, target=REGISTERED)
-    return about.row("registered", policy, lock=lock)
+    return about.row("registered", policy, reason=reason, lock=lock)
 
 
 def changed_meanwhile(request: Request) -> PromotionRefused:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from mlflow_safelock.flavors.meta_safetylock import LOCK_MODEL_PREFIX
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import Guard, policy_entry
+from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.lock_records import LockRecords
 from mlflow_safelock.gate.policy import Policy
@@ -116,10 +118,10 @@ class GateMixin:
 
         A source that may not be read is a refusal, and no 5xx, here too.
         """
-        lock = self._new_lock(*arguments, **options)
-        created = self._create(*arguments, **options)
-        if lock is not None:
-            self._put_on_record(lock, created)
+        with self._registering(*arguments, **options) as lock:
+            created = self._create(*arguments, **options)
+            if lock is not None:
+                self._put_on_record(lock, created)
         return created
 
     def _put_on_record(self, lock: SafetyLock, created: ModelVersion) -> None:
@@ -130,16 +132,24 @@ class GateMixin:
         except Exception:
             _logger.exception("The lock %s version %s is not on record yet", created.name, created.version)
 
-    def _new_lock(
+    @contextmanager
+    def _registering(
         self, name: str | None = None, source: str | None = None, *_: Any, **__: Any
-    ) -> SafetyLock | None:
-        """The lock that is about to be registered, if it is one."""
+    ) -> Iterator[SafetyLock | None]:
+        """Gives the lock that is about to be registered, if it is one, to one client after another.
+
+        What goes on record at once would not be in the order of its numbers.
+        """
         if name is None or source is None or not name.startswith(LOCK_MODEL_PREFIX):
-            return None
-        return self._refusing(
-            f"register a lock as a version of {name!r}",
-            lambda: self._locks.check_new(self._name(name), source, self._workspace, current_actor()),
-        )
+            yield None
+            return
+        what, known_as = f"register a lock as a version of {name!r}", self._name(name)
+        work = Work(self._workspace, known_as, 0, "register")
+        with ExitStack() as until_done:
+            self._refusing(what, lambda: until_done.enter_context(self._gate.registry.lease(work)))
+            yield self._refusing(
+                what, lambda: self._locks.check_new(known_as, source, self._workspace, current_actor())
+            )
 
     def _create(self, *arguments: Any, **options: Any) -> ModelVersion:
         try:

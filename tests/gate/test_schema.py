@@ -92,3 +92,26 @@ def promotion(version: int, lock: LockInForce) -> ledger.LedgerEntry:
         location=f"s3://b/locked/{version}",
         receipt=lock.digest,
     )
+
+
+def test_an_edited_row_does_not_keep_the_ledger_from_being_brought_up_to_date(engine: sa.Engine) -> None:
+    schema.bring_up_to_date(engine)
+    with Session(engine) as session, session.begin():
+        for number in (1, 2):
+            digest = f"sha256:{str(number) * 64}"
+            lock = LockInForce(model="safelock.base", version=number, digest=digest, base_model="base")
+            ledger.append(
+                session,
+                ledger.LedgerEntry(
+                    event="promoted", workspace="default", model="bot", version=number,
+                    target="stage:Staging", actor=Actor(name="ana", verified=False), policy=digest, lock=lock,
+                ),
+            )  # fmt: skip
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE safelock_ledger SET body = '{}' WHERE sequence = 1"))
+        connection.execute(schema.TABLE.update().values(version=2))
+    schema.bring_up_to_date(engine)
+    with Session(engine) as session:
+        assert [one.version for one in ledger.locks_of(session, "default", "base")] == [2]
+        with pytest.raises(LedgerError, match="Row 1"):
+            ledger.decision_on(session, "default", "bot", 1)

@@ -1,0 +1,326 @@
+"""Locks of a base only move forward: whatever they are called, and whoever registered them."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from mlflow_safelock.audit import audit
+from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.lock import SafetyLock
+from tests.registries import BASE, base_lock, log_fine_tune, register_lock
+from tests.registry.test_guard import (
+    download_uri,
+    loaded_biases,
+    locked_version,
+    log_prices,
+    stock_registry,
+    store_of,
+)
+from tests.registry.test_promotion import ledger_rows, open_with_policy, stage
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
+
+NAME = lock_model_name(BASE)
+
+
+def digests_on_record(client: MlflowClient) -> list[str]:
+    """The digests of the base's locks in the order of their coming."""
+    known = store_of(client)._gate.registry.locks_of("default", BASE)
+    return [entry.lock.digest for entry in known]
+
+
+def digests(*seeds: int) -> list[str]:
+    return [base_lock(seed=seed).digest for seed in seeds]
+
+
+def test_a_deleted_lock_does_not_bring_the_older_one_back(client: MlflowClient, tmp_path: Path) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock(seed=0))
+    newest = register_lock(base_lock(seed=1))
+    client.delete_model_version(lock_model_name(BASE), str(newest))
+    with pytest.raises(MlflowException, match=r"lock_superseded.*safelock lock revoke models:/.*/2"):
+        stage(client, version)
+    register_lock(base_lock(seed=1))
+    stage(client, version)
+    with sqlite3.connect(tmp_path / "registry.db") as connection:
+        rows = connection.execute("SELECT version FROM safelock_ledger WHERE event = 'registered'")
+        assert [version for (version,) in rows] == [1, 2], "each is on record once"
+
+
+def test_an_older_lock_is_not_registered_anew(client: MlflowClient, tmp_path: Path) -> None:
+    version = log_fine_tune("bot")
+    for seed in (0, 1):
+        register_lock(base_lock(seed=seed))
+    with pytest.raises(MlflowException, match=r"register a lock.*lock_superseded") as info:
+        register_lock(base_lock(seed=0))
+    assert info.value.error_code == "PERMISSION_DENIED"
+    assert [found.version for found in client.search_model_versions("name='safelock.org--tiny-base'")] == [
+        2,
+        1,
+    ]
+    with stock_registry(tmp_path):
+        register_lock(base_lock(seed=0))
+    with pytest.raises(MlflowException, match=r"lock_superseded.*version 3 was superseded by .* version 2"):
+        stage(client, version)
+
+
+def test_nor_does_it_come_back_with_a_model_that_was_deleted_and_made_anew(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    for seed in (0, 1):
+        register_lock(base_lock(seed=seed))
+    client.delete_registered_model(lock_model_name(BASE))
+    with stock_registry(tmp_path):
+        register_lock(base_lock(seed=0))
+    with pytest.raises(MlflowException, match=r"lock_superseded.*version 1 was superseded by .* version 2"):
+        stage(client, version)
+    assert ledger_rows(tmp_path)[-1]["reason"] == "lock_superseded"
+
+
+def test_a_copy_of_an_older_lock_is_none_that_is_newer(client: MlflowClient) -> None:
+    log_fine_tune("bot")
+    for seed in (0, 1):
+        register_lock(base_lock(seed=seed))
+    name = lock_model_name(BASE)
+    with pytest.raises(MlflowException, match=r"register a lock.*lock_superseded"):
+        client.copy_model_version(f"models:/{name}/1", name)
+    assert client.copy_model_version(f"models:/{name}/2", name).version == 3
+    stage(client, 1)
+
+
+def test_a_lock_that_came_past_the_gate_is_older_than_one_that_comes_through_it_later(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    with stock_registry(tmp_path):
+        register_lock(base_lock(seed=0))
+    register_lock(base_lock(seed=1))
+    known = store_of(client)._gate.registry.locks_of("default", BASE)
+    assert [entry.lock.digest for entry in known] == [base_lock(seed=seed).digest for seed in (0, 1)]
+    stage(client, version)
+    assert ledger_rows(tmp_path)[-1]["lock"]["version"] == 2
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_lock_that_came_past_the_gate_does_not_follow_a_newer_one_that_is_gone(
+    client: MlflowClient, tmp_path: Path, applied: bool
+) -> None:
+    version, name = log_fine_tune("bot"), lock_model_name(BASE)
+    with stock_registry(tmp_path):
+        register_lock(base_lock(seed=0))
+        register_lock(base_lock(seed=1))
+    if applied:
+        stage(client, version)
+    with stock_registry(tmp_path):
+        client.delete_model_version(name, "2")
+    with pytest.raises(MlflowException, match=r"lock_superseded.*registered past the gate"):
+        stage(client, log_fine_tune("bot"))
+
+
+def test_nor_does_it_follow_those_of_a_model_that_was_deleted_and_made_anew(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    for seed in (1, 2):
+        register_lock(base_lock(seed=seed))
+    client.delete_registered_model(lock_model_name(BASE))
+    with stock_registry(tmp_path):
+        register_lock(base_lock(seed=0))
+    with pytest.raises(MlflowException, match=r"lock_superseded.*registered past the gate"):
+        stage(client, version)
+    register_lock(base_lock(seed=3))
+    stage(client, version)
+    assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=3).digest
+
+
+def test_a_newer_lock_that_is_no_good_is_revoked_though_it_be_deleted(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock(seed=0))
+    newest = register_lock(base_lock(seed=1))
+    client.delete_model_version(lock_model_name(BASE), str(newest))
+    store_of(client).revoke_lock(lock_model_name(BASE), newest, "too strong")
+    stage(client, version)
+    register_lock(base_lock(seed=0))
+    stage(client, version)
+    assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=0).digest
+
+
+def test_a_lock_is_revoked_by_its_digest_where_another_has_its_number(client: MlflowClient) -> None:
+    name, gone = lock_model_name(BASE), base_lock(seed=1)
+    register_lock(gone)
+    client.delete_registered_model(name)
+    register_lock(base_lock(seed=2))
+    with pytest.raises(PromotionRefused, match="was never sha256:0"):
+        store_of(client).revoke_lock(name, 1, "by mistake", f"sha256:{'0' * 64}")
+    assert store_of(client).revoke_lock(name, 1, "too strong", gone.digest).digest == gone.digest
+    stage(client, log_fine_tune("bot"))
+
+
+def test_a_revoked_lock_is_applied_no_more(client: MlflowClient, tmp_path: Path) -> None:
+    locked_version(client)
+    store_of(client).revoke_lock(lock_model_name(BASE), 1, "leaked")
+    assert loaded_biases(), "what runs it goes on, unless the policy says otherwise"
+    second = log_fine_tune("bot")
+    with pytest.raises(MlflowException, match=r"lock_revoked.*leaked"):
+        stage(client, second)
+    register_lock(base_lock(seed=0))
+    with pytest.raises(MlflowException, match="lock_revoked"):
+        stage(client, second)
+    with pytest.raises(PromotionRefused, match="revoked already"):
+        store_of(client).revoke_lock(lock_model_name(BASE), 2, "again")
+    register_lock(base_lock(seed=1))
+    stage(client, second)
+    assert ledger_rows(tmp_path)[1]["event"] == "revoked"
+
+
+def test_a_policy_may_stop_what_runs_a_revoked_lock(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, _ = locked_version(client)
+    store_of(client).revoke_lock(lock_model_name(BASE), 1, "leaked")
+    strict = "version: 1\ngates:\n  - lock: {revoked: refuse}\n"
+    client = open_with_policy(tmp_path, monkeypatch, strict)
+    with pytest.raises(MlflowException, match=r"lock_revoked.*leaked"):
+        download_uri(client, version)
+
+
+def test_what_is_no_lock_is_not_revoked(client: MlflowClient) -> None:
+    version = log_fine_tune("bot")
+    with pytest.raises(PromotionRefused, match="is no lock"):
+        store_of(client).revoke_lock("bot", version, "by mistake")
+
+
+@pytest.mark.parametrize("created", ["2020-01-31T12:00:00+00:00", "2999-01-31T12:00:00+00:00", None])
+def test_a_policy_may_want_young_locks(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, created: str | None
+) -> None:
+    policy = "version: 1\ngates:\n  - lock: {max_age_days: 90}\n"
+    client = open_with_policy(tmp_path, monkeypatch, policy)
+    version = log_fine_tune("bot")
+    lock = base_lock()
+    dated = SafetyLock(lock.heads, lock.metadata.model_copy(update={"created": created}))
+    register_lock(dated)
+    with pytest.raises(MlflowException, match=r"lock_expired.*90 days"):
+        stage(client, version)
+
+
+def test_one_that_came_past_the_gate_below_one_on_record_is_the_older_one(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    with stock_registry(tmp_path):
+        for seed in (0, 1):
+            register_lock(base_lock(seed=seed))
+    stage(client, version)
+    assert digests_on_record(client) == digests(1), "what was applied alone"
+    with pytest.raises(MlflowException, match=r"lock_superseded.*superseded by .* version 2"):
+        client.copy_model_version(f"models:/{NAME}/1", NAME)
+    assert digests_on_record(client) == digests(0, 1)
+    register_lock(base_lock(seed=1))  # as signing it does
+    stage(client, log_fine_tune("bot"))
+    assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=1).digest
+
+
+def test_nor_is_one_newer_that_came_under_another_name(client: MlflowClient, tmp_path: Path) -> None:
+    version = log_fine_tune("bot")
+    with stock_registry(tmp_path):
+        for seed in (0, 1):
+            register_lock(base_lock(seed=seed))
+        MlflowClient().rename_registered_model(NAME, "my-locks")
+    client.rename_registered_model("my-locks", NAME)
+    stage(client, version)
+    with pytest.raises(MlflowException, match="lock_superseded"):
+        client.copy_model_version(f"models:/{NAME}/1", NAME)
+
+
+def test_one_whose_number_another_had_is_on_record_before_those_that_come_later(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    register_lock(base_lock(seed=0))
+    client.delete_registered_model(NAME)
+    with stock_registry(tmp_path):
+        register_lock(base_lock(seed=1))
+    register_lock(base_lock(seed=2))
+    assert digests_on_record(client) == digests(0, 1, 2)
+    with pytest.raises(MlflowException, match="lock_superseded"):
+        register_lock(base_lock(seed=1))
+
+
+def test_two_that_are_registered_at_once_are_on_record_as_they_are_numbered(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_lock(base_lock(seed=0))
+    store = type(store_of(client))
+    stock, second_is_made, third_is_recorded = store._put_on_record, threading.Event(), threading.Event()
+
+    def slowly(self, lock, created):  # type: ignore[no-untyped-def]
+        if created.version in (2, "2"):
+            second_is_made.set()
+            third_is_recorded.wait(1.0)
+        stock(self, lock, created)
+        if created.version in (3, "3"):
+            third_is_recorded.set()
+
+    monkeypatch.setattr(store, "_put_on_record", slowly)
+    first = threading.Thread(target=register_lock, args=(base_lock(seed=1),))
+    first.start()
+    assert second_is_made.wait(30.0)
+    register_lock(base_lock(seed=2))
+    first.join()
+    assert digests_on_record(client) == digests(0, 1, 2)
+    stage(client, log_fine_tune("bot"))
+
+
+def test_the_floor_is_held_against_the_number_that_a_lock_had_first(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, _ = locked_version(client)
+    client.copy_model_version(f"models:/{NAME}/1", NAME)
+    stage(client, log_fine_tune("bot"))
+    client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{lock: {min_version: 2}}]\n")
+    with pytest.raises(MlflowException, match=r"lock_too_old.*version 2, which was .* version 1 first"):
+        stage(client, version)
+    told = [fault for row in audit(f"sqlite:///{tmp_path}/registry.db") for fault in row.lock_faults]
+    assert any("registered as version 1 first" in fault for fault in told), told
+    register_lock(base_lock(seed=1))
+    stage(client, version)
+
+
+def test_nothing_but_a_lock_of_its_base_is_registered_under_a_locks_name(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock(seed=0))
+    log_prices()
+    with pytest.raises(MlflowException, match=r"no_lock.*for locks alone.*does not begin with 'safelock\.'"):
+        client.copy_model_version("models:/prices/1", NAME)
+    client.create_registered_model("safelock.other")
+    with pytest.raises(MlflowException, match=rf"no_lock.*not for those.*{NAME}"):
+        client.copy_model_version(f"models:/{NAME}/1", "safelock.other")
+    stage(client, version)
+    with stock_registry(tmp_path):
+        MlflowClient().copy_model_version("models:/prices/1", NAME)
+    with pytest.raises(
+        MlflowException, match=rf"damaged_lock.*models:/{NAME}/2, is none.*delete that version"
+    ):
+        stage(client, log_fine_tune("bot"))
+    client.delete_model_version(NAME, "2")
+    stage(client, log_fine_tune("bot"))
+
+
+def test_a_lock_is_revoked_by_its_digest_under_any_number_that_it_had(client: MlflowClient) -> None:
+    register_lock(base_lock(seed=0))
+    client.copy_model_version(f"models:/{NAME}/1", NAME)
+    client.delete_model_version(NAME, "2")
+    revoked = store_of(client).revoke_lock(NAME, 2, "too strong", base_lock(seed=0).digest)
+    assert (revoked.version, revoked.digest) == (1, base_lock(seed=0).digest)
