@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from mlflow_safelock.audit import audit
 from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.flavors import meta_safetylock
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.gate.lock_records import LockRecords
 from mlflow_safelock.lock import SafetyLock
 from tests.registries import BASE, base_lock, log_fine_tune, register_lock
 from tests.registry.test_guard import (
@@ -259,25 +265,33 @@ def test_one_whose_number_another_had_is_on_record_before_those_that_come_later(
 def test_two_that_are_registered_at_once_are_on_record_as_they_are_numbered(
     client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Did the second not wait, it would be looked at before the first is made, and be on record before it."""
     register_lock(base_lock(seed=0))
-    store = type(store_of(client))
-    stock, second_is_made, third_is_recorded = store._put_on_record, threading.Event(), threading.Event()
+    store, looked_at = type(store_of(client)), count(1)
+    check, put = LockRecords.check_new, store._put_on_record
+    second_is_looked_at, third_is_on_record = threading.Event(), threading.Event()
 
-    def slowly(self, lock, created):  # type: ignore[no-untyped-def]
-        if created.version in (2, "2"):
-            second_is_made.set()
-            third_is_recorded.wait(1.0)
-        stock(self, lock, created)
-        if created.version in (3, "3"):
-            third_is_recorded.set()
+    def checked(*arguments: Any) -> SafetyLock:
+        lock = check(*arguments)
+        if next(looked_at) == 1:
+            second_is_looked_at.wait(4.0)
+        else:
+            second_is_looked_at.set()
+        return lock
 
-    monkeypatch.setattr(store, "_put_on_record", slowly)
-    first = threading.Thread(target=register_lock, args=(base_lock(seed=1),))
-    first.start()
-    assert second_is_made.wait(30.0)
-    register_lock(base_lock(seed=2))
-    first.join()
-    assert digests_on_record(client) == digests(0, 1, 2)
+    def put_slowly(self: Any, lock: SafetyLock, created: ModelVersion) -> None:
+        if int(created.version) == 2:
+            third_is_on_record.wait(1.0)
+        put(self, lock, created)
+        if int(created.version) == 3:
+            third_is_on_record.set()
+
+    monkeypatch.setattr(LockRecords, "check_new", checked)
+    monkeypatch.setattr(store, "_put_on_record", put_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(meta_safetylock.register, [base_lock(seed=1), base_lock(seed=2)]))
+    known = store_of(client)._gate.registry.locks_of("default", BASE)
+    assert [entry.version for entry in known] == [1, 2, 3]
     stage(client, log_fine_tune("bot"))
 
 
