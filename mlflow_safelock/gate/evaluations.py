@@ -391,7 +391,6 @@ def _row_of(
 
     Raises:
         SourceError: A store does not answer now.
-        SigstoreError: No signature of an identity can be verified here.
     """
     for row in rows:
         if row.receipt != statement.digest:
@@ -404,7 +403,7 @@ def _row_of(
                 rule is None or not rule.signature.required or _is_signed(statement, row, rule, artifacts)
             )
         except SafelockError as error:
-            if is_transient(error) or isinstance(error, SigstoreError):
+            if is_transient(error):
                 raise
             continue
         if counts:

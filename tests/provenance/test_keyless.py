@@ -11,19 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from sigstore.dsse import Envelope
+from sigstore.models import ClientTrustConfig
+from sigstore.oidc import IdentityToken
+from sigstore.sign import SigningContext
 
 from mlflow_safelock.errors import SettingsError, SigstoreError, UnreachableError, VerificationError
 from mlflow_safelock.gate.transient import is_transient
 from mlflow_safelock.provenance import (
     Identity,
     check_sigstore,
+    configured_signatories,
     configured_signer,
     keyless,
     keyless_signer,
     load_public_key,
     load_signing_key,
 )
-from mlflow_safelock.provenance.dsse import MAX_BYTES
+from mlflow_safelock.provenance.dsse import MAX_BYTES, encode
 from mlflow_safelock.provenance.envelopes import is_sealed_by, opened, seal, unverified_payload
 from tests.keys import write_keys
 from tests.sigstore_instance import ISSUER, SigstoreInstance, running_instance
@@ -200,8 +207,29 @@ def test_the_entry_of_another_signature_proves_nothing(sigstore: SigstoreInstanc
         opened(swapped, [SAFETY], origin="It")
 
 
+def test_a_payload_of_another_type_is_not_taken_however_well_it_is_signed(
+    sigstore: SigstoreInstance,
+) -> None:
+    sigstore.log_in(SAFETY.identity)
+    config = ClientTrustConfig.from_json(sigstore.trust_config.read_text())
+    context = SigningContext.from_trust_config(config)
+    with context.signer(IdentityToken(sigstore.token_file.read_text())) as signer:
+        certificate, kind = signer._signing_cert(), "text/plain"
+        signature = signer._private_key.sign(encode(kind, b"payload"), ec.ECDSA(SHA256()))
+        form = {
+            "payload": base64.b64encode(b"payload").decode(),
+            "payloadType": kind,
+            "signatures": [{"sig": base64.b64encode(signature).decode()}],
+        }
+        envelope = Envelope._from_json(json.dumps(form))
+        proposed = context._rekor._build_dsse_request(envelope=envelope, certificate=certificate)
+        bundle = signer._finalize_sign(certificate, envelope, proposed).to_json().encode()
+    with pytest.raises(VerificationError, match=r"holds 'text/plain'"):
+        opened(bundle, [SAFETY], origin="It")
+
+
 def test_a_certificate_that_was_over_when_something_was_signed_does_not_hold(
-    sigstore: SigstoreInstance, monkeypatch: pytest.MonkeyPatch
+    sigstore: SigstoreInstance,
 ) -> None:
     sigstore.log_in(SAFETY.identity)
     sigstore.clock = 3600
@@ -332,6 +360,14 @@ class TestSettings:
         monkeypatch.setenv("SAFELOCK_SIGNING_KEY", str(write_keys(tmp_path).private))
         with pytest.raises(SettingsError, match="Unset one"):
             configured_signer()
+
+    @pytest.mark.parametrize("text", ["", "[]", "safety@example.org", '[{"identity": "a"}]', "[1]"])
+    def test_identities_that_cannot_be_read_are_no_way_out(
+        self, monkeypatch: pytest.MonkeyPatch, text: str
+    ) -> None:
+        monkeypatch.setenv("SAFELOCK_IDENTITIES", text)
+        with pytest.raises(SettingsError, match="SAFELOCK_IDENTITIES"):
+            configured_signatories()
 
     def test_who_signed_is_compared_with_those_who_are_named(
         self, bundle: bytes, monkeypatch: pytest.MonkeyPatch
