@@ -272,9 +272,10 @@ class TestReceipts:
             ("SAFELOCK_SIGSTORE_SIGNING", "true"),
             ("SAFELOCK_IDENTITIES", json.dumps([GATE.facts])),
         ):
-            with monkeypatch.context() as asking, pytest.raises(SigstoreError, match="trust configuration"):
-                asking.setenv(name, value)
+            monkeypatch.setenv(name, value)
+            with pytest.raises(SigstoreError, match="trust configuration"):
                 open_store(address, None)
+            monkeypatch.delenv(name)
 
     def test_an_instance_that_is_away_may_be_asked_again(
         self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
