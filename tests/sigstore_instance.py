@@ -68,7 +68,7 @@ class SigstoreInstance:
 
     @contextmanager
     def silent(self) -> Iterator[None]:
-        """Take requests, and answer none until this is over."""
+        """Take requests, and answer none until this is over, or for five seconds."""
         self._may_answer.clear()
         try:
             yield
@@ -77,7 +77,7 @@ class SigstoreInstance:
 
     def wait(self) -> None:
         """Wait while nothing is answered."""
-        self._may_answer.wait()
+        self._may_answer.wait(5)
 
     def _description(self) -> str:
         """The instance's ``ClientTrustConfig``, as JSON."""

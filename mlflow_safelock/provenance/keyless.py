@@ -105,7 +105,8 @@ class KeylessSigner:
                 raw = self.token_file.read_text(encoding="ascii").strip()
             except (OSError, ValueError) as error:
                 raise SigstoreError(
-                    f"The identity token in {self.token_file} cannot be read: {error}."
+                    f"The identity token in {self.token_file} cannot be read: {error}.",
+                    next_step="Correct SAFELOCK_SIGSTORE_TOKEN_FILE, or unset it for the machine's own.",
                 ) from error
         if not raw:
             raise SigstoreError(
@@ -314,11 +315,15 @@ def _read(description: str | None, read: Callable[[], T]) -> T:
     try:
         return read()
     except Exception as error:  # what is malformed fails in many ways
-        which = "of the public instance" if description is None else "in SAFELOCK_SIGSTORE_TRUST_CONFIG"
+        which, look = (
+            ("of the public instance", "Look whether this machine can reach it, or name")
+            if description is None
+            else ("in SAFELOCK_SIGSTORE_TRUST_CONFIG", "Name")
+        )
         raise SigstoreError(
             f"Sigstore's trust configuration {which} cannot be used: {_clipped(error)}",
-            next_step="Name a file with the ClientTrustConfig of your instance in "
-            "SAFELOCK_SIGSTORE_TRUST_CONFIG, or unset it for the public one.",
+            next_step=f"{look} a file with the ClientTrustConfig of another instance in "
+            "SAFELOCK_SIGSTORE_TRUST_CONFIG.",
         ) from error
 
 
