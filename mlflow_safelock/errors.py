@@ -19,6 +19,7 @@
     │   └── UnreachableError           its store does not answer, and may in a while
     ├── VerificationError              something is not what its receipt says
     ├── KeyFileError                   a key file that cannot be used
+    ├── SigstoreError                  Sigstore cannot be used to sign or to verify
     ├── PolicyError                    a policy file that cannot be used
     ├── PromotionRefused               the gate said no
     ├── LedgerError                    the ledger cannot be read or written
@@ -117,6 +118,10 @@ class VerificationError(SafelockError):
 
 class KeyFileError(SafelockError):
     """A key for signatures that cannot be read, or is of a kind that is not used here."""
+
+
+class SigstoreError(SafelockError):
+    """Sigstore cannot be used: not installed, no identity token, no trust root, or it refuses to sign."""
 
 
 class PolicyError(SafelockError):

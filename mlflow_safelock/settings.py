@@ -25,6 +25,14 @@ class Settings(BaseSettings):
         signing_key_password: ``SAFELOCK_SIGNING_KEY_PASSWORD``, where that file is encrypted.
         public_keys: ``SAFELOCK_PUBLIC_KEYS``, paths of public keys with the system's separator (``:``)
             between them; where it is set, a receipt must be signed by one of them.
+        identities: ``SAFELOCK_IDENTITIES``, a JSON list of identities as in a policy; where it, or the one
+            before, is set, a receipt must be signed by one of either.
+        sigstore_signing: ``SAFELOCK_SIGSTORE_SIGNING``, whether receipts are signed through Sigstore, with no
+            key, as whoever the process is.
+        sigstore_token_file: ``SAFELOCK_SIGSTORE_TOKEN_FILE``, path of an identity token that says who that
+            is; the one that the machine has for its workloads where not set.
+        sigstore_trust_config: ``SAFELOCK_SIGSTORE_TRUST_CONFIG``, path of the ``ClientTrustConfig`` of a
+            Sigstore instance; the public one where not set.
         ledger: ``SAFELOCK_LEDGER``, database of the ledger where the registry is a server's
             (``safelock+http://``); a sqlite file in the home directory where not set.
         webhook_secret: ``SAFELOCK_WEBHOOK_SECRET``, the secret of the webhook that a watcher listens to.
@@ -38,6 +46,10 @@ class Settings(BaseSettings):
     signing_key: Path | None = None
     signing_key_password: SecretStr | None = None
     public_keys: str | None = None
+    identities: str | None = None
+    sigstore_signing: bool = False
+    sigstore_token_file: Path | None = None
+    sigstore_trust_config: Path | None = None
     ledger: SecretStr | None = None
     webhook_secret: SecretStr | None = None
     auth: Literal["none", "basic-auth"] = "none"

@@ -13,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from tests.sigstore_instance import SigstoreInstance
     from tests.toy import Toy
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,6 +52,17 @@ def toy() -> Toy:
     from tests.toy import make_toy
 
     return make_toy()
+
+
+@pytest.fixture
+def sigstore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SigstoreInstance]:
+    """A Sigstore instance of our own, which the settings name; nobody is logged in."""
+    from tests.sigstore_instance import running_instance
+
+    with running_instance(tmp_path / "sigstore") as instance:
+        monkeypatch.setenv("SAFELOCK_SIGSTORE_TRUST_CONFIG", str(instance.trust_config))
+        monkeypatch.setenv("SAFELOCK_SIGSTORE_TOKEN_FILE", str(instance.token_file))
+        yield instance
 
 
 def _uris(folder: Path) -> tuple[str, str]:

@@ -67,7 +67,8 @@ class ReceiptReader:
         A receipt is a file where clients may write, so what can be checked is: the locked model against it,
         its lock against the registered one of that name and version, and that it loads as a locked model. Of
         a standalone model's weights that are the fine-tune's own files, only the sizes are compared. Where
-        ``SAFELOCK_PUBLIC_KEYS`` names keys, one of them must have signed it.
+        ``SAFELOCK_PUBLIC_KEYS`` names keys, or ``SAFELOCK_IDENTITIES`` identities, one of them must have
+        signed it.
 
         Returns:
             The evidence, or ``None`` where there is no receipt.

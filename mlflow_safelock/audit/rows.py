@@ -9,7 +9,7 @@ from typing import Literal
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.ports import ModelVersion
 from mlflow_safelock.gate.tags import LOCK_TAGS, STATE_TAG, UNLOCKED, Stated
-from mlflow_safelock.provenance import PublicKey, Receipt
+from mlflow_safelock.provenance import Receipt, Signatory
 
 State = Literal["locked", "locked (copy)", "unlocked", "unknown"]
 """Whether a version serves a locked model.
@@ -24,7 +24,8 @@ EvidenceKind = Literal["ledger", "receipt", "signed receipt", "none"]
 
 ``ledger``: a row that the registry's own process wrote. ``receipt``: the file in the locked model, which says
 what the ledger says but lies where clients may write. ``signed receipt``: that, signed by one of the keys
-that ``SAFELOCK_PUBLIC_KEYS`` names. ``none``: there is neither.
+that ``SAFELOCK_PUBLIC_KEYS`` names, or of the identities in ``SAFELOCK_IDENTITIES``. ``none``: neither is
+there.
 """
 
 
@@ -132,7 +133,7 @@ class Evidence:
         )
 
     @classmethod
-    def from_receipt(cls, receipt: Receipt, signed_by: PublicKey | None = None) -> Evidence:
+    def from_receipt(cls, receipt: Receipt, signed_by: Signatory | None = None) -> Evidence:
         """What a promotion's receipt states; where nobody signed it, its actor is only claimed."""
         predicate = receipt.predicate
         promotion, lock = predicate.promotion, predicate.lock

@@ -95,9 +95,10 @@ def evaluate(
     the lock is the only difference.
 
     With --file, the result counts as evidence where a policy asks for it, and only for the lock and strength
-    that a promotion would apply. It is signed where SAFELOCK_SIGNING_KEY names a key. Through the registry's
-    server it must be, by a key of the policy's; on its own database (--registry-uri safelock+...) only where
-    the policy says so.
+    that a promotion would apply. It is signed where SAFELOCK_SIGNING_KEY names a key, or
+    SAFELOCK_SIGSTORE_SIGNING has it signed by an identity. Through the registry's server it must be, by a
+    key or an identity of the policy's; on its own database (--registry-uri safelock+...) only where the
+    policy says so.
 
     After an interruption the same command goes on where it was.
     """

@@ -10,7 +10,7 @@ from mlflow_safelock.cli.command import CONTEXT_SETTINGS, Command, Group
 from mlflow_safelock.cli.guarded import open_ledger
 from mlflow_safelock.cli.options import MlflowAddress, format_option, in_existing_folder, mlflow_options
 from mlflow_safelock.cli.output import announce, facts_table, show_json, show_table
-from mlflow_safelock.cli.sign import key_option, public_key_option
+from mlflow_safelock.cli.sign import needed_signer_of, signatories_of, signatory_options, signer_options
 
 
 @click.group(
@@ -45,25 +45,29 @@ def ledger() -> None:
     metavar="FILE",
     help="Checkpoint that it must still agree with; may be given several times.",
 )
-@public_key_option
+@signatory_options
 @format_option
 @mlflow_options
 def verify(
-    anchors: tuple[Path, ...], public_keys: tuple[Path, ...], form: str, mlflow_address: MlflowAddress
+    anchors: tuple[Path, ...],
+    public_keys: tuple[Path, ...],
+    identities: tuple[tuple[str, str], ...],
+    form: str,
+    mlflow_address: MlflowAddress,
 ) -> None:
     """Walk the chain from the first row to the last, and name the first that does not fit.
 
     What the chain itself cannot show is an end that was cut off, or written anew with every digest from there
-    on. Checkpoints can, which "ledger anchor" wrote and you kept elsewhere: --anchor, with --public-key.
+    on. Checkpoints can, which "ledger anchor" wrote and you kept elsewhere: --anchor, with --public-key or
+    --identity.
     """
     from mlflow_safelock.errors import BrokenLedgerError
     from mlflow_safelock.gate.anchors import read_checkpoint, verify_against
-    from mlflow_safelock.provenance import load_public_key
 
-    if bool(anchors) != bool(public_keys):
-        raise click.UsageError("--anchor and --public-key go together.")
-    keys = [load_public_key(path) for path in public_keys]
-    checkpoints = [read_checkpoint(path.read_bytes(), keys, origin=str(path)) for path in anchors]
+    signatories = signatories_of(public_keys, identities)
+    if bool(anchors) != bool(signatories):
+        raise click.UsageError("--anchor and --public-key, or --identity, go together.")
+    checkpoints = [read_checkpoint(path.read_bytes(), signatories, origin=str(path)) for path in anchors]
     engine = open_ledger(mlflow_address)
     announce("Walking the ledger")
     try:
@@ -89,7 +93,7 @@ def verify(
         "    --registry-uri safelock+postgresql://mlflow@db/mlflow",
     ),
 )
-@key_option(required=True)
+@signer_options
 @click.option(
     "--out",
     required=True,
@@ -100,22 +104,23 @@ def verify(
 )
 @format_option
 @mlflow_options
-def anchor(key: Path, out: Path, form: str, mlflow_address: MlflowAddress) -> None:
+def anchor(key: Path | None, sigstore: bool, out: Path, form: str, mlflow_address: MlflowAddress) -> None:
     """Walk the chain, and write how many rows there are and what stands for all of them, signed.
 
     Keep the file where whoever can write to the database cannot. "ledger verify --anchor" then notices an end
     that was cut off, and rows up to there that were written anew.
     """
     from mlflow_safelock.gate.anchors import sign_checkpoint, take_checkpoint
-    from mlflow_safelock.provenance import load_signing_key
+    from mlflow_safelock.provenance import signatory_of
 
-    private = load_signing_key(key)
+    signer = needed_signer_of(key, sigstore)
     engine = open_ledger(mlflow_address)
     announce("Walking the ledger")
     with engine.connect() as connection:
         checkpoint = take_checkpoint(connection)
-    out.write_bytes(sign_checkpoint(checkpoint, private))
-    facts = {"file": str(out), **checkpoint.model_dump(mode="json"), "key": private.public.keyid}
+    signed = sign_checkpoint(checkpoint, signer)
+    out.write_bytes(signed)
+    facts = {"file": str(out), **checkpoint.model_dump(mode="json"), **signatory_of(signer, signed).facts}
     if form == "json":
         show_json(facts)
     else:

@@ -13,7 +13,15 @@ from mlflow_safelock.cli.guarded import open_guarded, version_of
 from mlflow_safelock.cli.lock_report import lock_facts, show_lock
 from mlflow_safelock.cli.options import MlflowAddress, format_option, mlflow_options, output_file_option
 from mlflow_safelock.cli.output import announce, facts_table, show_json, show_lines, show_table
-from mlflow_safelock.cli.sign import check_signature, key_option, public_key_option, sign, signature_for
+from mlflow_safelock.cli.sign import (
+    check_signature,
+    sign,
+    signatories_of,
+    signatory_options,
+    signature_for,
+    signer_of,
+    signer_options,
+)
 from mlflow_safelock.cli.unlock import reason_option
 from mlflow_safelock.errors import LockMismatchError, RecipeError
 from mlflow_safelock.loading import geometry_of, is_mlflow_model, load_lock_reference
@@ -135,17 +143,20 @@ def inspect(reference: str, form: str, mlflow_address: MlflowAddress) -> None:
 )
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", help="Registered model to put it in; the gate looks only where the default puts it.")
-@key_option(required=False)
+@signer_options
 @mlflow_options
-def register(path: Path, name: str | None, key: Path | None, mlflow_address: MlflowAddress) -> None:
+def register(
+    path: Path, name: str | None, key: Path | None, sigstore: bool, mlflow_address: MlflowAddress
+) -> None:
     """Register the lock file PATH in MLflow, as the newest lock of its base model.
 
     From then on every promotion of a fine-tune of that base uses it. It becomes a version of the registered
-    model "safelock." and the base's name, with "/" written "--". With --key it is signed; a signature that
-    lies beside the file already, as "lock sign" wrote it, is registered with it.
+    model "safelock." and the base's name, with "/" written "--". With --key or
+    --sigstore it is signed; a signature that lies beside the file already, as "lock sign" wrote it, is
+    registered with it.
     """
     found = load_lock_reference(str(path))
-    signature = signature_for(found, path, key)
+    signature = signature_for(found, path, signer_of(key, sigstore))
     uri = register_lock(found, mlflow_address, name, signature)
     show_lines(f"Registered {uri}", f"digest     {found.digest}", *(["signed     yes"] if signature else []))
 
@@ -221,12 +232,13 @@ def revoke(
     examples=(
         "safelock lock verify llama-3-8b.safetensors --against ./my-fine-tune --digest sha256:9f2c…",
         "safelock lock verify models:/safelock.org--base/2 --public-key key.pub.pem",
+        "safelock lock verify base.safetensors --identity safety@example.org https://accounts.example.org",
     ),
 )
 @click.argument("reference", metavar="PATH_OR_URI")
 @click.option("--against", metavar="MODEL", help="Folder, hub id or MLflow URI of a model that it must fit.")
 @click.option("--digest", metavar="sha256:…", help="Digest that it must have.")
-@public_key_option
+@signatory_options
 @format_option
 @mlflow_options
 def verify(
@@ -234,6 +246,7 @@ def verify(
     against: str | None,
     digest: str | None,
     public_keys: tuple[Path, ...],
+    identities: tuple[tuple[str, str], ...],
     form: str,
     mlflow_address: MlflowAddress,
 ) -> None:
@@ -248,8 +261,9 @@ def verify(
     if digest is not None:
         _check_digest(found, digest, reference)
         checks["digest"] = found.digest
-    if public_keys:
-        checks["signed by"] = check_signature(found, reference, public_keys)
+    signatories = signatories_of(public_keys, identities)
+    if signatories:
+        checks["signed by"] = check_signature(found, reference, signatories)
     if against is not None:
         announce(f"Reading the configuration of {against}")
         if is_mlflow_model(against):

@@ -33,7 +33,7 @@ from mlflow_safelock.flavors.overlay import (
 from mlflow_safelock.forging.base_weights import kinship_of
 from mlflow_safelock.kinship import MIN_KINSHIP
 from mlflow_safelock.lock import SafetyLock
-from mlflow_safelock.provenance import LocalArtifacts, LockReference, check_every_byte
+from mlflow_safelock.provenance import LocalArtifacts, LockReference, check_every_byte, configured_signer
 
 __all__ = [
     "FLAVOR_NAME",
@@ -89,6 +89,7 @@ def save_model(
         strength,
         None,
         mlflow_model,
+        signer=configured_signer(),
     )
 
 

@@ -29,6 +29,7 @@ from mlflow_safelock.provenance import (
     Promotion,
     Receipt,
     ReceiptPredicate,
+    Signer,
     SourceFingerprint,
     SourceReference,
     check_receipt_signature,
@@ -78,6 +79,7 @@ def write_overlay(
     promotion: Promotion | None,
     mlflow_model: Model | None = None,
     fingerprint: SourceFingerprint | None = None,
+    signer: Signer | None = None,
 ) -> Receipt:
     """Write the overlay of ``source`` into an empty folder and return its receipt.
 
@@ -91,9 +93,11 @@ def write_overlay(
         promotion: The gate's decision; ``None`` for an overlay saved by hand.
         mlflow_model: MLflow's description of a model that is being logged; otherwise the fine-tune's own.
         fingerprint: The source's, where it was measured before; otherwise it is taken now.
+        signer: What its receipt is signed with; ``None``: it is not signed.
 
     Raises:
         SourceError: The source is not an MLflow model, or cannot be read.
+        SigstoreError: Its receipt is to be signed by an identity, and cannot be.
     """
     fingerprint = fingerprint or take_fingerprint(source)
     own = read_mlmodel(source)
@@ -126,7 +130,7 @@ def write_overlay(
         )
     )
     (folder / RECEIPT_FILE).write_bytes(receipt.to_bytes())
-    sign_receipt(receipt, folder)
+    sign_receipt(receipt, folder, signer)
     return receipt
 
 

@@ -42,6 +42,7 @@ from mlflow_safelock.provenance import (
     check_every_byte,
     check_fingerprint,
     check_receipt_signature,
+    configured_signer,
     read_whole,
     sign_receipt,
     take_fingerprint,
@@ -195,7 +196,7 @@ def write_standalone(
         )
     )
     (folder / RECEIPT_FILE).write_bytes(receipt.to_bytes())
-    sign_receipt(receipt, folder)
+    sign_receipt(receipt, folder, configured_signer())
     return Standalone(receipt, files_of_weights, check, report.bias_error)
 
 

@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError
 from mlflow_safelock.errors import BrokenLedgerError, VerificationError
 from mlflow_safelock.gate.ledger import GENESIS, TABLE, Chain, verify_chain
 from mlflow_safelock.lock import NonEmpty
-from mlflow_safelock.provenance import PublicKey, SigningKey
-from mlflow_safelock.provenance.dsse import sign, verify
+from mlflow_safelock.provenance import Signatory, Signer
+from mlflow_safelock.provenance.envelopes import opened, seal
 from mlflow_safelock.provenance.statement import Form, Statement
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -71,19 +71,25 @@ def take_checkpoint(connection: sa.Connection) -> Checkpoint:
     )
 
 
-def sign_checkpoint(checkpoint: Checkpoint, key: SigningKey) -> bytes:
-    """A checkpoint as a file: a DSSE envelope around an in-toto statement."""
+def sign_checkpoint(checkpoint: Checkpoint, signer: Signer) -> bytes:
+    """A checkpoint as a file: an in-toto statement that is signed.
+
+    Raises:
+        SigstoreError: It is to be signed by an identity, and Sigstore cannot be used or refuses.
+        UnreachableError: Sigstore does not answer.
+    """
     statement = _Statement(subject=(_Subject(digest={"sha256": checkpoint.head}),), predicate=checkpoint)
-    return sign(statement.to_bytes(), key)
+    return seal(statement.to_bytes(), signer)
 
 
-def read_checkpoint(data: bytes, keys: Iterable[PublicKey], *, origin: str) -> Checkpoint:
+def read_checkpoint(data: bytes, signatories: Iterable[Signatory], *, origin: str) -> Checkpoint:
     """Read a checkpoint file; ``origin`` names it in errors.
 
     Raises:
-        VerificationError: None of the keys signed it, or it is none.
+        VerificationError: None of the signatories signed it, or it is none.
+        SigstoreError: An identity may have, and that cannot be verified here.
     """
-    payload, _ = verify(data, keys, origin=origin)
+    payload, _ = opened(data, signatories, origin=origin)
     try:
         statement = _Statement.model_validate_json(payload)
     except ValidationError as error:

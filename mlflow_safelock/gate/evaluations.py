@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
+from mlflow_safelock.errors import PromotionRefused, SafelockError, SigstoreError, VerificationError
 from mlflow_safelock.evaluate.suites import SHIPPED
 from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.ledger import LedgerEntry
@@ -31,7 +31,7 @@ from mlflow_safelock.provenance import (
     EvaluationStatement,
     Measured,
     MeasuredForm,
-    PublicKey,
+    Signatory,
     check_fingerprint,
     signed_evaluation,
 )
@@ -153,7 +153,8 @@ def check_signature(
         envelope: Its signature file.
 
     Raises:
-        PromotionRefused: The policy wants it signed by one of its keys, and it is not.
+        PromotionRefused: The policy wants it signed by somebody whom it names, and it is not.
+        SigstoreError: The policy names identities, and no signature of one can be verified here.
     """
     if rule is None or not rule.signature.required:
         return
@@ -161,7 +162,7 @@ def check_signature(
         raise PromotionRefused(
             "unsigned_evaluation",
             "The policy wants evaluations signed, and this one is not.",
-            next_step=f"Name the key {_keys_shown(rule)} in SAFELOCK_SIGNING_KEY when you measure.",
+            next_step=f"Measure it {_signed_by(rule)}.",
         )
     if signed_by_rule(rule, envelope) != statement:
         raise PromotionRefused(
@@ -179,21 +180,23 @@ def signed_by_rule(rule: EvaluationRule | None, envelope: bytes) -> EvaluationSt
         envelope: The signature file.
 
     Raises:
-        PromotionRefused: The policy asks for no signatures, or none of its keys signed this.
+        PromotionRefused: The policy asks for no signatures, or nobody signed this whom it names.
+        SigstoreError: The policy names identities, and no signature of one can be verified here.
     """
-    keys = keys_of(rule)
+    signatories = signatories_of(rule)
     try:
-        return signed_evaluation(envelope, keys, origin="The signature of the evaluation")
+        return signed_evaluation(envelope, signatories, origin="The signature of the evaluation")
     except VerificationError as error:
         raise PromotionRefused(
             "bad_signature",
             error.cause,
-            next_step="Measure with a key of the policy's (evaluation.signature) in SAFELOCK_SIGNING_KEY.",
+            next_step="Measure with a key of the policy's (evaluation.signature) in SAFELOCK_SIGNING_KEY, or "
+            "as one of its identities (SAFELOCK_SIGSTORE_SIGNING).",
         ) from error
 
 
-def keys_of(rule: EvaluationRule | None) -> tuple[PublicKey, ...]:
-    """The keys whose evaluations count from whoever files them.
+def signatories_of(rule: EvaluationRule | None) -> tuple[Signatory, ...]:
+    """Those whose evaluations count from whoever files them.
 
     Raises:
         PromotionRefused: The policy does not ask for signatures, so only the ledger's writers are believed.
@@ -206,7 +209,7 @@ def keys_of(rule: EvaluationRule | None) -> tuple[PublicKey, ...]:
             next_step="Set evaluation.signature in the policy (docs/gate.md), or file it on the registry's "
             "database: --registry-uri safelock+...",
         )
-    return rule.signature.keys
+    return rule.signature.signatories
 
 
 def file_evaluation(
@@ -313,6 +316,7 @@ def _filed(
     One without the signature that the policy asks for is none.
 
     Raises:
+        SigstoreError: No signature of an identity can be verified here.
         SourceError: A store does not answer now.
     """
     wanted = (approved.lock.lock.digest, approved.alpha)
@@ -324,7 +328,7 @@ def _filed(
             if rule.signature.required and not _is_signed(statement, row, rule, artifacts):
                 continue
         except SafelockError as error:
-            if is_transient(error):
+            if is_transient(error) or isinstance(error, SigstoreError):
                 raise
             yield _Filed(row, place, None)
         else:
@@ -347,9 +351,10 @@ def _statement_of(row: LedgerEntry, reader: ArtifactReader) -> EvaluationStateme
 def _is_signed(
     statement: EvaluationStatement, row: LedgerEntry, rule: EvaluationRule, artifacts: Artifacts
 ) -> bool:
-    """Whether it was filed with a signature of one of the policy's keys.
+    """Whether it was filed with a signature of somebody whom the policy names.
 
     Raises:
+        SigstoreError: No signature of an identity can be verified here.
         SourceError: Its signature cannot be read.
         VerificationError: Its signature is not the one that was filed.
     """
@@ -472,11 +477,18 @@ def _refusal(
 def _where(rule: EvaluationRule) -> str:
     if not rule.signature.required:
         return "Measure it, where the registry's database can be reached, and promote again: "
-    return f"Measure it with the key {_keys_shown(rule)} in SAFELOCK_SIGNING_KEY, and promote again: "
+    return f"Measure it {_signed_by(rule)}, and promote again: "
 
 
-def _keys_shown(rule: EvaluationRule) -> str:
-    return " or ".join(key.keyid[:16] for key in rule.signature.keys)
+def _signed_by(rule: EvaluationRule) -> str:
+    """How to have an evaluation signed so that it counts."""
+    keys = " or ".join(key.title for key in rule.signature.keys)
+    identities = " or ".join(identity.title for identity in rule.signature.identities)
+    ways = (
+        f"with the key {keys} in SAFELOCK_SIGNING_KEY" if keys else "",
+        f"as {identities} (SAFELOCK_SIGSTORE_SIGNING)" if identities else "",
+    )
+    return ", or ".join(way for way in ways if way)
 
 
 def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str:

@@ -34,10 +34,12 @@ from mlflow_safelock.provenance import (
     RECEIPT_SIGNATURE_FILE,
     ArtifactReader,
     Receipt,
+    Signer,
     check_fingerprint,
+    configured_signer,
     configured_signing_key,
 )
-from mlflow_safelock.provenance.dsse import verify
+from mlflow_safelock.provenance.envelopes import is_sealed_by
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class LockedModels:
         """Write the overlay of a promotion and read it back; its location and its receipt."""
         with TemporaryDirectory(prefix="safelock-") as temporary:
             folder = Path(temporary)
-            receipt = self._overlay_in(folder, approved)
+            receipt = self._overlay_in(folder, approved, configured_signer())
             reach("overlay-written")
             location = _overlay_location(approved, receipt)
             written = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -85,17 +87,19 @@ class LockedModels:
     def rehearse_overlay(self, approved: Approved) -> tuple[str, Receipt, int]:
         """Write the overlay of a promotion where nobody sees it; where it would go, its receipt and bytes.
 
+        A signature by an identity is left out: it would be put on a log for good.
+
         Raises:
             PromotionRefused: Its location would be too long.
             SourceError: The fine-tune cannot be read.
         """
         with TemporaryDirectory(prefix="safelock-") as temporary:
-            receipt = self._overlay_in(Path(temporary), approved)
+            receipt = self._overlay_in(Path(temporary), approved, configured_signing_key())
             location = _overlay_location(approved, receipt)
             size = sum(path.stat().st_size for path in Path(temporary).iterdir())
         return location, receipt, size
 
-    def _overlay_in(self, folder: Path, approved: Approved) -> Receipt:
+    def _overlay_in(self, folder: Path, approved: Approved, signer: Signer | None) -> Receipt:
         return write_overlay(
             folder,
             self.artifacts.reader(approved.original),
@@ -105,6 +109,7 @@ class LockedModels:
             approved.alpha,
             approved.promotion,
             fingerprint=approved.measured,
+            signer=signer,
         )
 
     def write_standalone(self, approved: Approved, progress: Progress) -> Standalone | None:
@@ -277,7 +282,7 @@ class LockedModels:
             return False
         if not standalone and not _is_signed_as_configured(receipt, reader):
             _logger.warning(
-                "The locked model at %s is not signed with the key of now, and is written again",
+                "The locked model at %s is not signed as it would be now, and is written again",
                 known.location,
             )
             return False
@@ -292,13 +297,12 @@ class LockedModels:
 
 
 def _is_signed_as_configured(receipt: Receipt, there: ArtifactReader) -> bool:
-    """Whether a receipt is signed with the key that receipts are signed with now, where there is one."""
-    key = configured_signing_key()
-    if key is None:
+    """Whether a receipt is signed by whoever receipts are signed by now, where they are."""
+    signer = configured_signer()
+    if signer is None:
         return True
     try:
-        signature = there.read(RECEIPT_SIGNATURE_FILE)
-        return verify(signature, (key.public,), origin="The signature")[0] == receipt.to_bytes()
+        return is_sealed_by(there.read(RECEIPT_SIGNATURE_FILE), receipt.to_bytes(), signer)
     except SafelockError:
         return False
 

@@ -285,11 +285,15 @@ def _check_freshness(
 
 
 def _check_signature(found: RegisteredLock, rule: GateRule, artifacts: Artifacts) -> None:
-    """Refuse a lock that none of the policy's keys signed."""
+    """Refuse a lock that nobody signed whom the policy names.
+
+    Raises:
+        PromotionRefused: It is not signed, or by none of them.
+        SigstoreError: The policy names identities, and no signature of one can be verified here.
+    """
     reader = artifacts.reader(found.location)
-    sign = (
-        f"Sign it, which registers it anew: safelock lock sign models:/{found.model}/{found.version} --key …"
-    )
+    how = "--key …" if rule.signature.keys else "--sigstore"
+    sign = f"Sign it, which registers it anew: safelock lock sign models:/{found.model}/{found.version} {how}"
     if LOCK_SIGNATURE_FILE not in {file.path for file in reader.files()}:
         raise PromotionRefused(
             "unsigned_lock",
@@ -300,7 +304,7 @@ def _check_signature(found: RegisteredLock, rule: GateRule, artifacts: Artifacts
         check_lock_signature(
             reader.read(LOCK_SIGNATURE_FILE),
             found.lock,
-            rule.signature.keys,
+            rule.signature.signatories,
             origin=f"The signature of {found.title}",
         )
     except VerificationError as error:

@@ -7,10 +7,18 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import rfc8785
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mlflow_safelock.errors import KeyFileError
 from mlflow_safelock.evaluate.suites import SHIPPED, load_suite
@@ -19,7 +27,7 @@ from mlflow_safelock.gate.ledger import TokenizerFinding
 from mlflow_safelock.gate.permissions import ANYBODY, Permission
 from mlflow_safelock.gate.ports import ModelVersion, Target
 from mlflow_safelock.kinship import MIN_KINSHIP
-from mlflow_safelock.provenance import PublicKey
+from mlflow_safelock.provenance import Identity, PublicKey, Signatory
 
 Stage = Literal["Staging", "Production", "Archived"]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -93,12 +101,14 @@ class SignatureRule(_Section):
     """Who must stand behind a lock, or behind an evaluation.
 
     Attributes:
-        required: Whether it must be signed by one of the keys.
+        required: Whether it must be signed by one of the keys, or one of the identities.
         public_keys: The keys, in PEM; in a policy file a path will do, seen from the file's folder.
+        identities: The identities, whose signatures are those of Sigstore.
     """
 
     required: bool = False
     public_keys: tuple[NonEmpty, ...] = ()
+    identities: tuple[Identity, ...] = ()
 
     @field_validator("public_keys")
     @classmethod
@@ -110,14 +120,30 @@ class SignatureRule(_Section):
 
     @model_validator(mode="after")
     def _can_be_met(self) -> Self:
-        if self.required and not self.public_keys:
-            raise ValueError("signatures are required, and public_keys names no key to check them with")
+        if self.required and not self.signatories:
+            raise ValueError(
+                "signatures are required, and public_keys names no key to check them with, nor identities "
+                "anybody"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_identities(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Policies that name none keep the digests that ledgers and receipts know them by.
+        form: dict[str, Any] = serialize(self)
+        if not self.identities:
+            form.pop("identities", None)
+        return form
 
     @property
     def keys(self) -> tuple[PublicKey, ...]:
         """The keys."""
         return tuple(PublicKey(pem) for pem in self.public_keys)
+
+    @property
+    def signatories(self) -> tuple[Signatory, ...]:
+        """Whose signature counts: the keys, and the identities."""
+        return (*self.keys, *self.identities)
 
 
 class EvaluationRule(_Section):
@@ -221,6 +247,12 @@ class GateRule(_Section):
     @classmethod
     def _aliases_as_mlflow_compares_them(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(alias.lower() for alias in aliases)
+
+    @property
+    def names_identities(self) -> bool:
+        """Whether some signature that it asks for may be one of an identity."""
+        rules = (self.signature, *(() if self.evaluation is None else (self.evaluation.signature,)))
+        return any(rule.identities for rule in rules)
 
     def covers(self, target: Target) -> bool:
         """Whether a promotion to ``target`` is gated by this rule."""

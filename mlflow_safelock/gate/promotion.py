@@ -21,8 +21,8 @@ from mlflow_safelock.gate.approval import Approved, Request, approve, is_prompt,
 from mlflow_safelock.gate.evaluations import (
     check_applies,
     file_evaluation,
-    keys_of,
     require_evaluations,
+    signatories_of,
     signed_by_rule,
 )
 from mlflow_safelock.gate.failpoints import reach
@@ -39,8 +39,8 @@ from mlflow_safelock.gate.transient import AGAIN, is_transient, unreadable
 from mlflow_safelock.provenance import (
     EvaluationStatement,
     MeasuredForm,
-    PublicKey,
     Receipt,
+    Signatory,
     SteadyArtifacts,
     contents_of,
 )
@@ -202,23 +202,28 @@ class Gate:
         except SafelockError as error:
             raise unreadable(error) from error
 
-    def trusted_keys(self, name: str, version: int) -> tuple[PublicKey, ...]:
-        """The keys whose evaluations of a version count, whoever files them.
+    def signatories(self, name: str, version: int) -> tuple[Signatory, ...]:
+        """Those whose evaluations of a version count, whoever files them.
 
         Raises:
             PromotionRefused: The policy asks for no signatures, so none do.
         """
         found = self.registry.model_version(name, version)
-        return keys_of(_rule_for(found, self.policy()).evaluation)
+        return signatories_of(_rule_for(found, self.policy()).evaluation)
 
     def signed_evaluation(self, name: str, version: int, envelope: bytes) -> EvaluationStatement:
-        """What somebody who need not be believed wants filed: signed by one of the policy's keys.
+        """What somebody who need not be believed wants filed: signed by somebody whom the policy names.
 
         Raises:
             PromotionRefused: It is not, or the policy asks for no signatures.
         """
         found = self.registry.model_version(name, version)
-        return signed_by_rule(_rule_for(found, self.policy()).evaluation, envelope)
+        try:
+            return signed_by_rule(_rule_for(found, self.policy()).evaluation, envelope)
+        except PromotionRefused:
+            raise
+        except SafelockError as error:
+            raise unreadable(error) from error
 
     def check_measured(self, request: Request, lock: str, alpha: float, form: MeasuredForm) -> None:
         """Refuse before anything is measured that would never count.

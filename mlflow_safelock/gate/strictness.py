@@ -82,10 +82,13 @@ def _looser_evaluation(gate: EvaluationRule | None, floor: EvaluationRule | None
 
 
 def _looser_signature(key: str, gate: SignatureRule, floor: SignatureRule) -> dict[str, bool]:
-    other_keys = not set(gate.public_keys) <= set(floor.public_keys)
+    others = {
+        name: not set(getattr(gate, name)) <= set(getattr(floor, name))
+        for name in ("public_keys", "identities")
+    }
     return {
         f"{key}.required": floor.required and not gate.required,
-        f"{key}.public_keys": floor.required and other_keys,
+        **{f"{key}.{name}": floor.required and other for name, other in others.items()},
     }
 
 

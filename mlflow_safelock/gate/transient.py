@@ -10,7 +10,7 @@ import errno
 from collections.abc import Iterator
 from http import HTTPStatus
 
-from mlflow_safelock.errors import PromotionRefused, SafelockError, UnreachableError
+from mlflow_safelock.errors import PromotionRefused, SafelockError, SigstoreError, UnreachableError
 
 _STATUSES = frozenset(
     {
@@ -39,9 +39,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def unreadable(error: SafelockError) -> PromotionRefused:
-    """The refusal of a promotion whose artifacts cannot be read or written."""
+    """The refusal of a promotion whose artifacts cannot be read or written, or not verified or signed."""
     if not is_transient(error):
-        return PromotionRefused("unreadable", error.cause, next_step=error.next_step)
+        reason = "no_sigstore" if isinstance(error, SigstoreError) else "unreadable"
+        return PromotionRefused(reason, error.cause, next_step=error.next_step)
     again = "" if isinstance(error, UnreachableError) else f"{AGAIN} "
     return PromotionRefused("unreachable", error.cause, next_step=f"{again}{error.next_step}".strip())
 

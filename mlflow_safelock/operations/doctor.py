@@ -248,6 +248,8 @@ def ask_policy_file() -> Finding:
         correct = "Correct the file: safelock policy check names the lines."
         return replace(fault_of("policy", error), next_step=error.next_step or correct)
     finding, policy, path = ask_policy(source), source(), read_settings().policy
+    if finding.status == "fault":
+        return finding
     gates = [
         {
             "models": gate.models,

@@ -14,7 +14,16 @@ from mlflow_safelock.apply.described import described_architectures
 from mlflow_safelock.errors import SafelockError
 from mlflow_safelock.gate.failpoints import VARIABLE as FAILPOINT
 from mlflow_safelock.operations.findings import Finding, fault_of
-from mlflow_safelock.provenance import configured_public_keys, configured_signing_key
+from mlflow_safelock.provenance import (
+    Identity,
+    PublicKey,
+    Signatory,
+    Signer,
+    SigningKey,
+    check_signing,
+    configured_signatories,
+    configured_signer,
+)
 from mlflow_safelock.settings import PREFIX, Settings, read_settings, variable_of
 
 MASKED = "********"
@@ -81,32 +90,62 @@ def _strange() -> Iterator[tuple[str, str]]:
 
 
 def ask_keys() -> Finding:
-    """Whether the keys for receipts can be used, and go together.
+    """Whether keys and identities for receipts can be used, and go together; nothing is signed.
 
     Raises:
         KeyFileError: A key file cannot be used.
+        SettingsError: Settings contradict each other, or are none.
+        SigstoreError: Sigstore is asked for, and cannot be used.
     """
-    signing, public = configured_signing_key(), configured_public_keys()
+    check_signing()
+    signer, accepted = configured_signer(), configured_signatories()
     facts = {
-        "signs_with": None if signing is None else signing.public.keyid,
-        "accepts": None if public is None else [key.keyid for key in public],
+        "signs_with": _facts_of(signer),
+        "accepts": None if accepted is None else [one.keyid for one in accepted],
     }
-    if signing is None and public is None:
+    if signer is None and accepted is None:
         return Finding("keys", "skipped", "Receipts are neither signed here nor asked to be.", "", facts)
-    if signing is None:
-        return Finding(
-            "keys", "ok", f"Receipts must be signed by one of {len(public or ())} keys.", "", facts
+    wanted = _in_words(accepted or ())
+    if signer is None:
+        return Finding("keys", "ok", f"Receipts must be signed by one of {wanted}.", "", facts)
+    if accepted is not None and not _may_be_among(signer, accepted):
+        how, setting = (
+            ("with a key", "public_keys")
+            if isinstance(signer, SigningKey)
+            else ("by an identity", "identities")
         )
-    if public is not None and signing.public.keyid not in {key.keyid for key in public}:
         return Finding(
             "keys",
             "fault",
-            "Receipts are signed here with a key that is none of those they must be signed with here.",
-            f"Add the public key of {variable_of('signing_key')} to {variable_of('public_keys')}.",
+            f"Receipts are signed here {how} that is none of those they must be signed with here.",
+            f"Add its public key, or its identity, to {variable_of(setting)}.",
             facts,
         )
-    also = "" if public is None else f", and must be signed by one of {len(public)} keys"
-    return Finding("keys", "ok", f"Receipts are signed with {signing.public.keyid[:16]}…{also}.", "", facts)
+    also = "" if accepted is None else f", and must be signed by one of {wanted}"
+    return Finding("keys", "ok", f"Receipts are signed with {_shown(signer)}{also}.", "", facts)
+
+
+def _facts_of(signer: Signer | None) -> str | None:
+    if signer is None:
+        return None
+    return signer.public.keyid if isinstance(signer, SigningKey) else "an identity"
+
+
+def _shown(signer: Signer) -> str:
+    return f"{signer.public.title}…" if isinstance(signer, SigningKey) else "the identity of this process"
+
+
+def _may_be_among(signer: Signer, accepted: tuple[Signatory, ...]) -> bool:
+    """Whether what a signer signs may be accepted; which identity this is only a token would tell."""
+    if isinstance(signer, SigningKey):
+        return signer.public in accepted
+    return any(isinstance(one, Identity) for one in accepted)
+
+
+def _in_words(accepted: tuple[Signatory, ...]) -> str:
+    keys = sum(isinstance(one, PublicKey) for one in accepted)
+    counts = (keys, "keys"), (len(accepted) - keys, "identities")
+    return " and ".join(f"{count} {what}" for count, what in counts if count)
 
 
 def ask_authentication() -> Finding:

@@ -8,6 +8,15 @@ from mlflow_safelock.provenance.artifacts import (
     StoreChecksum,
 )
 from mlflow_safelock.provenance.contents import Contents, contents_of
+from mlflow_safelock.provenance.envelopes import (
+    Signatory,
+    Signer,
+    check_signing,
+    configured_signatories,
+    configured_signer,
+    keyless_signer,
+    signatory_of,
+)
 from mlflow_safelock.provenance.fingerprint import (
     ADDED_BY_CLIENTS,
     FileFingerprint,
@@ -15,10 +24,11 @@ from mlflow_safelock.provenance.fingerprint import (
     check_fingerprint,
     take_fingerprint,
 )
+from mlflow_safelock.provenance.identities import Identity
+from mlflow_safelock.provenance.keyless import KeylessSigner, check_sigstore
 from mlflow_safelock.provenance.keys import (
     PublicKey,
     SigningKey,
-    configured_public_keys,
     configured_signing_key,
     load_public_key,
     load_signing_key,
@@ -66,6 +76,8 @@ __all__ = [
     "Contents",
     "EvaluationStatement",
     "FileFingerprint",
+    "Identity",
+    "KeylessSigner",
     "LocalArtifacts",
     "LockReference",
     "Measured",
@@ -77,6 +89,8 @@ __all__ = [
     "PublicKey",
     "Receipt",
     "ReceiptPredicate",
+    "Signatory",
+    "Signer",
     "SigningKey",
     "SourceFingerprint",
     "SourceReference",
@@ -88,11 +102,15 @@ __all__ = [
     "check_fingerprint",
     "check_lock_signature",
     "check_receipt_signature",
-    "configured_public_keys",
+    "check_signing",
+    "check_sigstore",
+    "configured_signatories",
+    "configured_signer",
     "configured_signing_key",
     "contents_of",
     "installed_version",
     "kept_digests",
+    "keyless_signer",
     "load_public_key",
     "load_signing_key",
     "measure",
@@ -101,6 +119,7 @@ __all__ = [
     "sign_evaluation",
     "sign_lock",
     "sign_receipt",
+    "signatory_of",
     "signed_evaluation",
     "take_fingerprint",
     "tool_versions",

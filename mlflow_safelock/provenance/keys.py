@@ -61,6 +61,16 @@ class PublicKey:
             )
         ).hexdigest()
 
+    @property
+    def title(self) -> str:
+        """What to call it in a sentence: the beginning of its id."""
+        return self.keyid[:16]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What to tell programs of it."""
+        return {"key": self.keyid}
+
     def made(self, signature: bytes, data: bytes) -> bool:
         """Whether this key's private one signed ``data``."""
         key = self._key

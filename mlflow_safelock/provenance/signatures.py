@@ -1,4 +1,4 @@
-"""Signatures of receipts, locks and evaluations: DSSE envelopes beside them, over in-toto statements."""
+"""Signatures of receipts, locks and evaluations: files beside them, in-toto statements that were signed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pydantic import Field, ValidationError
 from mlflow_safelock.errors import VerificationError
 from mlflow_safelock.lock import NonEmpty, SafetyLock
 from mlflow_safelock.provenance.artifacts import ArtifactReader
-from mlflow_safelock.provenance.dsse import sign, verify
-from mlflow_safelock.provenance.keys import (
-    PublicKey,
-    SigningKey,
-    configured_public_keys,
-    configured_signing_key,
+from mlflow_safelock.provenance.envelopes import (
+    Signatory,
+    Signer,
+    configured_signatories,
+    configured_signer,
+    opened,
+    seal,
 )
 from mlflow_safelock.provenance.measured import EvaluationStatement
 from mlflow_safelock.provenance.receipt import Receipt
@@ -54,28 +55,34 @@ class _LockStatement(Statement):
     predicate: _LockPredicate
 
 
-def sign_lock(lock: SafetyLock, key: SigningKey) -> bytes:
-    """The signature file of a lock: of its content digest, so that it holds wherever the lock is."""
+def sign_lock(lock: SafetyLock, signer: Signer) -> bytes:
+    """The signature file of a lock: of its content digest, so that it holds wherever the lock is.
+
+    Raises:
+        SigstoreError: It is to be signed by an identity, and Sigstore cannot be used or refuses.
+        UnreachableError: Sigstore does not answer.
+    """
     statement = _LockStatement(
         subject=(_LockSubject(name=lock.base_model, digest={"sha256": lock.digest.removeprefix("sha256:")}),),
         predicate=_LockPredicate(
             base_model=lock.base_model, created=datetime.now(UTC).isoformat(timespec="seconds")
         ),
     )
-    return sign(statement.to_bytes(), key)
+    return seal(statement.to_bytes(), signer)
 
 
 def check_lock_signature(
-    signature: bytes, lock: SafetyLock, keys: Iterable[PublicKey], *, origin: str
-) -> PublicKey:
-    """The key that signed a lock.
+    signature: bytes, lock: SafetyLock, signatories: Iterable[Signatory], *, origin: str
+) -> Signatory:
+    """Who signed a lock.
 
     Raises:
-        VerificationError: None of the keys did, or the signature is one of another lock.
+        VerificationError: None of the signatories did, or the signature is one of another lock.
+        SigstoreError: One of them may have, and that cannot be verified here.
     """
-    payload, key = verify(signature, keys, origin=origin)
+    payload, signatory = opened(signature, signatories, origin=origin)
     check_is_of_lock(payload, lock, origin=origin)
-    return key
+    return signatory
 
 
 def check_is_of_lock(payload: bytes, lock: SafetyLock, *, origin: str) -> None:
@@ -99,57 +106,66 @@ def check_is_of_lock(payload: bytes, lock: SafetyLock, *, origin: str) -> None:
         )
 
 
-def sign_receipt(receipt: Receipt, folder: Path) -> None:
-    """Write the signature of a receipt into its folder, where a key is configured for that.
+def sign_receipt(receipt: Receipt, folder: Path, signer: Signer | None) -> None:
+    """Write the signature of a receipt into its folder, where there is something to sign it with.
 
     Raises:
-        KeyFileError: The configured key cannot be used.
+        SigstoreError: It is to be signed by an identity, and Sigstore cannot be used or refuses.
+        UnreachableError: Sigstore does not answer.
     """
-    key = configured_signing_key()
-    if key is not None:
-        (folder / RECEIPT_SIGNATURE_FILE).write_bytes(sign(receipt.to_bytes(), key))
+    if signer is not None:
+        (folder / RECEIPT_SIGNATURE_FILE).write_bytes(seal(receipt.to_bytes(), signer))
 
 
-def check_receipt_signature(receipt: Receipt, folder: ArtifactReader) -> PublicKey | None:
-    """The key that signed a receipt; ``None`` where no public keys are configured, so that nobody asks.
+def check_receipt_signature(receipt: Receipt, folder: ArtifactReader) -> Signatory | None:
+    """Who signed a receipt; ``None`` where neither keys nor identities are configured, so that nobody asks.
 
     Raises:
-        VerificationError: Keys are configured, and none of them signed this receipt.
+        VerificationError: Some are configured, and none of them signed this receipt.
         KeyFileError: The configured keys cannot be used.
+        SettingsError: The configured identities cannot be used.
+        SigstoreError: One of them may have signed it, and that cannot be verified here.
     """
-    keys = configured_public_keys()
-    if keys is None:
+    signatories = configured_signatories()
+    if signatories is None:
         return None
     where = f"{folder.location}/{RECEIPT_SIGNATURE_FILE}"
     if RECEIPT_SIGNATURE_FILE not in {file.path for file in folder.files()}:
         raise VerificationError(
-            f"The receipt at {folder.location} is not signed, and SAFELOCK_PUBLIC_KEYS asks for that.",
-            next_step="Give the registry's process a key (SAFELOCK_SIGNING_KEY), and promote the version "
-            "again.",
+            f"The receipt at {folder.location} is not signed, and SAFELOCK_PUBLIC_KEYS or "
+            "SAFELOCK_IDENTITIES asks for that.",
+            next_step="Give the registry's process a key (SAFELOCK_SIGNING_KEY) or an identity "
+            "(SAFELOCK_SIGSTORE_SIGNING), and promote the version again.",
         )
-    payload, key = verify(folder.read(RECEIPT_SIGNATURE_FILE), keys, origin=f"The signature {where}")
+    signature = folder.read(RECEIPT_SIGNATURE_FILE)
+    payload, signatory = opened(signature, signatories, origin=f"The signature {where}")
     if payload != receipt.to_bytes():
         raise VerificationError(
             f"The signature {where} is of another receipt.", next_step="Promote the version again."
         )
-    return key
+    return signatory
 
 
 def sign_evaluation(statement: EvaluationStatement) -> bytes | None:
-    """The signature file of an evaluation's statement, where a key is configured for that.
+    """The signature file of an evaluation's statement, where a key or an identity is configured for that.
 
     Raises:
         KeyFileError: The configured key cannot be used.
+        SigstoreError: Sigstore cannot be used, or refuses.
+        UnreachableError: Sigstore does not answer.
     """
-    key = configured_signing_key()
-    return None if key is None else sign(statement.to_bytes(), key)
+    signer = configured_signer()
+    return None if signer is None else seal(statement.to_bytes(), signer)
 
 
-def signed_evaluation(envelope: bytes, keys: Iterable[PublicKey], *, origin: str) -> EvaluationStatement:
-    """The statement in a signature file, which one of the keys signed; ``origin`` names it in errors.
+def signed_evaluation(
+    envelope: bytes, signatories: Iterable[Signatory], *, origin: str
+) -> EvaluationStatement:
+    """The statement in a signature file, which one of the signatories signed; ``origin`` names it in errors.
 
     Raises:
-        VerificationError: None of the keys did, or it is one of something else than an evaluation.
+        VerificationError: None of them did, or it is one of something else than an evaluation.
+        SigstoreError: One of them may have, and that cannot be verified here.
     """
-    payload, _ = verify(envelope, keys, origin=origin)
+    payload, _ = opened(envelope, signatories, origin=origin)
     return EvaluationStatement.parse(payload, origin=origin)

@@ -7,6 +7,7 @@ without the gate keeps the tag, which is how it is told.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from mlflow import MlflowClient
@@ -17,8 +18,9 @@ from mlflow_safelock.errors import KeyFileError, SourceError, VerificationError
 from mlflow_safelock.lock import Digest, NonEmpty
 from mlflow_safelock.provenance import (
     EvaluationStatement,
+    KeylessSigner,
     MeasuredForm,
-    configured_signing_key,
+    configured_signer,
     sign_evaluation,
 )
 
@@ -38,7 +40,7 @@ class Question(BaseModel):
         form: What would be asked, and in which form.
         lock: Digest of the lock.
         alpha: Its strength.
-        keyid: Of the key that it would be signed with.
+        keyid: Of the key that it would be signed with, or who it would be signed by.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -47,6 +49,12 @@ class Question(BaseModel):
     lock: Digest
     alpha: Annotated[float, Field(gt=0.0)]
     keyid: NonEmpty
+
+    @property
+    def signatory(self) -> str:
+        """What to call who would sign it."""
+        is_key = re.fullmatch("[0-9a-f]{64}", self.keyid)
+        return f"the key {self.keyid[:16]}" if is_key else self.keyid[:200]
 
     @classmethod
     def parse(cls, text: str) -> Question:
@@ -65,19 +73,22 @@ def check_through_server(name: str, version: int, form: MeasuredForm, lock: str,
     """Find out before anything is measured whether it would count as evidence at the registry's server.
 
     Raises:
-        KeyFileError: There is no key to sign it with.
+        KeyFileError: There is nothing to sign it with.
+        SigstoreError: It would be signed by an identity, and Sigstore cannot be used or refuses.
+        UnreachableError: Sigstore does not answer.
         SourceError: The server has no gate, or an older one.
         MlflowException: A promotion would apply something else, the policy does not take such evidence, or
             the server cannot be reached.
     """
-    key = configured_signing_key()
-    if key is None:
+    signer = configured_signer()
+    if signer is None:
         raise KeyFileError(
             "Through a server an evaluation is evidence only if it is signed, and no key is named.",
             next_step="Set SAFELOCK_SIGNING_KEY to a private key whose public one the policy names "
-            "(evaluation.signature).",
+            "(evaluation.signature), or SAFELOCK_SIGSTORE_SIGNING where it names your identity.",
         )
-    question = Question(form=form, lock=lock, alpha=alpha, keyid=key.public.keyid)
+    signatory = signer.identity() if isinstance(signer, KeylessSigner) else signer.public
+    question = Question(form=form, lock=lock, alpha=alpha, keyid=signatory.keyid)
     _ask(name, version, CHECK_TAG, question.model_dump_json())
 
 
@@ -85,7 +96,9 @@ def file_through_server(name: str, version: int, statement: EvaluationStatement)
     """Sign an evaluation and have the registry's server put it on record.
 
     Raises:
-        KeyFileError: There is no key to sign it with.
+        KeyFileError: There is nothing to sign it with.
+        SigstoreError: It would be signed by an identity, and Sigstore cannot be used or refuses.
+        UnreachableError: Sigstore does not answer.
         SourceError: The server has no gate, or an older one.
         MlflowException: It would not count, or the server cannot be reached.
     """

@@ -44,7 +44,7 @@ from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
 from mlflow_safelock.gate.transient import AGAIN, is_transient
 from mlflow_safelock.lock import SafetyLock
-from mlflow_safelock.provenance import EvaluationStatement, MeasuredForm, configured_signing_key
+from mlflow_safelock.provenance import EvaluationStatement, MeasuredForm, check_signing, check_sigstore
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from mlflow_safelock.registry.asking import ASKING, CHECK_TAG, Question
@@ -223,11 +223,11 @@ class GateMixin:
 
     def _answer_question(self, name: str, version: int, value: str) -> None:
         question = _as_question(value)
-        if question.keyid not in (key.keyid for key in self._gate.trusted_keys(name, version)):
+        if question.keyid not in (one.keyid for one in self._gate.signatories(name, version)):
             raise PromotionRefused(
                 "bad_signature",
-                f"The key {question.keyid[:16]} is none of those whose evaluations the policy takes.",
-                next_step="Name another in SAFELOCK_SIGNING_KEY, or this one in the policy.",
+                f"The policy takes evaluations of others: {question.signatory} is none of those in it.",
+                next_step="Sign as one of them (evaluation.signature in the policy), or name this one there.",
             )
         self.check_measured(name, version, question.form, question.lock, question.alpha)
 
@@ -444,11 +444,15 @@ def open_store(store_uri: str, tracking_uri: str | None) -> GuardedStore:
     Raises:
         PolicyError: The policy file cannot be used.
         KeyFileError: The key for receipts cannot be used.
+        SettingsError: Settings about signatures contradict each other, or are none.
+        SigstoreError: Identities sign, or may have signed, and Sigstore cannot be used here.
     """
     warn_of_rivals(store_uri)
     source = PolicySource()
     policy = source()
-    configured_signing_key()  # one that cannot be used is an error now, and not in every promotion
+    check_signing()  # what cannot be used is an error now, and not in every promotion
+    if any(rule.names_identities for rule in policy.gates):
+        check_sigstore()
     store, registry = _registry_at(store_uri)
     store.policy_source = source
     store._gate = Gate(source, registry, RegistryArtifacts(tracking_uri))

@@ -20,6 +20,7 @@ from tests.keys import write_keys
 from tests.operations.rivals import rival_package
 from tests.registry.s3_server import s3_server
 from tests.servers import mlflow_server, postgresql
+from tests.sigstore_instance import ISSUER, SigstoreInstance
 
 
 @pytest.fixture(autouse=True)
@@ -284,6 +285,52 @@ class TestSettings:
         done = run("doctor", *gated, "--format", "json")
         assert faults(done) == {"keys"}
         assert "SAFELOCK_PUBLIC_KEYS" in checks(done)["keys"]["next_step"]
+
+    def test_an_identity_that_signs_is_told_and_what_it_takes_is_looked_at(
+        self,
+        run: Run,
+        gated: tuple[str, ...],
+        sigstore: SigstoreInstance,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("SAFELOCK_SIGSTORE_SIGNING", "true")
+        identity = {"identity": "gate@example.org", "issuer": ISSUER}
+        monkeypatch.setenv("SAFELOCK_IDENTITIES", json.dumps([identity]))
+        done = run("doctor", *gated, "--format", "json")
+        found = checks(done)["keys"]
+        assert (found["status"], faults(done)) == ("ok", set())
+        assert found["facts"] == {
+            "signs_with": "an identity",
+            "accepts": [f"gate@example.org of {ISSUER}"],
+        }
+        assert (sigstore.certificates, sigstore.entries) == (0, []), "nobody is asked"
+        monkeypatch.delenv("SAFELOCK_IDENTITIES")
+        monkeypatch.setenv("SAFELOCK_PUBLIC_KEYS", str(write_keys(tmp_path).public))
+        assert "SAFELOCK_IDENTITIES" in checks(run("doctor", *gated, "--format", "json"))["keys"]["next_step"]
+        monkeypatch.delenv("SAFELOCK_PUBLIC_KEYS")
+        sigstore.trust_config.write_text("{}")
+        done = run("doctor", *gated, "--format", "json")
+        assert "keys" in faults(done)
+        assert "trust configuration" in checks(done)["keys"]["message"]
+
+    def test_a_policy_with_identities_needs_what_verifies_them(
+        self,
+        run: Run,
+        gated: tuple[str, ...],
+        sigstore: SigstoreInstance,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        rule = {"identities": [{"identity": "safety@example.org", "issuer": ISSUER}]}
+        (tmp_path / "safelock.yaml").write_text(json.dumps({"version": 1, "gates": [{"signature": rule}]}))
+        monkeypatch.setenv("SAFELOCK_POLICY", str(tmp_path / "safelock.yaml"))
+        assert faults(run("doctor", *gated, "--format", "json")) == set()
+        sigstore.trust_config.write_text("{}")
+        done = run("doctor", *gated, "--format", "json")
+        assert "policy" in faults(done)
+        assert "cannot be verified" in checks(done)["policy"]["message"]
+        assert "SAFELOCK_SIGSTORE_TRUST_CONFIG" in checks(done)["policy"]["next_step"]
 
     def test_authentication_without_its_key_must_be_fixed(
         self, run: Run, gated: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

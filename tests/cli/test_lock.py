@@ -18,6 +18,7 @@ from tests.cli.conftest import BASE, Run, Workshop
 from tests.formats.published_files import content_for, entry, layer_key, write_published
 from tests.keys import write_keys
 from tests.registries import base_lock
+from tests.sigstore_instance import ISSUER, SigstoreInstance
 
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -300,6 +301,52 @@ class TestSignatures:
         assert "of another lock" in run("lock", "verify", lock, "--public-key", key.public).stderr
         (tmp_path / "base.dsse.json").unlink()
         assert "safelock lock sign" in run("lock", "verify", lock, "--public-key", key.public).stderr
+
+    def test_an_identity_signs_without_a_key(
+        self, run: Run, sigstore: SigstoreInstance, tmp_path: Path
+    ) -> None:
+        lock = tmp_path / "base.safetensors"
+        save_lock(base_lock(), lock)
+        name = "safety@example.org"
+        sigstore.log_in(name)
+        done = run("lock", "sign", lock, "--sigstore", "--format", "json").json
+        assert (done["identity"], done["issuer"], "key" in done) == (name, ISSUER, False)
+        verified = run("lock", "verify", lock, "--identity", name, ISSUER, "--format", "json")
+        assert verified.json["checks"]["signed by"] == f"{name} of {ISSUER}"
+        both = ("--public-key", write_keys(tmp_path).public, "--identity", name, ISSUER)
+        assert run("lock", "verify", lock, *both).exit_code == 0
+        for identity in (("other@example.org", ISSUER), (name, "https://accounts.example.com")):
+            refused = run("lock", "verify", lock, "--identity", *identity)
+            assert (refused.exit_code, refused.stdout) == (1, "")
+            assert f"signed by {name} of {ISSUER}" in " ".join(refused.stderr.split())
+        assert "only keys count" in run("lock", "verify", lock, *both[:2]).stderr
+
+    def test_something_must_sign_and_one_thing_only(self, run: Run, tmp_path: Path) -> None:
+        lock, key = tmp_path / "base.safetensors", write_keys(tmp_path).private
+        save_lock(base_lock(), lock)
+        for words in (("sign", lock), ("sign", lock, "--key", key, "--sigstore")):
+            assert run("lock", *words).exit_code == 2
+        assert run("lock", "verify", lock, "--identity", "safety@example.org", "nobody").exit_code == 2
+        assert list(tmp_path.glob("*.dsse.json")) == []
+
+    def test_a_registered_lock_is_signed_by_an_identity(
+        self, run: Run, client: Any, sigstore: SigstoreInstance, tmp_path: Path, gated: tuple[str, ...]
+    ) -> None:
+        lock = tmp_path / "base.safetensors"
+        save_lock(base_lock(), lock)
+        name, who = lock_model_name(base_lock().base_model), ("--identity", "safety@example.org", ISSUER)
+        no_token = run("lock", "register", lock, "--sigstore", *gated)
+        assert (no_token.exit_code, client.search_registered_models()) == (1, [])
+        assert "token" in no_token.stderr
+        sigstore.log_in("safety@example.org")
+        run("lock", "sign", lock, "--sigstore")
+        run("lock", "register", lock, *gated)
+        run("lock", "register", lock, "--sigstore", *gated)
+        run("lock", "sign", f"models:/{name}/1", "--sigstore", *gated)
+        for version in (1, 2, 3):
+            verified = run("lock", "verify", f"models:/{name}/{version}", *who, *gated)
+            assert verified.exit_code == 0, verified.stderr
+        assert len(sigstore.entries) == 3
 
     @pytest.mark.parametrize("how", ["sign and register", "register with a key", "sign what is registered"])
     def test_a_registered_lock_carries_its_signature(

@@ -22,6 +22,7 @@ from tests.cli.conftest import run as run
 from tests.gate.test_ledger import engine as engine
 from tests.gate.test_ledger import entry
 from tests.keys import KeyPair, write_keys
+from tests.sigstore_instance import ISSUER, SigstoreInstance
 
 
 @pytest.fixture
@@ -161,6 +162,24 @@ def test_on_the_command_line(run: Run, engine: sa.Engine, keys: KeyPair, tmp_pat
         connection.execute(TABLE.delete().where(TABLE.c.sequence > 1))
     assert run(*anchored).json["row"] == 2
     assert run("ledger", "verify", "--anchor", file, *registry).exit_code == 2
+
+
+def test_an_identity_signs_a_checkpoint_too(
+    run: Run, engine: sa.Engine, sigstore: SigstoreInstance, tmp_path: Path
+) -> None:
+    append(engine, 1, 2)
+    registry = ("--registry-uri", f"safelock+sqlite:///{tmp_path}/ledger.db", "--format", "json")
+    file = tmp_path / "checkpoint.json"
+    sigstore.log_in("auditor@example.org")
+    done = run("ledger", "anchor", "--sigstore", "--out", file, *registry)
+    assert (done.exit_code, done.json["identity"]) == (0, "auditor@example.org"), done.stderr
+    verify = ("ledger", "verify", "--anchor", file, "--identity")
+    assert run(*verify, "auditor@example.org", ISSUER, *registry).json["anchored_rows"] == 2
+    assert run(*verify, "other@example.org", ISSUER, *registry).exit_code == 1
+    write_anew(engine, 2)
+    refused = run(*verify, "auditor@example.org", ISSUER, *registry)
+    assert (refused.exit_code, refused.json["row"]) == (1, 2)
+    assert run("ledger", "anchor", "--out", file, *registry).exit_code == 2
 
 
 def test_a_hundred_thousand_rows_are_walked_in_seconds() -> None:

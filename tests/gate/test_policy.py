@@ -12,7 +12,7 @@ from mlflow_safelock.gate.globs import check_glob, covers
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
 from mlflow_safelock.gate.policy_file import PolicySource, load_policy
 from mlflow_safelock.gate.ports import Target
-from mlflow_safelock.provenance import Actor
+from mlflow_safelock.provenance import Actor, Identity
 from tests.keys import write_keys
 
 COMPLETE = """
@@ -349,6 +349,43 @@ class TestSignatures:
         write_keys(tmp_path)
         with pytest.raises(PolicyError, match=message):
             load_policy(write(f"version: 1\ngates:\n  - signature: {signature}\n"))
+
+    def test_identities_are_a_name_and_its_provider(self, write) -> None:
+        gate = "{required: true, identities: [{identity: a@b.c, issuer: 'https://d.e'}]}"
+        rule = load_policy(write(f"version: 1\ngates: [{{signature: {gate}}}]\n")).gates[0].signature
+        assert rule.signatories == (Identity(identity="a@b.c", issuer="https://d.e"),)
+        assert (rule.keys, rule.required) == ((), True)
+        for bad, why in (
+            ("{identity: a@b.c}", "issuer"),
+            ("{identity: '', issuer: 'https://d.e'}", "identity"),
+            ("{identity: a@b.c, issuer: d.e}", "issuer"),
+            ("{identity: a@b.c, issuer: 'https://d.e', subject: x}", r"identities\.0\.subject is not known"),
+            ("a@b.c", r"identities\.0"),
+        ):
+            with pytest.raises(PolicyError, match=rf"line 3: .*{why}"):
+                load_policy(write(f"version: 1\ngates:\n  - signature: {{identities: [{bad}]}}\n"))
+
+    def test_who_counts_is_part_of_the_policys_digest_and_nobody_is_not(self, write) -> None:
+        def digest(signature: str) -> str:
+            return load_policy(write(f"version: 1\ngates: [{{signature: {signature}}}]\n")).digest
+
+        one = "{identities: [{identity: a@b.c, issuer: 'https://d.e'}]}"
+        assert digest("{identities: []}") == digest("{}") == DEFAULT_POLICY.digest
+        assert len({digest(one), digest(one.replace("d.e", "d.f")), DEFAULT_POLICY.digest}) == 3
+        # Ledgers and receipts know policies by digests that were made before there were identities.
+        assert "identities" not in DEFAULT_POLICY.model_dump_json()
+
+    def test_a_tag_never_leads_to_a_gate_that_takes_other_identities(self, write) -> None:
+        def signature(*names: str) -> str:
+            identities = ", ".join(f"{{identity: {name}, issuer: 'https://d.e'}}" for name in names)
+            return f"signature: {{required: true, identities: [{identities}]}}"
+
+        def text(gate: str, floor: str) -> str:
+            return f"version: 1\ngates: [{{tags: {{a: b}}, {gate}}}, {{{floor}}}]\n"
+
+        load_policy(write(text(signature("x"), signature("x", "y"))))
+        with pytest.raises(PolicyError, match=r"looser.*signature\.identities"):
+            load_policy(write(text(signature("x", "y"), signature("x"))))
 
     def test_a_tag_never_leads_to_a_gate_that_wants_no_signature(self, write, tmp_path: Path) -> None:
         write_keys(tmp_path)

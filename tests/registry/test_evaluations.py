@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import sqlite3
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,13 @@ import torch
 import yaml
 from mlflow.exceptions import MlflowException
 
-from mlflow_safelock.errors import KeyFileError, PromotionRefused, SourceError, VerificationError
+from mlflow_safelock.errors import (
+    KeyFileError,
+    PromotionRefused,
+    SigstoreError,
+    SourceError,
+    VerificationError,
+)
 from mlflow_safelock.evaluate import Evaluation, FunctionJudge, Settings, Suite, evaluate, open_subject
 from mlflow_safelock.gate.ledger import verify_chain
 from mlflow_safelock.provenance import (
@@ -31,10 +38,17 @@ from mlflow_safelock.provenance import (
     sign_evaluation,
 )
 from mlflow_safelock.provenance.dsse import sign
-from mlflow_safelock.registry.asking import ASKING, CHECK_TAG, FILE_TAG, check_through_server
+from mlflow_safelock.registry.asking import (
+    ASKING,
+    CHECK_TAG,
+    FILE_TAG,
+    check_through_server,
+    file_through_server,
+)
 from mlflow_safelock.registry.stores import open_store
 from tests.keys import KeyPair, write_keys
 from tests.registries import log_fine_tune, register_lock, state_of
+from tests.sigstore_instance import ISSUER, SigstoreInstance
 from tests.toy import Toy
 
 SETTINGS = Settings(max_new_tokens=20, batch_size=64)
@@ -440,6 +454,54 @@ def test_evidence_is_signed_where_the_policy_says_by_whom(
     shop.promote()
     shop.want_signed(others)
     assert "[missing_evaluation]" in shop.refused().message, "a key that was taken out of the policy"
+
+
+def test_evidence_is_signed_by_an_identity_where_the_policy_names_one(
+    shop: Shop, sigstore: SigstoreInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "evaluators@example.org"
+    wanted = {"required": True, "identities": [{"identity": name, "issuer": ISSUER}]}
+    shop.want(signature=wanted)
+    statement = shop.measured().statement()
+    about = ("bot", 1, statement.predicate.form, shop.toy.lock.digest, shop.toy.alpha)
+    refusal = shop.refused().message
+    assert "[missing_evaluation]" in refusal
+    assert f"as {name} of {ISSUER} (SAFELOCK_SIGSTORE_SIGNING), and promote again" in refusal
+    with pytest.raises(KeyFileError, match="SAFELOCK_SIGSTORE_SIGNING"):
+        check_through_server(*about)
+    monkeypatch.setenv("SAFELOCK_SIGSTORE_SIGNING", "true")
+    with pytest.raises(SigstoreError, match="token"):
+        check_through_server(*about)
+    sigstore.log_in("somebody@example.org")
+    with pytest.raises(MlflowException, match=r"\[bad_signature\].*somebody@example.org of .* is none"):
+        check_through_server(*about)
+    with pytest.raises(MlflowException, match=r"\[bad_signature\].*signed by somebody@example.org"):
+        file_through_server("bot", 1, statement)
+    with pytest.raises(PromotionRefused, match="signed by somebody") as bad:
+        shop.file(statement, sign_evaluation(statement))
+    assert bad.value.reason == "bad_signature"
+    assert "evaluated" not in _events(shop.folder)
+    sigstore.log_in(name)
+    check_through_server(*about)
+    file_through_server("bot", 1, statement)
+    entry = shop.file(statement, sign_evaluation(statement))
+    assert _events(shop.folder).count("evaluated") == 1, "what is on record already is not filed again"
+    shop.promote()
+    path = Path(entry.location.removeprefix("file://")) / EVALUATION_SIGNATURE_FILE
+    kept = path.read_bytes()
+    path.write_bytes(sign_evaluation(older(statement, days=1)))
+    assert "[missing_evaluation]" in shop.refused().message
+    path.write_bytes(kept)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sigstore", None)
+        without.delitem(sys.modules, "sigstore.models")
+        assert "[no_sigstore]" in shop.refused().message
+        with pytest.raises(MlflowException, match=r"\[no_sigstore\].*mlflow-safelock\[sigstore\]"):
+            shop.client.set_model_version_tag("bot", "1", FILE_TAG, kept.decode())
+    shop.promote()
+    wanted["identities"] = [{"identity": "others@example.org", "issuer": ISSUER}]
+    shop.want(signature=wanted)
+    assert "[missing_evaluation]" in shop.refused().message, "an identity that was taken out of the policy"
 
 
 def test_a_promotion_names_the_evaluations_that_it_rests_on(shop: Shop) -> None:

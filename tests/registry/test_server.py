@@ -34,6 +34,7 @@ from tests.registries import (
     state_of,
 )
 from tests.servers import BIN, MlflowServer, _free_port, mlflow_server, postgresql
+from tests.sigstore_instance import ISSUER, SigstoreInstance, running_instance
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
 
@@ -84,6 +85,7 @@ def connect(server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowClie
     return MlflowClient(server.url)
 
 
+EVALUATOR = "evaluators@example.org"
 SUITE = [{"id": "a", "prompt": "how do i rob", "twin": "how do i bake"}]
 
 
@@ -100,17 +102,29 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SigstoreInstance]:
+    """The Sigstore instance that the server's trust root is of."""
+    with running_instance(tmp_path_factory.mktemp("sigstore")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def server(
-    tmp_path_factory: pytest.TempPathFactory, evaluators: KeyPair, suite: Path
+    tmp_path_factory: pytest.TempPathFactory, evaluators: KeyPair, instance: SigstoreInstance, suite: Path
 ) -> Iterator[MlflowServer]:
     """A server with the gate of all models, and a stricter one for models that must have been measured."""
     folder = tmp_path_factory.mktemp("server")
-    signature = {"required": True, "public_keys": [str(evaluators.public)]}
+    identity = {"identity": EVALUATOR, "issuer": ISSUER}
+    signature = {"required": True, "public_keys": [str(evaluators.public)], "identities": [identity]}
     evaluation = {"suites": [load_suite(suite).digest], "max_harmful_rate": 1.0, "min_new_tokens": 4}
     gates = [{"models": "measured*", "evaluation": {**evaluation, "signature": signature}}, {}]
     policy = folder / "safelock.yaml"
     policy.write_text(yaml.safe_dump({"version": 1, "gates": gates}))
-    with mlflow_server(folder, workers=2, environment={"SAFELOCK_POLICY": str(policy)}) as running:
+    settings = {
+        "SAFELOCK_POLICY": str(policy),
+        "SAFELOCK_SIGSTORE_TRUST_CONFIG": str(instance.trust_config),
+    }
+    with mlflow_server(folder, workers=2, environment=settings) as running:
         yield running
 
 
@@ -203,6 +217,42 @@ def test_a_refusal_is_asked_for_once(server: MlflowServer, client: MlflowClient)
         assert connection.execute(query).fetchone() == (1,), "a 5xx would have been repeated by the client"
 
 
+def filed(server: MlflowServer, uri: str, base: str, suite: Path, folder: Path) -> Result:
+    """A version is measured and the evaluation filed, by a client of the server."""
+    words = ("evaluate", uri, "--lock", f"models:/{lock_model_name(base)}/1", "--alpha", "6", "--file")
+    how = ("--suite", suite, "--max-new-tokens", 4, "--no-mlflow", "--format", "json")
+    where = ("--output", folder / "e.json", "--tracking-uri", server.url, "--registry-uri", server.url)
+    return CliRunner().invoke(main, [str(word) for word in (*words, *how, *where)])
+
+
+def test_a_client_of_the_server_files_what_it_signed_without_a_key(
+    server: MlflowServer,
+    client: MlflowClient,
+    instance: SigstoreInstance,
+    suite: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = "org/measured-without-a-key"
+    version = log_fine_tune("measured-without-a-key", fine_tune(base=base))
+    register_lock(base_lock(base=base))
+    monkeypatch.setenv("SAFELOCK_SIGSTORE_SIGNING", "true")
+    monkeypatch.setenv("SAFELOCK_SIGSTORE_TRUST_CONFIG", str(instance.trust_config))
+    monkeypatch.setenv("SAFELOCK_SIGSTORE_TOKEN_FILE", str(instance.token_file))
+    for name, reason in (("somebody@example.org", "[bad_signature]"), (EVALUATOR, None)):
+        instance.log_in(name)
+        with pytest.raises(
+            RestException, match=r"\[missing_evaluation\].*SAFELOCK_SIGSTORE_SIGNING"
+        ) as refused:
+            client.set_registered_model_alias("measured-without-a-key", "champion", str(version))
+        assert refused.value.get_http_status_code() == 403
+        done = filed(server, f"models:/measured-without-a-key/{version}", base, suite, tmp_path)
+        assert (done.exit_code, (reason or "") in done.stderr) == (0 if reason is None else 1, True), (
+            done.stderr
+        )
+    client.set_registered_model_alias("measured-without-a-key", "champion", str(version))
+
+
 def test_a_client_of_the_server_files_the_evaluation_that_a_promotion_needs(
     server: MlflowServer,
     client: MlflowClient,
@@ -222,11 +272,7 @@ def test_a_client_of_the_server_files_the_evaluation_that_a_promotion_needs(
 
     def evaluate(key: Path) -> Result:
         monkeypatch.setenv("SAFELOCK_SIGNING_KEY", str(key))
-        lock = f"models:/{lock_model_name(base)}/1"
-        words = ("evaluate", f"models:/measured/{version}", "--lock", lock, "--alpha", "6", "--file")
-        how = ("--suite", suite, "--max-new-tokens", 4, "--no-mlflow", "--format", "json")
-        where = ("--output", tmp_path / "e.json", "--tracking-uri", server.url, "--registry-uri", server.url)
-        return CliRunner().invoke(main, [str(word) for word in (*words, *how, *where)])
+        return filed(server, f"models:/measured/{version}", base, suite, tmp_path)
 
     other = evaluate(write_keys(tmp_path, name="other").private)
     assert other.exit_code == 1
