@@ -228,12 +228,15 @@ def writing_of(session: Session, location: str) -> LedgerEntry | None:
 EARLIER = "earlier"
 """Reason in the row of a lock that was found registered past the gate, below others that were on record."""
 
+UNSIGNED = "It is signed by nobody whom the policy names, and the policy wants locks signed."
+"""Message in the row of a lock which no promotion applies that wants it signed."""
+
 
 def locks_of(session: Session, workspace: str, base: str) -> list[LedgerEntry]:
     """Every lock of a base model that was seen in a workspace, once each, in the order of their coming.
 
     That is the order of their rows; one that was found later than it came stands before those of its
-    registered model with higher numbers.
+    registered model with higher numbers. One that was signed later keeps its place, and is unsigned no more.
     """
     rows = session.execute(
         sa.select(TABLE)
@@ -242,8 +245,13 @@ def locks_of(session: Session, workspace: str, base: str) -> list[LedgerEntry]:
     )
     found: list[LedgerEntry] = []
     for entry in map(_entry, rows):
-        if entry.lock is not None and all(entry.lock_digest != other.lock_digest for other in found):
+        if entry.lock is None:
+            continue
+        known = next((place for place, one in enumerate(found) if one.lock_digest == entry.lock_digest), None)
+        if known is None:
             found.insert(_place_of(entry.lock, entry.reason, found), entry)
+        elif entry.message != UNSIGNED:
+            found[known] = found[known].model_copy(update={"message": entry.message})
     return found
 
 

@@ -6,18 +6,19 @@ import logging
 import re
 from dataclasses import dataclass
 
-from mlflow_safelock.errors import PromotionRefused, SafelockError
+from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, LOCK_MODEL_PREFIX, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.gate.approval import Request
-from mlflow_safelock.gate.ledger import EARLIER, LockInForce
+from mlflow_safelock.gate.ledger import EARLIER, UNSIGNED, LockInForce
 from mlflow_safelock.gate.locks import check_moves_forward
 from mlflow_safelock.gate.permissions import require
+from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.ports import ModelVersion, Registry, Target
 from mlflow_safelock.gate.promotion import REGISTERED, Gate, registered_entry
 from mlflow_safelock.gate.transient import is_transient, unreadable
 from mlflow_safelock.lock import SafetyLock
-from mlflow_safelock.provenance import Actor
+from mlflow_safelock.provenance import LOCK_SIGNATURE_FILE, Actor, check_lock_signature
 
 _logger = logging.getLogger(__name__)
 
@@ -72,13 +73,14 @@ class LockRecords:
             if lock_model_name(earlier.base_model) == name:
                 self._put_earlier_one_on_record(earlier, name, version.version, workspace, actor)
         known = self.registry.locks_of(workspace, lock.base_model)
-        check_moves_forward(lock, f"at {source}", known, self.registry)
+        wants_signatures = any(rule.signature.required for rule in self.gate.policy().gates)
+        check_moves_forward(lock, f"at {source}", known, self.registry, signed_only=wants_signatures)
         return lock
 
     def put_on_record(self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor) -> None:
         """Put on record that a lock was registered, unless it was before."""
         applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
-        self._record(applied, workspace, actor, None)
+        self._record(lock, applied, workspace, actor, None)
 
     def _put_earlier_one_on_record(
         self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor
@@ -87,13 +89,35 @@ class LockRecords:
         applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
         known = self.registry.locks_of(workspace, lock.base_model)
         is_earlier = any(entry.lock is not None and applied.is_below(entry.lock) for entry in known)
-        self._record(applied, workspace, actor, EARLIER if is_earlier else None)
+        self._record(lock, applied, workspace, actor, EARLIER if is_earlier else None)
 
-    def _record(self, applied: LockInForce, workspace: str, actor: Actor, reason: str | None) -> None:
-        known = self.registry.locks_of(workspace, applied.base_model)
-        if all(entry.lock_digest != applied.digest for entry in known):
+    def _record(
+        self, lock: SafetyLock, applied: LockInForce, workspace: str, actor: Actor, reason: str | None
+    ) -> None:
+        policy, known = self.gate.policy(), self.registry.locks_of(workspace, applied.base_model)
+        before = next((entry for entry in known if entry.lock_digest == applied.digest), None)
+        if before is not None and before.message != UNSIGNED:
+            return
+        message = None if self._is_signed(lock, applied, policy) else UNSIGNED
+        if before is None or message is None:
             request = Request(applied.model, applied.version, REGISTERED, actor, workspace)
-            self.registry.record(registered_entry(request, self.gate.policy(), applied, reason))
+            self.registry.record(registered_entry(request, policy, applied, reason, message))
+
+    def _is_signed(self, lock: SafetyLock, applied: LockInForce, policy: Policy) -> bool:
+        """Whether somebody signed a lock whom a gate names that wants locks signed; also where none does."""
+        rules = [rule.signature for rule in policy.gates if rule.signature.required]
+        if not rules:
+            return True
+        found = self.registry.model_version(applied.model, applied.version)
+        reader = self.gate.artifacts.reader(self.gate.artifacts.resolve(found.location))
+        if LOCK_SIGNATURE_FILE not in {file.path for file in reader.files()}:
+            return False
+        signatories = tuple(one for rule in rules for one in rule.signatories)
+        try:
+            check_lock_signature(reader.read(LOCK_SIGNATURE_FILE), lock, signatories, origin=found.location)
+        except VerificationError:
+            return False
+        return True
 
     def revoke(
         self,

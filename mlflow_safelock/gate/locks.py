@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from mlflow_safelock.errors import LockError, PromotionRefused, SourceError, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
-from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce, TokenizerFinding
+from mlflow_safelock.gate.ledger import UNSIGNED, LedgerEntry, LockInForce, TokenizerFinding
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry
 from mlflow_safelock.gate.source import BaseHint, LanguageModel
@@ -198,7 +198,12 @@ def _digests(known: Sequence[LedgerEntry]) -> list[str]:
 
 
 def check_moves_forward(
-    lock: SafetyLock, title: str, known: Sequence[LedgerEntry], registry: Registry
+    lock: SafetyLock,
+    title: str,
+    known: Sequence[LedgerEntry],
+    registry: Registry,
+    *,
+    signed_only: bool,
 ) -> None:
     """Refuse a lock after which another one of its base came, unless that one was revoked.
 
@@ -210,6 +215,7 @@ def check_moves_forward(
         title: What to call it.
         known: The rows of its base's locks, oldest first.
         registry: The registry.
+        signed_only: Whether one that is known to be unsigned supersedes none, since it is not applied either.
 
     Raises:
         PromotionRefused: Another one came after it.
@@ -219,7 +225,9 @@ def check_moves_forward(
         return
     for entry in reversed(known[digests.index(lock.digest) + 1 :]):
         later = entry.lock
-        if later is None or later.digest == lock.digest or registry.revocation_of(later.digest) is not None:
+        if later is None or (signed_only and entry.message == UNSIGNED):
+            continue
+        if registry.revocation_of(later.digest) is not None:
             continue
         raise PromotionRefused(
             "lock_superseded",
@@ -260,7 +268,8 @@ def _check_freshness(
 ) -> None:
     """Locks of a base only move forward; none is applied that was revoked, or is older than allowed."""
     if found.lock.digest in _digests(known):
-        check_moves_forward(found.lock, found.title, known, registry)
+        signed_only = rule.signature.required
+        check_moves_forward(found.lock, found.title, known, registry, signed_only=signed_only)
     else:
         _check_that_none_was_newer(found, known, registry)
     revoked = registry.revocation_of(found.lock.digest)

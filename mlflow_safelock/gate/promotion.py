@@ -499,11 +499,15 @@ def _first_seen(approved: Approved) -> tuple[LedgerEntry, ...]:
 
 
 def registered_entry(
-    request: Request, policy: Policy, lock: LockInForce, reason: str | None = None
+    request: Request,
+    policy: Policy,
+    lock: LockInForce,
+    reason: str | None = None,
+    message: str | None = None,
 ) -> LedgerEntry:
     """The ledger's row for a lock that is seen for the first time."""
     about = replace(request, name=lock.model, version=lock.version, target=REGISTERED)
-    return about.row("registered", policy, reason=reason, lock=lock)
+    return about.row("registered", policy, reason=reason, message=message, lock=lock)
 
 
 def changed_meanwhile(request: Request) -> PromotionRefused:

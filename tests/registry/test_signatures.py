@@ -98,13 +98,33 @@ class TestLocks:
 
     def test_a_signed_but_older_one_does_not_come_back(self, strict: MlflowClient, keys: KeyPair) -> None:
         key = load_signing_key(keys.private)
-        register_signed(base_lock(seed=0), sign_lock(base_lock(seed=0), key))
-        newest = register_lock(base_lock(seed=1))
-        with pytest.raises(MlflowException, match="unsigned_lock"):
-            stage(strict, 1)
+        for seed in (0, 1):
+            newest = register_signed(base_lock(seed=seed), sign_lock(base_lock(seed=seed), key))
         strict.delete_model_version(lock_model_name(BASE), str(newest))
         with pytest.raises(MlflowException, match="lock_superseded"):
             stage(strict, 1)
+
+    def test_one_that_nobody_signed_supersedes_none_that_is_signed(
+        self, strict: MlflowClient, tmp_path: Path, keys: KeyPair, others: KeyPair
+    ) -> None:
+        name, key = lock_model_name(BASE), load_signing_key(keys.private)
+        register_signed(base_lock(seed=0), sign_lock(base_lock(seed=0), key))
+        junk = [
+            register_lock(base_lock(seed=1)),
+            register_signed(
+                base_lock(seed=2), sign_lock(base_lock(seed=2), load_signing_key(others.private))
+            ),
+        ]
+        with pytest.raises(MlflowException, match="bad_signature"):
+            stage(strict, 1)
+        for version in junk:
+            strict.delete_model_version(name, str(version))
+        stage(strict, 1)
+        assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=0).digest
+        signed_later = register_signed(base_lock(seed=1), sign_lock(base_lock(seed=1), key))
+        strict.delete_model_version(name, str(signed_later))
+        with pytest.raises(MlflowException, match=r"lock_superseded.*version 2"):
+            stage(strict, log_fine_tune("bot"))
 
     def test_a_signature_is_not_asked_for_where_the_policy_does_not(self, client: MlflowClient) -> None:
         log_fine_tune("bot")
