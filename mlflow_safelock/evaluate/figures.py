@@ -211,6 +211,7 @@ def _answered(answer: Said, verdict: Any, task_score: float | None) -> Answered:
         score=said and said.score,
         categories=said.categories if said else (),
         judge_failure=failure,
+        judged_in_part=bool(said and said.in_part),
         task_score=task_score,
     )
 
