@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
+from mlflow_safelock.evaluate.forge_data import pairs_of
 from mlflow_safelock.evaluate.suites import SHIPPED
 from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.ledger import LedgerEntry
@@ -31,6 +32,7 @@ from mlflow_safelock.provenance import (
     EvaluationStatement,
     Measured,
     MeasuredForm,
+    MeasuredRate,
     PublicKey,
     check_fingerprint,
     signed_evaluation,
@@ -42,6 +44,9 @@ EVALUATION = "evaluation-"
 
 USUAL_NEW_TOKENS = 128
 """Most tokens of an answer where ``safelock evaluate`` is told no number."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""The number formats that ``safelock evaluate`` can be told to load a model in."""
 
 
 def require_evaluations(approved: Approved, registry: Registry, artifacts: Artifacts) -> Approved:
@@ -72,7 +77,7 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
                 "missing_evaluation",
                 f"The policy wants {approved.request.name!r} version {approved.request.version} measured on "
                 f"{suite} under lock {approved.lock.title} at alpha {approved.alpha:g}, and no evaluation of "
-                "that is on record.",
+                f"that is on record{_why_not(filed, rule, digest)}.",
                 approved,
                 rule,
                 suite,
@@ -92,14 +97,15 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
         statement = chosen.filed
         newest = statement.predicate
         _check_age(newest, approved, rule, suite)
+        _check_known_prompts(newest.form, approved, rule, suite)
         for what, found, allowed in _rates(newest, rule):
-            if found is None or found > allowed:
-                shown = "was not measured" if found is None else f"is {found:.1%}"
+            if found is None or found.compared > allowed:
+                shown = "was not measured" if found is None else f"is {found}"
                 raise PromotionRefused(
                     "evaluation_failed",
                     f"The {what} of {approved.request.name!r} version {approved.request.version} on {suite} "
                     f"{shown}, and the policy allows {allowed:.1%}: measured at {newest.created}.",
-                    next_step="Find another lock or strength for it, or change it: docs/evaluation.md.",
+                    next_step=_what_helps(found, allowed),
                 )
         try:
             check_fingerprint(newest.source, artifacts.reader(approved.original))
@@ -120,7 +126,7 @@ def check_applies(approved: Approved, lock: str, alpha: float, form: MeasuredFor
 
     Raises:
         PromotionRefused: It would apply another lock, or another strength, or the policy asks for another
-            suite or form.
+            suite or form, or another version of this package, or the lock knows too much of the suite.
     """
     wanted, rule, suite = approved.lock, approved.rule.evaluation, form.suite.name
     if (lock, alpha) != (wanted.lock.digest, approved.alpha):
@@ -137,9 +143,10 @@ def check_applies(approved: Approved, lock: str, alpha: float, form: MeasuredFor
             raise PromotionRefused(
                 "other_evaluation",
                 f"It would not count: {'; '.join(differs)}.",
-                next_step=f"Measure what the policy asks for: "
+                next_step=f"Measure what the policy asks for{_with_what(rule)}: "
                 f"{_command(approved, rule, asked.get(form.suite.digest, rule.suites[0]))}",
             )
+        _check_known_prompts(form, approved, rule, asked[form.suite.digest])
 
 
 def check_signature(
@@ -426,6 +433,39 @@ def _differences(form: MeasuredForm, rule: EvaluationRule, suites: Collection[st
             yield f"its {what} is {is_so!r}, and the policy's {wanted!r}"
     if form.max_new_tokens < rule.min_new_tokens:
         yield f"its answers may have {form.max_new_tokens} tokens, and the policy wants {rule.min_new_tokens}"
+    if rule.dtypes is not None and form.dtype not in rule.dtypes:
+        found = form.dtype or "an unknown number format"
+        yield f"its model is in {found}, and the policy wants {_or(rule.dtypes)}"
+    if not rule.counts(form.version):
+        yield (
+            f"it is by version {form.version or 'unknown'} of mlflow-safelock, and the policy wants "
+            f"{rule.safelock_version}"
+        )
+    if rule.max_known_prompts is not None and form.known_prompts is None:
+        yield "whether its lock was forged from its prompts is not known, and the policy wants to know"
+
+
+def _why_not(filed: Collection[_Filed], rule: EvaluationRule, suite: str) -> str:
+    """Why what is on record of this suite under this lock and strength, newest first, does not count."""
+    statements = (one.statement for one in filed if one.statement is not None)
+    newest = next((one for one in statements if one.predicate.suite.digest == suite), None)
+    if newest is None:
+        return ""
+    why = "; ".join(_differences(newest.predicate.form, rule, (suite,)))
+    return f". What was measured at {newest.predicate.created} does not count: {why}" if why else ""
+
+
+def _check_known_prompts(form: MeasuredForm, approved: Approved, rule: EvaluationRule, suite: str) -> None:
+    """Refuse what was, or would be, measured by too many prompts that the lock was forged from."""
+    known, allowed = form.known_prompts or 0, rule.max_known_prompts
+    if allowed is not None and known > allowed:
+        raise PromotionRefused(
+            "known_prompts",
+            f"The lock {approved.lock.title} was forged from {known} prompts of {suite}, or their twins, "
+            f"and the policy allows {allowed}: what it does to those says little of others.",
+            next_step="Forge the base's lock from pairs without these prompts, or have the policy ask for "
+            "another suite.",
+        )
 
 
 def _check_age(measured: Measured, approved: Approved, rule: EvaluationRule, suite: str) -> None:
@@ -444,19 +484,56 @@ def _check_age(measured: Measured, approved: Approved, rule: EvaluationRule, sui
         )
 
 
-def _rates(measured: Measured, rule: EvaluationRule) -> Iterator[tuple[str, float | None, float]]:
-    harmful = measured.harmful
-    yield "harmful rate", None if harmful is None else harmful.value, rule.max_harmful_rate
+@dataclass(frozen=True)
+class _Found:
+    """What was found, and what of it must keep a limit.
+
+    Attributes:
+        value: The rate, or the drop of utility.
+        upper: The upper end of its interval of 95 %, where that must keep the limit.
+    """
+
+    value: float
+    upper: float | None = None
+
+    @property
+    def compared(self) -> float:
+        return self.value if self.upper is None else max(self.value, self.upper)
+
+    def __str__(self) -> str:
+        upper = "" if self.upper is None else f" (its interval of 95 % ends at {self.upper:.1%})"
+        return f"{self.value:.1%}{upper}"
+
+    @classmethod
+    def of(cls, rate: MeasuredRate | None, rule: EvaluationRule) -> _Found | None:
+        if rate is None or rule.bound == "rate":
+            return None if rate is None else cls(rate.value)
+        # Here, for it takes a second to import, and a registry's server may never need it.
+        from mlflow_safelock.evaluate.statistics import rate_interval
+
+        return cls(rate.value, rate_interval(min(rate.count, rate.total), rate.total).high)
+
+
+def _rates(measured: Measured, rule: EvaluationRule) -> Iterator[tuple[str, _Found | None, float]]:
+    yield "harmful rate", _Found.of(measured.harmful, rule), rule.max_harmful_rate
     if rule.max_utility_drop is not None:
         utility = measured.utility
-        yield "drop of utility", None if utility is None else utility.drop, rule.max_utility_drop
+        yield "drop of utility", None if utility is None else _Found(utility.drop), rule.max_utility_drop
     for what, name, allowed in (
         ("over-refusal rate", "over_refusal_rate", rule.max_over_refusal_rate),
         ("degenerate rate", "degenerate_rate", rule.max_degenerate_rate),
     ):
-        rate = measured.rates.get(name)
         if allowed is not None:
-            yield what, None if rate is None else rate.value, allowed
+            yield what, _Found.of(measured.rates.get(name), rule), allowed
+
+
+def _what_helps(found: _Found | None, allowed: float) -> str:
+    if found is not None and found.value <= allowed:
+        return (
+            "The interval is as wide as the prompts are few: have the policy ask for a larger suite, or find "
+            "another lock or strength: docs/evaluation.md."
+        )
+    return "Find another lock or strength for it, or change it: docs/evaluation.md."
 
 
 def _refusal(
@@ -470,13 +547,22 @@ def _refusal(
 
 
 def _where(rule: EvaluationRule) -> str:
+    tool = _with_what(rule)
     if not rule.signature.required:
-        return "Measure it, where the registry's database can be reached, and promote again: "
-    return f"Measure it with the key {_keys_shown(rule)} in SAFELOCK_SIGNING_KEY, and promote again: "
+        return f"Measure it{tool}, where the registry's database can be reached, and promote again: "
+    return f"Measure it{tool} with the key {_keys_shown(rule)} in SAFELOCK_SIGNING_KEY, and promote again: "
+
+
+def _with_what(rule: EvaluationRule) -> str:
+    return f" by mlflow-safelock{rule.safelock_version}" if rule.safelock_version is not None else ""
+
+
+def _or(names: Sequence[str]) -> str:
+    return " or ".join(names)
 
 
 def _keys_shown(rule: EvaluationRule) -> str:
-    return " or ".join(key.keyid[:16] for key in rule.signature.keys)
+    return _or([key.keyid[:16] for key in rule.signature.keys])
 
 
 def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str:
@@ -494,6 +580,10 @@ def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str
                 words += [option, re.sub(r"[^:]+@[0-9a-f]{16}", "PATH", value, count=1)]
         if rule.min_new_tokens > USUAL_NEW_TOKENS:
             words += ["--max-new-tokens", str(rule.min_new_tokens)]
+        if rule.dtypes is not None and rule.dtypes[0] in DTYPES:
+            words += ["--dtype", rule.dtypes[0]]
+        if rule.max_known_prompts is not None and pairs_of(approved.lock.lock) is None:
+            words += ["--forged-from", "PAIRS"]
     return shlex.join([*words, "--file"])
 
 
