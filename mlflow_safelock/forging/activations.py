@@ -72,7 +72,7 @@ class HeadActivations:
             raise ForgeError(f"{taken} last tokens of each answer were recorded, and {tokens} are asked for.")
 
         def of(rows: torch.Tensor) -> torch.Tensor:
-            return rows.unflatten(0, (-1, taken))[:, -tokens:].flatten(0, 1)
+            return rows.view(-1, taken, *rows.shape[1:])[:, -tokens:].flatten(0, 1)
 
         return HeadActivations(of(self.values), of(self.labels), of(self.pairs), self.geometry)
 
