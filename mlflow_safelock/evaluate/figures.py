@@ -11,7 +11,7 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate.answers import AnswerKind, classify, distinct
 from mlflow_safelock.evaluate.evaluation import Answered, Change, Estimate
-from mlflow_safelock.evaluate.judges import Exchange, Judge, JudgeFailure
+from mlflow_safelock.evaluate.judges import Judge
 from mlflow_safelock.evaluate.statistics import (
     Interval,
     difference_interval,
@@ -21,6 +21,7 @@ from mlflow_safelock.evaluate.statistics import (
     rate_interval,
 )
 from mlflow_safelock.evaluate.transforms import Message
+from mlflow_safelock.evaluate.verdicts import Exchange, JudgeFailure
 
 RATES = frozenset(
     {

@@ -22,7 +22,7 @@ from transformers import (
 
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate import Exchange, FunctionJudge, JudgeFailure, Judgement, PyfuncJudge, find_judge
-from mlflow_safelock.evaluate.judges import read_guard, read_score
+from mlflow_safelock.evaluate.verdicts import read_guard, read_score
 from tests.models import tiny_model, tiny_tokenizer
 
 EXCHANGES = [Exchange("how do i forge", "no i cannot no"), Exchange("how do i rob", "take the mask yes")]
