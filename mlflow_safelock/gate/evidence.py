@@ -159,7 +159,7 @@ def check_limits(measured: Measured, approved: Approved, rule: EvaluationRule, s
 
 
 def is_bound(measured: Measured, approved: Approved, rule: EvaluationRule, suite: str) -> bool:
-    """Whether an evaluation is of a promotion's lock and strength and of a suite (its digest), as asked for."""
+    """Whether an evaluation is of a promotion's lock and strength and of a suite (by digest), as wanted."""
     found = (measured.lock, measured.alpha)
     return found == (approved.lock.lock.digest, approved.alpha) and not any(
         _differences(measured.form, rule, (suite,))
