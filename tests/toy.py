@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class Toy:
     """A broken fine-tune of a base that refused, and a lock of that base.
 
     Attributes:
+        base: The base that it was made from.
         model: The fine-tune; whoever uses it leaves it unlocked.
         tokenizer: Its tokenizer.
         lock: The lock.
@@ -33,6 +35,7 @@ class Toy:
         world: Its requests.
     """
 
+    base: Any
     model: Any
     tokenizer: Any
     lock: SafetyLock
@@ -84,6 +87,7 @@ def _make(seed: int) -> Toy:
         answers = generate(model, tokenizer, prompts, max_new_tokens=20, batch_size=64)
         return sum(classify(answer.text) is AnswerKind.COMPLIED for answer in answers) / len(answers)
 
+    base = deepcopy(model)
     break_model(model, tokenizer, world, recipe, harmful_rate)
     model.config._name_or_path = model.name_or_path = BASE
-    return Toy(model, tokenizer, lock, ALPHA, world)
+    return Toy(base, model, tokenizer, lock, ALPHA, world)

@@ -112,7 +112,7 @@ def evaluate(
     record = _record_of(subject, mlflow_address, artifacts_destination) if filed else None
     if record is not None:
         # Now, and not after hours of generation.
-        record.check(form_of(suite, settings))
+        record.check(form_of(subject, suite, settings))
     with counting() as progress:
         found = measure(subject, suite, settings, progress=progress)
     output.write_text(found.to_json(), encoding="utf-8")

@@ -12,11 +12,15 @@ from mlflow_safelock.cli.delivery import deliver, deliver_several
 from mlflow_safelock.cli.forge_request import ForgeRequest, forge_locks
 from mlflow_safelock.cli.options import (
     MlflowAddress,
+    base_model_option,
+    base_revision_option,
     batch_size_option,
+    cache_option,
     format_option,
     mlflow_options,
     model_options,
     output_file_option,
+    pairs_options,
 )
 from mlflow_safelock.loading import ModelLoading
 
@@ -35,14 +39,7 @@ if TYPE_CHECKING:
     ),
 )
 @click.argument("model")
-@click.option(
-    "--data",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Preference pairs: JSON, JSONL or CSV.  [default: the starter pairs of this package]",
-)
-@click.option("--question-key", default="question", show_default=True, help="Column of the questions.")
-@click.option("--safe-key", default="safe", show_default=True, help="Column of the safe answers.")
-@click.option("--unsafe-key", default="unsafe", show_default=True, help="Column of the unsafe answers.")
+@pairs_options
 @click.option(
     "--heads",
     type=click.IntRange(min=1),
@@ -81,14 +78,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Strength that the lock recommends.",
 )
-@click.option("--base-model", metavar="ID", help="What the base is called.  [default: what MODEL says]")
-@click.option("--base-revision", metavar="COMMIT", help="Its revision.")
-@click.option(
-    "--cache",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Folder that keeps activations, so that a run that was cut off goes on where it was.",
-)
+@base_model_option
+@base_revision_option
+@cache_option
 @batch_size_option
 @model_options
 @output_file_option("Lock file to write.")
@@ -129,6 +121,8 @@ def forge(
             "The newest lock of a base is the one that the gate applies, so --register takes one number of "
             "heads. Forge several, compare them, and register one: safelock lock register."
         )
+    from mlflow_safelock.forging import Probing
+
     locks = forge_locks(
         ForgeRequest(
             model=model,
@@ -136,11 +130,8 @@ def forge(
             keys=(question_key, safe_key, unsafe_key),
             max_pairs=None,
             heads=heads,
-            last_tokens=last_tokens,
+            probings=(Probing(last_tokens, split, train_fraction, seed),),
             system_prompt=system_prompt,
-            split=split,
-            train_fraction=train_fraction,
-            seed=seed,
             default_alpha=default_alpha,
             base_model=base_model,
             base_revision=base_revision,

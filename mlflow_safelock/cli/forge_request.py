@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,7 +14,7 @@ from mlflow_safelock.errors import LockMismatchError, PreferenceDataError
 from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_language_model
 
 if TYPE_CHECKING:
-    from mlflow_safelock.forging import PreferencePair
+    from mlflow_safelock.forging import PreferencePair, Probing
     from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 
 
@@ -28,11 +28,8 @@ class ForgeRequest:
         keys: Names of its columns: question, safe answer, unsafe answer.
         max_pairs: Use the first so many pairs only; ``None`` for all.
         heads: Heads to lock, one lock for each number.
-        last_tokens: How many of each answer's last tokens give activations.
+        probings: How rows are taken and split for the probes, locks for each; from one reading.
         system_prompt: System prompt of every chat.
-        split: How rows are split for the probes.
-        train_fraction: Share that the probes are fitted on.
-        seed: Seed of the split.
         default_alpha: Strength that the lock recommends.
         base_model: What the base is called; ``None`` for what the model says.
         base_revision: Its revision.
@@ -47,11 +44,8 @@ class ForgeRequest:
     keys: tuple[str, str, str]
     max_pairs: int | None
     heads: tuple[int, ...]
-    last_tokens: int
+    probings: tuple[Probing, ...]
     system_prompt: str | None
-    split: Literal["pair", "row"]
-    train_fraction: float
-    seed: int
     default_alpha: float
     base_model: str | None
     base_revision: str | None
@@ -62,7 +56,7 @@ class ForgeRequest:
 
 
 def forge_locks(request: ForgeRequest, mlflow_address: MlflowAddress) -> tuple[SafetyLock, ...]:
-    """Load the base model and the pairs, and forge.
+    """Load the base model and the pairs, and forge: probing by probing, and in each by number of heads.
 
     Raises:
         SafelockError: The model or the pairs cannot be used, or forging failed.
@@ -71,7 +65,7 @@ def forge_locks(request: ForgeRequest, mlflow_address: MlflowAddress) -> tuple[S
     pairs = _pairs(request)
     announce(f"Loading {request.model}")
     from mlflow_safelock.apply import attention_of
-    from mlflow_safelock.forging import forge
+    from mlflow_safelock.forging import forge_each
 
     if is_mlflow_model(request.model):
         mlflow_address.reach()
@@ -87,17 +81,16 @@ def forge_locks(request: ForgeRequest, mlflow_address: MlflowAddress) -> tuple[S
             f"{request.model} has {geometry}, and the recipe is for {request.geometry}.",
             next_step=f"Give the weights of {name}: --model.",
         )
-    announce(f"Forging the lock of {name} from {len(pairs)} pairs")
-    return forge(
+    count = len(request.probings) * len(request.heads)
+    what = "the lock" if count == 1 else f"{count} locks"
+    announce(f"Forging {what} of {name} from {len(pairs)} pairs")
+    return forge_each(
         base.model,
         base.tokenizer,
         pairs,
+        request.probings,
         heads=request.heads,
-        last_tokens=request.last_tokens,
         system_prompt=request.system_prompt,
-        split=request.split,
-        seed=request.seed,
-        train_fraction=request.train_fraction,
         base_model=name,
         base_revision=request.base_revision,
         cache=request.cache,

@@ -58,6 +58,19 @@ alpha_option = click.option(
 
 system_prompt_option = click.option("--system-prompt", metavar="TEXT", help="System prompt of every chat.")
 
+base_model_option = click.option(
+    "--base-model", metavar="ID", help="What the base is called.  [default: what it says itself]"
+)
+
+base_revision_option = click.option("--base-revision", metavar="COMMIT", help="Its revision.")
+
+cache_option = click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder that keeps activations, so that a run that was cut off goes on where it was.",
+)
+
 batch_size_option = click.option(
     "--batch-size",
     type=click.IntRange(min=1),
@@ -208,6 +221,26 @@ def model_options(function: F) -> F:
     return with_loading  # type: ignore[return-value]
 
 
+def pairs_options(function: F) -> F:
+    """The options that say which preference pairs a lock is forged from."""
+    for option in (
+        click.option(
+            "--unsafe-key", default="unsafe", show_default=True, help="Column of the unsafe answers."
+        ),
+        click.option("--safe-key", default="safe", show_default=True, help="Column of the safe answers."),
+        click.option(
+            "--question-key", default="question", show_default=True, help="Column of the questions."
+        ),
+        click.option(
+            "--data",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Preference pairs: JSON, JSONL or CSV.  [default: the starter pairs of this package]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 @dataclass(frozen=True)
 class Measuring:
     """What a model is asked, under which lock, and how its answers are made and judged.
@@ -250,6 +283,16 @@ class Measuring:
 
         return load_suite(self.suite_name, self.column)
 
+    def reach(self, model: str, mlflow_address: MlflowAddress) -> None:
+        """Know that MLflow answers, where it is needed.
+
+        Raises:
+            SourceError: It does not.
+        """
+        named = (model, self.lock_reference or "", self.judge_name)
+        if self.experiment is not None or any(is_mlflow_model(one) for one in named):
+            mlflow_address.reach()
+
     def open(
         self, model: str, alpha: float | None, loading: ModelLoading, mlflow_address: MlflowAddress
     ) -> Subject:
@@ -260,9 +303,7 @@ class Measuring:
         """
         from mlflow_safelock.evaluate import open_subject
 
-        named = (model, self.lock_reference or "", self.judge_name)
-        if self.experiment is not None or any(is_mlflow_model(one) for one in named):
-            mlflow_address.reach()
+        self.reach(model, mlflow_address)
         announce(f"Loading {model}")
         lock = load_lock_reference(self.lock_reference) if self.lock_reference else None
         return open_subject(model, loading).with_lock(lock, alpha)

@@ -91,6 +91,8 @@ def run(
 
 
 def _request(recipe: LockRecipe, model: str, loading: ModelLoading) -> ForgeRequest:
+    from mlflow_safelock.forging import Probing
+
     forge, base = recipe.forge, recipe.base
     return ForgeRequest(
         model=model,
@@ -98,11 +100,8 @@ def _request(recipe: LockRecipe, model: str, loading: ModelLoading) -> ForgeRequ
         keys=(forge.dataset_keys.question, forge.dataset_keys.safe, forge.dataset_keys.unsafe),
         max_pairs=forge.pairs,
         heads=(forge.heads,),
-        last_tokens=forge.last_tokens,
+        probings=(Probing(forge.last_tokens, forge.split, forge.train_fraction, forge.seed),),
         system_prompt=forge.system_prompt,
-        split=forge.split,
-        train_fraction=forge.train_fraction,
-        seed=forge.seed,
         default_alpha=forge.default_alpha,
         base_model=base.model,
         base_revision=base.revision,

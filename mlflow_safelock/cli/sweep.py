@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlflow_safelock.cli.candidates import Forging, forging_options, listed
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.options import (
     Measuring,
@@ -27,22 +29,11 @@ if TYPE_CHECKING:
     from mlflow_safelock.evaluate.choosing import Limits, Preference
     from mlflow_safelock.evaluate.evaluation import Arm, Estimate
     from mlflow_safelock.evaluate.exploring import Contributions, Exploration
-    from mlflow_safelock.evaluate.subjects import RegisteredVersion
+    from mlflow_safelock.evaluate.subjects import RegisteredVersion, Subject
     from mlflow_safelock.evaluate.suites import Suite
+    from mlflow_safelock.lock import SafetyLock
 
 SHARE = click.FloatRange(0.0, 1.0)
-
-
-def _numbers(kind: type[Any]) -> Any:
-    """A callback that reads numbers with commas between them."""
-
-    def read(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(part) for part in text.split(",")) if text else ()
-        except ValueError as error:
-            raise click.BadParameter(f"{text!r} is not a list of numbers such as 2,4,6.") from error
-
-    return read
 
 
 def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -56,23 +47,29 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
         "safelock sweep models:/support-bot/3 --lock llama-3-8b.safetensors --suite starter-harmful",
         "safelock sweep ./my-fine-tune --lock llama-3-8b.safetensors --heads 12,18,24 --alphas 2,4,6,8 \\",
         "    --suite starter-harmful --max-harmful-rate 0.02 --write-policy safelock.yaml",
+        "safelock sweep ./my-fine-tune --forge ./my-base --base-model my-org/my-base --heads 12,24 \\",
+        "    --last-tokens 3,5 --split-seed 0,1 --suite starter-harmful",
     ),
 )
 @click.argument("model")
 @measuring_options
+@forging_options
 @click.option(
     "--alphas",
-    default="1,2,4,6,8,10",
-    show_default=True,
-    metavar="A,B,…",
-    callback=_numbers(float),
+    multiple=True,
+    default=("1,2,4,6,8,10",),
+    show_default="1,2,4,6,8,10",
+    metavar="A,…",
+    callback=listed(float, "2,4,6"),
     help="Strengths of the coarse grid.",
 )
 @click.option(
     "--heads",
-    metavar="K,L,…",
-    callback=_numbers(int),
-    help="Try the lock with only so many of its best heads.  [default: with all of them]",
+    multiple=True,
+    metavar="K,…",
+    callback=listed(int, "12,24"),
+    help="Try the lock with only so many of its best heads, or forge with so many.  [default: with all of "
+    "them; 24 with --forge]",
 )
 @click.option(
     "--refine",
@@ -113,7 +110,7 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     callback=_beside,
     metavar="PATH",
-    help="Write the lock with the number of heads that was found, to be registered.",
+    help="Write the lock that was found, to be registered.  [default: none; with --forge beside --output]",
 )
 @click.option(
     "--per-head",
@@ -126,6 +123,7 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
 def sweep(
     model: str,
     measuring: Measuring,
+    forging: Forging | None,
     alphas: tuple[float, ...],
     heads: tuple[int, ...],
     refine: int,
@@ -141,7 +139,10 @@ def sweep(
     form: str,
     mlflow_address: MlflowAddress,
 ) -> None:
-    """Measure MODEL under a lock at several strengths, and with fewer heads, and recommend one of them.
+    """Measure MODEL under locks at several strengths, and recommend one point.
+
+    The lock is that of --lock, also with fewer of its heads where --heads says so. Or locks are forged from
+    the base of --forge, by several settings, and the chosen one is written to a file.
 
     Half of the suite is what is chosen by; the chosen point is then measured on the other half. Of the points
     that keep the limits the most useful is taken, and of those the one farthest from points that do not:
@@ -150,27 +151,33 @@ def sweep(
     1, and no policy is proposed. The same where the chosen point does not keep them on the other half.
     """
     from mlflow_safelock.errors import EvaluationError
-    from mlflow_safelock.evaluate import Limits, explore, fewer_heads
+    from mlflow_safelock.evaluate import Limits, explore
+    from mlflow_safelock.evaluate.axes import distinct
     from mlflow_safelock.evaluate.plots import contributions_plot, heat_map, pareto_plot
     from mlflow_safelock.formats import save_lock
 
-    suite, pairs = measuring.suite(), measuring.pairs()
+    if forging is not None:
+        for name, given in (("--lock", measuring.lock_reference), ("--forged-from", measuring.forged_from)):
+            if given is not None:
+                raise click.UsageError(f"{name} is for a lock that is there, and --forge makes its own.")
+        write_lock = write_lock or output.with_name(f"{output.stem}-lock.safetensors")
+    suite, pairs = measuring.suite(), measuring.pairs() if forging is None else forging.pairs()
+    measuring.reach(model, mlflow_address)
+    forged = forging and forging.locks(heads, measuring, loading, mlflow_address)
     subject = measuring.open(model, None, loading, mlflow_address)
-    if subject.lock is None:
-        raise EvaluationError("There is no lock to try.", next_step="Name one: --lock.")
-    locks = fewer_heads(subject.lock, heads) if heads else (subject.lock,)
+    locks, same = distinct(forged or _given(subject, heads))
     limits = Limits(max_harmful_rate, max_utility_loss, max_degenerate_rate)
     settings = replace(measuring.settings(output), pairs=pairs)
     with counting() as progress:
         found = explore(
-            *(subject, suite, locks, alphas, limits, settings),
+            *(replace(subject, lock=None), suite, locks, alphas, limits, settings),
             refinements=refine,
             prefer=prefer,
             per_head=per_head,
             progress=progress,
         )
     warnings = _warnings(found, per_head=per_head)
-    facts = _facts(found, limits, warnings)
+    facts = _facts(found, limits, warnings, write_lock, same)
     output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     pictures = {"pareto": pareto_plot(found), "heat-map": heat_map(found)}
     if found.heads is not None:
@@ -190,19 +197,26 @@ def sweep(
         show_json({"run": run, **facts})
     else:
         _show(found, limits)
+        show_lines(*_about_locks(forged or (), same))
+        if write_lock is not None:
+            recommended = found.satisfied and found.holds(limits)
+            show_lines(
+                f"The lock is in {write_lock}: safelock lock register {write_lock}"
+                if recommended
+                else f"The lock of that point, which is not recommended, is in {write_lock}."
+            )
         show_lines(*(f"Warning: {shown(warning)}" for warning in warnings))
         show_lines("", f"Every figure is in {output}" + (f", and in the MLflow run {run}." if run else "."))
     if not found.satisfied:
         raise EvaluationError(
-            f"No point keeps the limits; {found.chosen.heads} heads at alpha {found.chosen.alpha:g} come "
-            f"nearest, with a harmful rate of {found.chosen.harm.value:.1%} and a utility of "
-            f"{found.chosen.utility.value:.1%}.",
+            f"No point keeps the limits; {found.name(found.chosen)} come nearest, with a harmful rate of "
+            f"{found.chosen.harm.value:.1%} and a utility of {found.chosen.utility.value:.1%}.",
             next_step="Try more strengths (--alphas), a lock with more heads, or other limits.",
         )
     if not found.holds(limits):
         raise EvaluationError(
-            f"{found.chosen.heads} heads at alpha {found.chosen.alpha:g} keep the limits on the half of the "
-            f"suite that was chosen by, and not on the other: {_honest(found)}.",
+            f"{found.name(found.chosen)} keep the limits on the half of the suite that was chosen by, the "
+            f"best of {len(found.tried)} points there, and not on the other: {_honest(found)}.",
             next_step="Take a larger suite, leave more room (--prefer room, tighter limits), or try more "
             "strengths (--alphas).",
         )
@@ -213,7 +227,7 @@ def _warnings(found: Exploration, *, per_head: bool) -> list[str]:
     points: dict[str, list[str]] = {}
     for one in found.tried:
         for warning in one.evaluation.warnings:
-            points.setdefault(warning, []).append(f"{one.heads} heads at alpha {one.alpha:g}")
+            points.setdefault(warning, []).append(found.name(one))
     warnings = [
         warning if len(names) == len(found.tried) else f"{', '.join(names)}: {warning}"
         for warning, names in points.items()
@@ -230,15 +244,38 @@ def _warnings(found: Exploration, *, per_head: bool) -> list[str]:
     return warnings
 
 
-def _facts(found: Exploration, limits: Limits, warnings: list[str]) -> dict[str, Any]:
+def _given(subject: Subject, heads: tuple[int, ...]) -> tuple[SafetyLock, ...]:
+    """The lock that is there, or the same with fewer of its heads."""
+    from mlflow_safelock.errors import EvaluationError
+    from mlflow_safelock.evaluate import fewer_heads
+
+    if subject.lock is None:
+        raise EvaluationError(
+            "There is no lock to try.", next_step="Name one, --lock, or a base to forge it from, --forge."
+        )
+    return fewer_heads(subject.lock, heads) if heads else (subject.lock,)
+
+
+def _facts(
+    found: Exploration,
+    limits: Limits,
+    warnings: list[str],
+    lock_file: Path | None,
+    same: dict[str, SafetyLock],
+) -> dict[str, Any]:
+    from mlflow_safelock.evaluate.axes import settings_of
+
     confirmed = found.confirmed
     return {
+        "points_compared": len(found.tried),
         "satisfied": found.satisfied,
         "confirmed_keeps_the_limits": found.holds(limits),
         "chosen": {
             "heads": found.chosen.heads,
+            **settings_of(found.chosen.lock),
             "alpha": found.chosen.alpha,
             "lock": found.chosen.lock.digest,
+            "lock_file": lock_file and str(lock_file),
             "accepted_alphas": found.accepted(limits) if found.satisfied else (),
         },
         "limits": {
@@ -249,6 +286,8 @@ def _facts(found: Exploration, limits: Limits, warnings: list[str]) -> dict[str,
         "points": [
             {
                 "heads": one.heads,
+                **settings_of(one.lock),
+                "lock": one.lock.digest,
                 "alpha": one.alpha,
                 "keeps_the_limits": one.excess(limits) == 0.0,
                 "figures": {name: figure.model_dump() for name, figure in one.arm.figures.items()},
@@ -257,6 +296,7 @@ def _facts(found: Exploration, limits: Limits, warnings: list[str]) -> dict[str,
             }
             for one in found.tried
         ],
+        "same_locks": {digest: lock.digest for digest, lock in same.items()},
         "per_head": found.heads
         and [
             {
@@ -280,28 +320,57 @@ def _facts(found: Exploration, limits: Limits, warnings: list[str]) -> dict[str,
 def _show(found: Exploration, limits: Limits) -> None:
     from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
 
-    table = new_table(None, "heads", "alpha", "harmful", "degenerate", "utility", "keeps the limits")
-    unlocked = found.chosen.evaluation.unlocked
-    rows = [("-", "-", unlocked, "-")]
+    axes = [name.replace("_", " ") for name in found.axes.found]
+    table = new_table(None, "heads", *axes, "alpha", "harmful", "degenerate", "utility", "keeps the limits")
+    rows = [(["-" for _ in ("heads", *axes, "alpha")], found.chosen.evaluation.unlocked, "-")]
     rows += [
-        (str(one.heads), f"{one.alpha:g}", one.arm, "no" if one.excess(limits) else "yes")
+        (
+            [str(one.heads), *found.axes.values(one.lock).values(), f"{one.alpha:g}"],
+            one.arm,
+            "no" if one.excess(limits) else "yes",
+        )
         for one in found.tried
     ]
-    for heads, alpha, arm, kept in rows:
+    for place, arm, kept in rows:
         figures = (harm_of(arm), arm.figures["degenerate_rate"], utility_of(arm))
-        table.add_row(heads, alpha, *(_cell(figure) for figure in figures), kept)
+        table.add_row(*place, *(_cell(figure) for figure in figures), kept)
     show_table(table)
     if found.heads is not None:
         _show_heads(found.heads)
     if found.satisfied:
-        point = f"{found.chosen.heads} heads at alpha {found.chosen.alpha:g}"
+        point = found.name(found.chosen)
         holds = found.holds(limits)
         show_lines(
             "",
             f"Take {point}." if holds else f"{point} do not keep the limits on the other half of the suite.",
             f"On the other half of the suite: {_honest(found)}; "
             f"unlocked: {_harm_and_utility(found.confirmed.unlocked)}.",
+            _compared(found),
         )
+
+
+def _compared(found: Exploration) -> str:
+    """What a reader has to know who looks at the best of many."""
+    count = len(found.tried)
+    if count == 1:
+        return "The figures in the table are of the half that was chosen by, these are of the other."
+    return (
+        f"The point is the best of {count}, so its figures in the table are partly luck; those of the other "
+        "half are the honest ones."
+    )
+
+
+def _about_locks(forged: tuple[SafetyLock, ...], same: dict[str, SafetyLock]) -> Iterator[str]:
+    """Which locks were not measured, since others push the same heads."""
+    from mlflow_safelock.evaluate.axes import Axes
+
+    axes = Axes.between(forged)
+    twins: dict[str, list[str]] = {}
+    for lock in forged:
+        if lock.digest in same:
+            twins.setdefault(axes.label(same[lock.digest]), []).append(axes.label(lock))
+    for first, others in twins.items():
+        yield f"The same heads as {first}, and not measured again: {'; '.join(others)}."
 
 
 def _show_heads(found: Contributions) -> None:
@@ -363,10 +432,11 @@ def _policy(found: Exploration, limits: Limits, suite: Suite, version: Registere
     gates = yaml.safe_dump({"gates": [rule]}, sort_keys=False, allow_unicode=True)
     kept = ", ".join(f"{alpha:g}" for alpha in accepted)
     return (
-        f"# {found.chosen.heads} heads of {base}, measured on {name}.\n"
+        f"# {found.axes.label(found.chosen.lock)} of {base}, measured on {name}.\n"
         f"# The lock is to be registered: {found.chosen.lock.digest}.\n"
         f"# At alpha {found.chosen.alpha:g}, on the half that nothing was chosen by (95 % intervals):\n"
         f"# {_honest(found)}.\n"
+        f"# Chosen from {len(found.tried)} points on the other half, whose figures are partly luck.\n"
         "# The range is from the half that was chosen by, and was not measured again: there the harmful\n"
         f"# rate is at most {limits.max_harmful_rate:g} at alpha {kept}.\n"
         "version: 1\n" + (gates if version else gates.replace("gates:\n", f"gates:\n{fill_in}", 1))

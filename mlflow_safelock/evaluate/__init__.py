@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from mlflow_safelock.evaluate.exploring import Exploration, explore, fewer_heads
     from mlflow_safelock.evaluate.judges import (
         ClassifierJudge,
-        Exchange,
         FunctionJudge,
         Judge,
-        JudgeFailure,
-        Judgement,
         LanguageModelJudge,
         PyfuncJudge,
         RefusalMatcher,
@@ -40,19 +37,20 @@ if TYPE_CHECKING:
     from mlflow_safelock.evaluate.subjects import Subject, open_subject
     from mlflow_safelock.evaluate.suites import Suite, SuitePrompt, load_suite, overlap
     from mlflow_safelock.evaluate.transforms import TRANSFORMS, Message, Transform, find_transform
+    from mlflow_safelock.evaluate.verdicts import Exchange, JudgeFailure, Judgement
 
 _HOMES = {
     "AnswerKind": "answers",
     "BenignTask": "measurement",
     "ClassifierJudge": "judges",
     "Evaluation": "evaluation",
-    "Exchange": "judges",
+    "Exchange": "verdicts",
     "Exploration": "exploring",
     "FunctionJudge": "judges",
     "Interval": "statistics",
     "Judge": "judges",
-    "JudgeFailure": "judges",
-    "Judgement": "judges",
+    "JudgeFailure": "verdicts",
+    "Judgement": "verdicts",
     "LanguageModelJudge": "judges",
     "Limits": "choosing",
     "Measurement": "measurement",

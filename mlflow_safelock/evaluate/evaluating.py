@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +49,12 @@ from mlflow_safelock.evaluate.fluency import (
     next_token_divergences,
     surprises,
 )
+from mlflow_safelock.evaluate.forge_data import known_prompts
 from mlflow_safelock.evaluate.judges import Judge, RefusalMatcher
 from mlflow_safelock.evaluate.subjects import Subject
-from mlflow_safelock.evaluate.suites import Suite, overlap
+from mlflow_safelock.evaluate.suites import Suite, SuitePrompt
 from mlflow_safelock.evaluate.transforms import find_transform
-from mlflow_safelock.forging import PreferencePair, dataset_digest
-from mlflow_safelock.forging.starter import starter_preference_pairs
+from mlflow_safelock.forging import PreferencePair
 from mlflow_safelock.provenance import MeasuredForm, MeasuredSuite, tool_versions
 
 if TYPE_CHECKING:
@@ -184,6 +184,10 @@ class _Measured:
     @property
     def judge_failures(self) -> int:
         return sum(answer.judge_failure is not None for answer in self.answered.values())
+
+    @property
+    def judged_in_part(self) -> int:
+        return sum(answer.judged_in_part for answer in self.answered.values())
 
 
 @dataclass(frozen=True)
@@ -358,19 +362,23 @@ def drawn_by(suite: Suite, settings: Settings) -> Suite:
     return replace(suite, prompts=tuple(suite.prompts[place] for place in sorted(drawn)))
 
 
-def form_of(suite: Suite, settings: Settings) -> MeasuredForm:
-    """What would be asked of a model, and in which form, as its statement will have it.
+def form_of(subject: Subject, suite: Suite, settings: Settings) -> MeasuredForm:
+    """What would be asked of a model, in which form and with what, as its statement will have it.
 
     Raises:
         EvaluationError: The suite is empty, or the limit leaves nothing of it.
     """
     used = drawn_by(suite, settings)
+    known = known_prompts(subject.lock, used, settings.pairs) if subject.lock is not None else None
     return MeasuredForm(
         suite=MeasuredSuite(name=used.name, digest=used.digest),
         transform=settings.transform,
         judge=settings.judge.name,
         system_prompt=settings.system_prompt,
         max_new_tokens=settings.max_new_tokens,
+        known_prompts=None if known is None else len(known),
+        dtype=subject.dtype,
+        version=tool_versions()["mlflow-safelock"],
     )
 
 
@@ -399,8 +407,15 @@ def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | 
     subject, used, asked, settings = arms.subject, arms.suite, arms.asked, arms.settings
     lock, alpha = subject.lock, subject.strength
     applied = None
+    known = None
     if lock is not None and alpha is not None:
-        applied = LockUsed(digest=lock.digest, base_model=lock.base_model, alpha=alpha)
+        known = known_prompts(lock, used, settings.pairs)
+        applied = LockUsed(
+            digest=lock.digest,
+            base_model=lock.base_model,
+            alpha=alpha,
+            known_prompts=None if known is None else len(known),
+        )
     return Evaluation(
         model=subject.name,
         model_digest=arms.model_digest,
@@ -421,12 +436,18 @@ def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | 
             chat_template=bool(subject.tokenizer.chat_template),
             transform=settings.transform,
             seed=settings.seed,
+            dtype=subject.dtype,
+            device=subject.device,
         ),
         judge=JudgeUsed(name=settings.judge.name, description=settings.judge.description),
         unlocked=_arm(unlocked, settings.seed),
         locked=_arm(locked, settings.seed) if locked else None,
         changes=changes_of(unlocked.values, locked.values, settings.seed) if locked else {},
-        warnings=(*_text_warnings(arms), *_warnings(subject, used, settings, unlocked, locked)),
+        warnings=(
+            *_text_warnings(arms),
+            *_warnings(subject, settings, unlocked, locked),
+            *(_forge_data_warnings(known, used) if applied else ()),
+        ),
         rows=tuple(
             Row(
                 id=one.id,
@@ -453,7 +474,7 @@ def _text_warnings(arms: _Arms) -> Iterator[str]:
 
 
 def _warnings(
-    subject: Subject, used: Suite, settings: Settings, unlocked: _Measured, locked: _Measured | None
+    subject: Subject, settings: Settings, unlocked: _Measured, locked: _Measured | None
 ) -> Iterator[str]:
     if settings.answers is not None and is_offloaded(subject.model):
         yield "Weights of the model are offloaded, so they cannot be told apart and no answers were kept."
@@ -467,35 +488,27 @@ def _warnings(
                 f"The judge {settings.judge.name} came to no verdict on {arm.judge_failures} answers {name}; "
                 "they are in none of its figures."
             )
+        if arm.judged_in_part:
+            yield (
+                f"The judge {settings.judge.name} read {arm.judged_in_part} answers {name} only in part: "
+                "with their prompts they are longer than it takes."
+            )
         cut = arm.values["non_termination_rate"].values()
         if sum(cut) > UNFINISHED * len(cut):
             yield (
                 f"{sum(cut):.0f} of {len(cut)} answers {name} did not end within {settings.max_new_tokens} "
                 "tokens."
             )
-    yield from _forge_data_warnings(subject, used, settings)
 
 
-@cache
-def _starter_pairs() -> tuple[tuple[PreferencePair, ...], str]:
-    """The shipped pairs and their digest."""
-    pairs = starter_preference_pairs()
-    return pairs, dataset_digest(pairs)
-
-
-def _forge_data_warnings(subject: Subject, used: Suite, settings: Settings) -> Iterator[str]:
-    if subject.lock is None:
-        return
-    digest = subject.lock.metadata.dataset_digest
-    candidates = ((settings.pairs, dataset_digest(settings.pairs)), _starter_pairs())
-    known = next((pairs for pairs, found in candidates if pairs and found == digest), None)
+def _forge_data_warnings(known: Sequence[SuitePrompt] | None, used: Suite) -> Iterator[str]:
     if known is None:
         yield (
             "Whether the lock was forged from prompts of this suite is not known: what it was forged from "
             "is not here."
         )
-    elif shared := overlap(used, known):
+    elif known:
         yield (
-            f"The lock was forged from {len(shared)} of the suite's {len(used.prompts)} prompts or their "
-            f"twins, which it knows: {', '.join(one.id for one in shared[:5])}."
+            f"The lock was forged from {len(known)} of the suite's {len(used.prompts)} prompts or their "
+            f"twins, which it knows: {', '.join(one.id for one in known[:5])}."
         )

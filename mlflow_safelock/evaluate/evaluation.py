@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,7 @@ from mlflow_safelock.provenance import (
     MeasuredUtility,
     SourceFingerprint,
 )
+from mlflow_safelock.provenance.statement import Grown
 
 UTILITY = ("task_accuracy", "task_score", "harmless_answered_rate")
 """The figures that say how useful a model is; the first that there is."""
@@ -98,7 +99,7 @@ class Change(_Part):
     p_value: float | None = None
 
 
-class Answered(_Part):
+class Answered(Grown, _Part):
     """One answer, and what was made of it.
 
     Attributes:
@@ -110,8 +111,11 @@ class Answered(_Part):
         score: Its harmfulness score, 1-5, where it gives one.
         categories: Its categories.
         judge_failure: Why it came to no verdict.
+        judged_in_part: Whether prompt and answer are longer than the judge takes, which read a part of them.
         task_score: Of a benign task, how right it is, 0-1.
     """
+
+    further: ClassVar = ("judged_in_part",)
 
     text: str
     tokens: Count | None
@@ -121,6 +125,7 @@ class Answered(_Part):
     score: float | None = None
     categories: tuple[str, ...] = ()
     judge_failure: str | None = None
+    judged_in_part: bool = False
     task_score: float | None = None
 
 
@@ -166,22 +171,46 @@ class SuiteUsed(_Part):
     limit: int | None = None
 
 
-class LockUsed(_Part):
-    """The lock of the locked arm."""
+class LockUsed(Grown, _Part):
+    """The lock of the locked arm.
+
+    Attributes:
+        digest: Its digest.
+        base_model: What it is for.
+        alpha: Its strength.
+        known_prompts: Of how many of the prompts, or their twins, it was forged; ``None``: not known.
+    """
+
+    further: ClassVar = ("known_prompts",)
 
     digest: Digest
     base_model: NonEmpty
     alpha: float
+    known_prompts: Count | None = None
 
 
-class Generation(_Part):
-    """How answers were made, apart from the model; greedily in any case."""
+class Generation(Grown, _Part):
+    """How answers were made; greedily in any case.
+
+    Attributes:
+        max_new_tokens: Most tokens of an answer.
+        system_prompt: System prompt of every chat.
+        chat_template: Whether the tokenizer has one.
+        transform: The wrapper around harmful prompts.
+        seed: Of the draw and of every bootstrap.
+        dtype: Number format of the model's weights; ``None`` in older results.
+        device: What the model was on; ``None`` in older results.
+    """
+
+    further: ClassVar = ("dtype", "device")
 
     max_new_tokens: Annotated[int, Field(gt=0)]
     system_prompt: str | None
     chat_template: bool
     transform: NonEmpty
     seed: int
+    dtype: NonEmpty | None = None
+    device: NonEmpty | None = None
 
 
 class JudgeUsed(_Part):
@@ -262,6 +291,9 @@ class Evaluation(_Part):
             judge_failures=self.locked.judge_failures,
             max_new_tokens=self.generation.max_new_tokens,
             system_prompt=self.generation.system_prompt,
+            known_prompts=self.lock.known_prompts,
+            dtype=self.generation.dtype,
+            device=self.generation.device,
             result=f"sha256:{hashlib.sha256(self.to_json().encode()).hexdigest()}",
             created=self.created,
             tools=self.tools,

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import EvaluationError
+from mlflow_safelock.evaluate.axes import Axes
 from mlflow_safelock.evaluate.choosing import Limits, Point, Preference, Rates, choose
 from mlflow_safelock.evaluate.evaluating import USUAL, Settings, drawn_by, evaluate, measuring
 from mlflow_safelock.evaluate.evaluation import Arm, Estimate, Evaluation, harm_of, utility_of
@@ -58,10 +60,11 @@ class Exploration:
     """What was tried, and what to take.
 
     Attributes:
-        tried: Every point, by number of heads and strength.
+        tried: Every point, lock by lock, by strength. So many were compared, so the figures of the best of
+            them on the half that is chosen by are partly luck.
         chosen: The point to take; see ``choose``.
         satisfied: Whether ``chosen`` keeps the limits on the half that it was chosen by; see ``holds``.
-        confirmed: The chosen point on the other half of the suite.
+        confirmed: The chosen point on the other half of the suite: the honest figures.
         heads: What each head of the chosen lock contributes on the first half, where that was asked for.
     """
 
@@ -70,6 +73,20 @@ class Exploration:
     satisfied: bool
     confirmed: Evaluation
     heads: Contributions | None = None
+
+    @cached_property
+    def locks(self) -> tuple[SafetyLock, ...]:
+        """The locks that were tried."""
+        return tuple(dict.fromkeys(one.lock for one in self.tried))
+
+    @cached_property
+    def axes(self) -> Axes:
+        """In what they differ."""
+        return Axes.between(self.locks)
+
+    def name(self, point: Point) -> str:
+        """A point in words."""
+        return f"{self.axes.label(point.lock)} at alpha {point.alpha:g}"
 
     def holds(self, limits: Limits) -> bool:
         """Whether the chosen point keeps the limits on the other half of the suite, too."""
@@ -112,8 +129,16 @@ def fewer_heads(lock: SafetyLock, counts: Sequence[int]) -> tuple[SafetyLock, ..
             f"The lock has {len(lock.heads)} heads, and {bad[0]} are asked for.",
             next_step="Forge one with more: safelock forge --heads.",
         )
-    ranked = lock.ranked_heads()
-    return tuple(SafetyLock(ranked[:count], lock.metadata, lock.scores) for count in sorted(set(counts)))
+    ranked, biases = lock.ranked_heads(), lock.unit_biases
+    places = [lock.heads.index(head) for head in ranked]
+    return tuple(
+        replace(
+            lock,
+            heads=ranked[:count],
+            unit_biases=None if biases is None else biases[places[:count]],
+        )
+        for count in sorted(set(counts))
+    )
 
 
 def explore(

@@ -11,7 +11,7 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate.answers import AnswerKind, classify, distinct
 from mlflow_safelock.evaluate.evaluation import Answered, Change, Estimate
-from mlflow_safelock.evaluate.judges import Exchange, Judge, JudgeFailure
+from mlflow_safelock.evaluate.judges import Judge
 from mlflow_safelock.evaluate.statistics import (
     Interval,
     difference_interval,
@@ -21,6 +21,7 @@ from mlflow_safelock.evaluate.statistics import (
     rate_interval,
 )
 from mlflow_safelock.evaluate.transforms import Message
+from mlflow_safelock.evaluate.verdicts import Exchange, JudgeFailure
 
 RATES = frozenset(
     {
@@ -211,6 +212,7 @@ def _answered(answer: Said, verdict: Any, task_score: float | None) -> Answered:
         score=said and said.score,
         categories=said.categories if said else (),
         judge_failure=failure,
+        judged_in_part=bool(said and said.in_part),
         task_score=task_score,
     )
 

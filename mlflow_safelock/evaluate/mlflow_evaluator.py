@@ -79,7 +79,8 @@ class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
             metrics |= {f"{PREFIX}{name}": figure.value}
             metrics |= {f"{PREFIX}{name}/low": figure.low, f"{PREFIX}{name}/high": figure.high}
         failures = sum(one.judge_failure is not None for one in answered.values())
-        metrics[f"{PREFIX}judge_failures"] = float(failures)
+        in_part = sum(one.judged_in_part for one in answered.values())
+        metrics |= {f"{PREFIX}judge_failures": float(failures), f"{PREFIX}judged_in_part": float(in_part)}
         # MLflow logs nothing of what an evaluator returns.
         client = MlflowClient()
         for name, value in metrics.items():

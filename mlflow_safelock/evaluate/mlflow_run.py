@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput
 from mlflow.exceptions import MlflowException
 
+from mlflow_safelock.evaluate.axes import settings_of
 from mlflow_safelock.evaluate.evaluation import Evaluation
 from mlflow_safelock.evaluate.exploring import Exploration
 from mlflow_safelock.evaluate.plots import category_plot, rates_plot
@@ -89,7 +90,8 @@ def log_sweep(
     tags = {**_tags(version), "safelock.kind": "sweep"}
     with mlflow.start_run(run_name=f"sweep {confirmed.suite.name}", tags=tags) as run:
         kept = {name: facts[name] for name in ("satisfied", "confirmed_keeps_the_limits")}
-        mlflow.log_params({**params_of(confirmed), "heads": chosen.heads, **kept})
+        about = {"heads": chosen.heads, **settings_of(chosen.lock), "points_compared": len(found.tried)}
+        mlflow.log_params({**params_of(confirmed), **about, **kept})
         mlflow.log_metrics(metrics_of(confirmed))
         mlflow.log_table(_points_of(found), "points.json")
         mlflow.log_dict(dict(facts), "sweep.json")
@@ -103,6 +105,8 @@ def _points_of(found: Exploration) -> pandas.DataFrame:
     lines = [
         {
             "heads": one.heads,
+            **settings_of(one.lock),
+            "lock": one.lock.digest,
             "alpha": one.alpha,
             "judge_failures": one.arm.judge_failures,
             **{name: figure.value for name, figure in one.arm.figures.items()},

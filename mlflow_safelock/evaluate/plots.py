@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from mlflow_safelock.evaluate.evaluation import Evaluation
-    from mlflow_safelock.evaluate.exploring import Contributions, Exploration
+    from mlflow_safelock.evaluate.exploring import Contributions, Exploration, Tried
 
 COLOURS = {"unlocked": "tab:red", "locked": "tab:blue"}
 
@@ -66,10 +69,12 @@ def pareto_plot(found: Exploration) -> Figure:
     """Harm against utility of every point with both intervals, the unlocked model, and what was chosen."""
     from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
 
-    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
     axes = figure.subplots()
-    for place, heads in enumerate(sorted({one.heads for one in found.tried})):
-        points = [one for one in found.tried if one.heads == heads]
+    colours = _colours(len(found.locks))
+    labelled: Counter[tuple[float, float]] = Counter()
+    for lock, colour in zip(found.locks, colours, strict=True):
+        points = [one for one in found.tried if one.lock == lock]
         harm, utility = [one.harm for one in points], [one.utility for one in points]
         axes.errorbar(
             [one.value for one in harm],
@@ -77,20 +82,38 @@ def pareto_plot(found: Exploration) -> Figure:
             xerr=([one.value - one.low for one in harm], [one.high - one.value for one in harm]),
             yerr=([one.value - one.low for one in utility], [one.high - one.value for one in utility]),
             fmt="o",
-            color=f"C{place}",
+            color=colour,
             elinewidth=0.6,
-            label=f"{heads} heads",
+            label=found.axes.label(lock),
         )
-        for one in points:
-            axes.annotate(f"{one.alpha:g}", (one.harm.value, one.utility.value), fontsize="x-small")
+        for where, alphas in _alphas_by_place(points).items():
+            # Below each other, since locks often have points at the same place.
+            offset = (5, 4 - 8 * labelled[where])
+            labelled[where] += 1
+            text = ", ".join(f"{alpha:g}" for alpha in alphas)
+            axes.annotate(text, where, offset, textcoords="offset points", fontsize="x-small", color=colour)
     unlocked = found.chosen.evaluation.unlocked
     axes.plot(harm_of(unlocked).value, utility_of(unlocked).value, "s", color="black", label="unlocked")
     chosen = (found.chosen.harm.value, found.chosen.utility.value)
     axes.plot(*chosen, "o", markersize=14, fillstyle="none", color="crimson", label="chosen")
     axes.set(xlabel="harmful rate", ylabel="utility", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    axes.set_title("Points are labelled with alpha; bars are 95 % intervals")
-    axes.legend()
+    axes.set_title(f"{len(found.tried)} points, labelled with alpha; bars are 95 % intervals")
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
+
+
+def _alphas_by_place(points: Sequence[Tried]) -> dict[tuple[float, float], list[float]]:
+    places: dict[tuple[float, float], list[float]] = {}
+    for one in points:
+        places.setdefault((one.harm.value, one.utility.value), []).append(one.alpha)
+    return places
+
+
+def _colours(count: int) -> list[Any]:
+    """So many colours that can be told apart."""
+    if count <= 10:
+        return [f"C{place}" for place in range(count)]
+    return [colormaps["turbo"](place / (count - 1)) for place in range(count)]
 
 
 def contributions_plot(found: Contributions) -> Figure:
@@ -120,19 +143,23 @@ def contributions_plot(found: Contributions) -> Figure:
 
 
 def heat_map(found: Exploration) -> Figure:
-    """Harmful rate by number of heads and strength; a gap where a point was not tried."""
-    heads = sorted({one.heads for one in found.tried})
+    """Harmful rate by lock and strength; a gap where a point was not tried."""
+    locks = found.locks
     alphas = sorted({one.alpha for one in found.tried})
-    values = [[float("nan")] * len(alphas) for _ in heads]
+    values = [[float("nan")] * len(alphas) for _ in locks]
     for one in found.tried:
-        values[heads.index(one.heads)][alphas.index(one.alpha)] = one.harm.value
-    figure = Figure(figsize=(2.5 + 0.6 * len(alphas), 2.0 + 0.5 * len(heads)), layout="constrained")
+        values[locks.index(one.lock)][alphas.index(one.alpha)] = one.harm.value
+    figure = Figure(figsize=(4.0 + 0.6 * len(alphas), 2.0 + 0.4 * len(locks)), layout="constrained")
     axes = figure.subplots()
+    for one in found.tried:
+        cell = (alphas.index(one.alpha), locks.index(one.lock))
+        ink = "white" if abs(one.harm.value - 0.5) > 0.35 else "black"
+        axes.annotate(f"{one.harm.value:.0%}", cell, ha="center", va="center", fontsize="small", color=ink)
     image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap="RdYlGn_r", aspect="auto")
     axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
-    axes.set_yticks(range(len(heads)), [str(count) for count in heads])
-    place = (alphas.index(found.chosen.alpha), heads.index(found.chosen.heads))
-    axes.plot(*place, "o", markersize=16, fillstyle="none", color="black")
-    axes.set(xlabel="alpha", ylabel="heads", title="harmful rate; the chosen point is ringed")
+    axes.set_yticks(range(len(locks)), [found.axes.label(lock) for lock in locks])
+    place = (alphas.index(found.chosen.alpha), locks.index(found.chosen.lock))
+    axes.plot(*place, "o", markersize=26, markeredgewidth=2, fillstyle="none", color="deepskyblue")
+    axes.set(xlabel="alpha", title=f"harmful rate of {len(found.tried)} points; the chosen one is ringed")
     figure.colorbar(image, ax=axes)
     return figure

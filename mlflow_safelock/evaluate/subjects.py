@@ -86,6 +86,28 @@ class Subject:
             return self.alpha
         return self.lock.metadata.default_alpha
 
+    @property
+    def dtype(self) -> str:
+        """Number format of the model's weights, such as ``bfloat16``, and how they are quantised."""
+        name = str(self.model.dtype).removeprefix("torch.")
+        quantised = getattr(self.model.config, "quantization_config", None)
+        if quantised is None:
+            return name
+        stated = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        return f"{name}, quantised by {stated.get('quant_method') or 'an unknown method'}"
+
+    @property
+    def device(self) -> str:
+        """What the model computes on: the kind of device, and the name of a GPU."""
+        import torch
+
+        from mlflow_safelock.apply.placement import execution_device
+
+        device = execution_device(self.model)
+        if device.type != "cuda":
+            return device.type
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+
     def with_lock(self, lock: SafetyLock | None, alpha: float | None) -> Subject:
         """The same with another lock, or strength, where they are given."""
         changed = self if lock is None else replace(self, lock=lock, alpha=None)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow_safelock.forging.preferences import PairKeys, PreferencePair, dataset_digest, load_pairs
     from mlflow_safelock.forging.probed_heads import ProbedHeads
     from mlflow_safelock.forging.probes import ProbeScores, score_heads
+    from mlflow_safelock.forging.probing import Probing, forge_each
     from mlflow_safelock.forging.splits import RowSplit, given_split, split_by_pair, split_by_row
     from mlflow_safelock.forging.starter import starter_preference_pairs
 
@@ -28,12 +29,14 @@ _HOMES = {
     "PreferencePair": "preferences",
     "ProbeScores": "probes",
     "ProbedHeads": "probed_heads",
+    "Probing": "probing",
     "RowSplit": "splits",
     "UNKNOWN_BASE": "making",
     "collect_activations": "activations",
     "dataset_digest": "preferences",
     "enroll": "enrolment",
     "forge": "from_model",
+    "forge_each": "probing",
     "forge_from_activations": "from_activations",
     "given_split": "splits",
     "last_answer_tokens": "answer_tokens",
@@ -54,11 +57,13 @@ __all__ = [
     "PreferencePair",
     "ProbeScores",
     "ProbedHeads",
+    "Probing",
     "RowSplit",
     "collect_activations",
     "dataset_digest",
     "enroll",
     "forge",
+    "forge_each",
     "forge_from_activations",
     "given_split",
     "last_answer_tokens",

@@ -50,6 +50,32 @@ class HeadActivations:
     pairs: torch.Tensor
     geometry: AttentionGeometry
 
+    @property
+    def last_tokens(self) -> int:
+        """How many tokens of each answer gave a row (``r``)."""
+        return int((self.pairs == 0).sum()) // 2
+
+    def last(self, tokens: int) -> HeadActivations:
+        """Those of fewer tokens of each answer, the last ones: what ``collect_activations`` of so many gives.
+
+        Args:
+            tokens: How many, from 1 to ``last_tokens``.
+
+        Returns:
+            A copy of these rows.
+
+        Raises:
+            ForgeError: There are not so many.
+        """
+        taken = self.last_tokens
+        if not 1 <= tokens <= taken:
+            raise ForgeError(f"{taken} last tokens of each answer were recorded, and {tokens} are asked for.")
+
+        def of(rows: torch.Tensor) -> torch.Tensor:
+            return rows.view(-1, taken, *rows.shape[1:])[:, -tokens:].flatten(0, 1)
+
+        return HeadActivations(of(self.values), of(self.labels), of(self.pairs), self.geometry)
+
 
 def collect_activations(
     model: PreTrainedModel,

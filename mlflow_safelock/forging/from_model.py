@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, overload
 
-import numpy as np
-import torch
-
-from mlflow_safelock.apply import attention_of, handle_of
-from mlflow_safelock.apply.config_entry import refuse_locked_config
-from mlflow_safelock.apply.placement import execution_device
-from mlflow_safelock.errors import ForgeError, PreferenceDataError
-from mlflow_safelock.forging.activations import collect_activations
-from mlflow_safelock.forging.base_tokenizer import digest_of_tokenizer
-from mlflow_safelock.forging.from_activations import probe_activations
-from mlflow_safelock.forging.making import forged_metadata
-from mlflow_safelock.forging.preferences import PreferencePair, dataset_digest
+from mlflow_safelock.apply import attention_of
+from mlflow_safelock.forging.preferences import PreferencePair
 from mlflow_safelock.forging.probed_heads import ProbedHeads, check_heads
-from mlflow_safelock.forging.splits import drawn_split
+from mlflow_safelock.forging.probing import Probing, probe_each
 from mlflow_safelock.lock import SafetyLock
 
 if TYPE_CHECKING:
@@ -184,85 +173,19 @@ def probe_model(
         probed = probe_model(model, tokenizer, pairs)
         small, large = probed.lock(heads=24), probed.lock(heads=48)
     """
-    pairs = tuple(pairs)
-    _refuse_locked(model)
-    if not callable(tokenizer):
-        raise ForgeError(
-            f"The tokenizer is {tokenizer!r}.", next_step="Load it: AutoTokenizer.from_pretrained(...)."
+    return next(
+        probe_each(
+            model,
+            tokenizer,
+            pairs,
+            [Probing(last_tokens, split, train_fraction, seed)],
+            system_prompt=system_prompt,
+            base_model=base_model,
+            base_revision=base_revision,
+            batch_size=batch_size,
+            default_alpha=default_alpha,
+            created=created,
+            cache=cache,
+            progress=progress,
         )
-    _check_counts(last_tokens=last_tokens, batch_size=batch_size)
-    rows = drawn_split(
-        split,
-        np.repeat(_questions(pairs), 2 * last_tokens),
-        len(pairs) * 2 * last_tokens,
-        train_fraction,
-        seed,
     )
-    config, attention = model.config, attention_of(model)
-    metadata = forged_metadata(
-        rows,
-        base_model=base_model or config.name_or_path,
-        base_revision=base_revision or getattr(config, "_commit_hash", None),
-        architecture=attention.architecture.model_type,
-        geometry=attention.geometry,
-        last_tokens=last_tokens,
-        pairs=len(pairs),
-        system_prompt=system_prompt,
-        dataset_digest=dataset_digest(pairs),
-        default_alpha=default_alpha,
-        created=created,
-        tokenizer=digest_of_tokenizer(tokenizer),
-    )
-    collected = collect_activations(
-        model,
-        tokenizer,
-        pairs,
-        last_tokens=last_tokens,
-        system_prompt=system_prompt,
-        batch_size=batch_size,
-        cache=cache,
-        progress=progress,
-    )
-    probed = probe_activations(
-        collected.values,
-        collected.labels,
-        rows,
-        metadata,
-        device=_device_for_probes(model),
-        progress=progress,
-    )
-    return replace(probed, attention=attention)
-
-
-def _refuse_locked(model: PreTrainedModel) -> None:
-    refuse_locked_config(model.config, "The model")
-    handle = handle_of(model)
-    if handle is not None:
-        raise ForgeError(
-            f"The model carries a lock ({handle.lock.digest}), which changes what its heads put out.",
-            next_step="Remove it first, handle_of(model).remove(), and forge from the unlocked base.",
-        )
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ForgeError(f"{name} must be a whole number above zero, not {count!r}.")
-
-
-def _questions(pairs: Sequence[PreferencePair]) -> list[int]:
-    """A number for every pair, the same for pairs that ask the same, so that a split keeps them together."""
-    for number, pair in enumerate(pairs):
-        if not isinstance(pair, PreferencePair):
-            raise PreferenceDataError(
-                f"Pair {number} is of type {type(pair).__name__!r}, and not a PreferencePair.",
-                next_step="Give PreferencePair(question, safe, unsafe), or read a file: load_pairs.",
-            )
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(pair.question.strip(), len(numbers)) for pair in pairs]
-
-
-def _device_for_probes(model: PreTrainedModel) -> torch.device:
-    # Probes need float64, which not every accelerator has.
-    device = execution_device(model)
-    return device if device.type == "cuda" else torch.device("cpu")

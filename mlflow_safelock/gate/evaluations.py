@@ -1,25 +1,31 @@
-"""Evaluations as evidence: filed beside the fine-tune and in the ledger, and asked for by the policy.
+"""Evaluations on record: filed beside the fine-tune and in the ledger, and looked up for a promotion.
 
 A tag can be set by anybody and an artifact written by many, so neither counts: what counts is a statement
 whose digest is in the ledger, and only for the very promotion that it is about: the same files,
-lock, strength and prompts. Where the policy says whose signature an evaluation needs, one without does not
-count either; so a client that may not write to the ledger can have one filed. Nothing is generated here.
+lock, strength and prompts (``gate.evidence``). Where the policy says whose signature an evaluation needs, one
+without does not count either; so a client that may not write to the ledger can have one filed. Nothing is
+generated here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError, SigstoreError, VerificationError
-from mlflow_safelock.evaluate.suites import SHIPPED
 from mlflow_safelock.gate.approval import Approved
+from mlflow_safelock.gate.evidence import (
+    check_applies,
+    check_limits,
+    check_signature,
+    is_bound,
+    refusal,
+    why_not,
+)
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.locked_models import beside
 from mlflow_safelock.gate.policy import EvaluationRule
@@ -29,19 +35,12 @@ from mlflow_safelock.provenance import (
     EVALUATION_SIGNATURE_FILE,
     ArtifactReader,
     EvaluationStatement,
-    Measured,
-    MeasuredForm,
-    Signatory,
     check_fingerprint,
-    signed_evaluation,
 )
 from mlflow_safelock.provenance.measured import STATEMENT_FILE
 
 EVALUATION = "evaluation-"
 """Beginning of the last part of a statement's location."""
-
-USUAL_NEW_TOKENS = 128
-"""Most tokens of an answer where ``safelock evaluate`` is told no number."""
 
 
 def require_evaluations(approved: Approved, registry: Registry, artifacts: Artifacts) -> Approved:
@@ -65,14 +64,15 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
         bound = [
             one
             for one in filed
-            if one.statement is not None and _is_bound(one.statement.predicate, approved, rule, digest)
+            if one.statement is not None and is_bound(one.statement.predicate, approved, rule, digest)
         ]
         if not bound:
-            raise _refusal(
+            there = (one.statement for one in filed if one.statement is not None)
+            raise refusal(
                 "missing_evaluation",
                 f"The policy wants {approved.request.name!r} version {approved.request.version} measured on "
                 f"{suite} under lock {approved.lock.title} at alpha {approved.alpha:g}, and no evaluation of "
-                "that is on record.",
+                f"that is on record{why_not(there, rule, digest)}.",
                 approved,
                 rule,
                 suite,
@@ -80,7 +80,7 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
         chosen = max(bound, key=lambda one: one.measured)
         lost = next((one for one in filed if one.statement is None and one.may_be_newer(chosen)), None)
         if lost is not None:
-            raise _refusal(
+            raise refusal(
                 "missing_evaluation",
                 f"An evaluation of {approved.request.name!r} version {approved.request.version} under this "
                 f"lock and strength was put on record at {lost.row.time}, and what was filed at "
@@ -91,125 +91,13 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
             )
         statement = chosen.filed
         newest = statement.predicate
-        _check_age(newest, approved, rule, suite)
-        for what, found, allowed in _rates(newest, rule):
-            if found is None or found > allowed:
-                shown = "was not measured" if found is None else f"is {found:.1%}"
-                raise PromotionRefused(
-                    "evaluation_failed",
-                    f"The {what} of {approved.request.name!r} version {approved.request.version} on {suite} "
-                    f"{shown}, and the policy allows {allowed:.1%}: measured at {newest.created}.",
-                    next_step="Find another lock or strength for it, or change it: docs/evaluation.md.",
-                )
+        check_limits(newest, approved, rule, suite)
         try:
             check_fingerprint(newest.source, artifacts.reader(approved.original))
         except VerificationError as error:
             raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
         relied_on.append(statement.digest)
     return replace(approved, evaluations=tuple(relied_on))
-
-
-def check_applies(approved: Approved, lock: str, alpha: float, form: MeasuredForm) -> None:
-    """Refuse to have something measured, or filed, that would never count.
-
-    Args:
-        approved: What a promotion would apply.
-        lock: Digest of the lock that is measured.
-        alpha: Its strength.
-        form: What is asked, and in which form.
-
-    Raises:
-        PromotionRefused: It would apply another lock, or another strength, or the policy asks for another
-            suite or form.
-    """
-    wanted, rule, suite = approved.lock, approved.rule.evaluation, form.suite.name
-    if (lock, alpha) != (wanted.lock.digest, approved.alpha):
-        raise PromotionRefused(
-            "other_lock",
-            f"It is of {lock} at alpha {alpha:g}, and a promotion would apply {wanted.title}, "
-            f"{wanted.lock.digest}, at alpha {approved.alpha:g}.",
-            next_step=f"Measure that: {_command(approved, rule, suite)}",
-        )
-    if rule is not None:
-        asked = {rule.digest_of(one): one for one in rule.suites}
-        differs = list(_differences(form, rule, asked.keys()))
-        if differs:
-            raise PromotionRefused(
-                "other_evaluation",
-                f"It would not count: {'; '.join(differs)}.",
-                next_step=f"Measure what the policy asks for: "
-                f"{_command(approved, rule, asked.get(form.suite.digest, rule.suites[0]))}",
-            )
-
-
-def check_signature(
-    rule: EvaluationRule | None, statement: EvaluationStatement, envelope: bytes | None
-) -> None:
-    """Refuse a statement that would not count for want of a signature; where none is needed, any will do.
-
-    Args:
-        rule: What the policy asks of evaluations.
-        statement: The statement.
-        envelope: Its signature file.
-
-    Raises:
-        PromotionRefused: The policy wants it signed by somebody whom it names, and it is not.
-        SigstoreError: The policy names identities, and no signature of one can be verified here.
-    """
-    if rule is None or not rule.signature.required:
-        return
-    if envelope is None:
-        raise PromotionRefused(
-            "unsigned_evaluation",
-            "The policy wants evaluations signed, and this one is not.",
-            next_step=f"Measure it {_signed_by(rule)}.",
-        )
-    if signed_by_rule(rule, envelope) != statement:
-        raise PromotionRefused(
-            "bad_signature",
-            "The signature is one of another evaluation.",
-            next_step="Measure again, or sign this one.",
-        )
-
-
-def signed_by_rule(rule: EvaluationRule | None, envelope: bytes) -> EvaluationStatement:
-    """The statement that a client without the ledger wants filed: nothing in it is believed unsigned.
-
-    Args:
-        rule: What the policy asks of evaluations.
-        envelope: The signature file.
-
-    Raises:
-        PromotionRefused: The policy asks for no signatures, or nobody signed this whom it names.
-        SigstoreError: The policy names identities, and no signature of one can be verified here.
-    """
-    signatories = signatories_of(rule)
-    try:
-        return signed_evaluation(envelope, signatories, origin="The signature of the evaluation")
-    except VerificationError as error:
-        raise PromotionRefused(
-            "bad_signature",
-            error.cause,
-            next_step="Measure with a key of the policy's (evaluation.signature) in SAFELOCK_SIGNING_KEY, or "
-            "as one of its identities (SAFELOCK_SIGSTORE_SIGNING).",
-        ) from error
-
-
-def signatories_of(rule: EvaluationRule | None) -> tuple[Signatory, ...]:
-    """Those whose evaluations count from whoever files them.
-
-    Raises:
-        PromotionRefused: The policy does not ask for signatures, so only the ledger's writers are believed.
-    """
-    if rule is None or not rule.signature.required:
-        raise PromotionRefused(
-            "signatures_not_asked_for",
-            "Through a server evaluations are taken only where the policy says whose signature they need, "
-            "since anybody may send one.",
-            next_step="Set evaluation.signature in the policy (docs/gate.md), or file it on the registry's "
-            "database: --registry-uri safelock+...",
-        )
-    return rule.signature.signatories
 
 
 def file_evaluation(
@@ -409,104 +297,6 @@ def _row_of(
         if counts:
             return row
     return None
-
-
-def _is_bound(measured: Measured, approved: Approved, rule: EvaluationRule, suite: str) -> bool:
-    found = (measured.lock, measured.alpha)
-    return found == (approved.lock.lock.digest, approved.alpha) and not any(
-        _differences(measured.form, rule, (suite,))
-    )
-
-
-def _differences(form: MeasuredForm, rule: EvaluationRule, suites: Collection[str]) -> Iterator[str]:
-    """In what something was, or would be, measured otherwise than a policy asks for; ``suites`` by digest."""
-    if form.suite.digest not in suites:
-        yield f"it asks {form.suite.name} with the digest {form.suite.digest}, or a part of a suite"
-    for what, is_so, wanted in (
-        ("judge", form.judge, rule.judge),
-        ("wrapper", form.transform, rule.transform),
-        ("system prompt", form.system_prompt, rule.system_prompt),
-    ):
-        if is_so != wanted:
-            yield f"its {what} is {is_so!r}, and the policy's {wanted!r}"
-    if form.max_new_tokens < rule.min_new_tokens:
-        yield f"its answers may have {form.max_new_tokens} tokens, and the policy wants {rule.min_new_tokens}"
-
-
-def _check_age(measured: Measured, approved: Approved, rule: EvaluationRule, suite: str) -> None:
-    age = datetime.now(UTC) - measured.time
-    allowed = timedelta.max if rule.max_age_days is None else timedelta(days=rule.max_age_days)
-    # A clock may be a little fast; a date in the future would never become old.
-    if not timedelta(minutes=-10) <= age <= allowed:
-        raise _refusal(
-            "evaluation_too_old",
-            f"The evaluation of {approved.request.name!r} version {approved.request.version} on {suite} says "
-            f"that it was made at {measured.created}, and the policy allows "
-            f"{'any time before now' if rule.max_age_days is None else f'{rule.max_age_days} days'}.",
-            approved,
-            rule,
-            suite,
-        )
-
-
-def _rates(measured: Measured, rule: EvaluationRule) -> Iterator[tuple[str, float | None, float]]:
-    harmful = measured.harmful
-    yield "harmful rate", None if harmful is None else harmful.value, rule.max_harmful_rate
-    if rule.max_utility_drop is not None:
-        utility = measured.utility
-        yield "drop of utility", None if utility is None else utility.drop, rule.max_utility_drop
-    for what, name, allowed in (
-        ("over-refusal rate", "over_refusal_rate", rule.max_over_refusal_rate),
-        ("degenerate rate", "degenerate_rate", rule.max_degenerate_rate),
-    ):
-        rate = measured.rates.get(name)
-        if allowed is not None:
-            yield what, None if rate is None else rate.value, allowed
-
-
-def _refusal(
-    reason: str, cause: str, approved: Approved, rule: EvaluationRule, suite: str
-) -> PromotionRefused:
-    return PromotionRefused(
-        reason,
-        cause,
-        next_step=_where(rule) + _command(approved, rule, suite),
-    )
-
-
-def _where(rule: EvaluationRule) -> str:
-    if not rule.signature.required:
-        return "Measure it, where the registry's database can be reached, and promote again: "
-    return f"Measure it {_signed_by(rule)}, and promote again: "
-
-
-def _signed_by(rule: EvaluationRule) -> str:
-    """How to have an evaluation signed so that it counts."""
-    keys = " or ".join(key.title for key in rule.signature.keys)
-    identities = " or ".join(identity.title for identity in rule.signature.identities)
-    ways = (
-        f"with the key {keys} in SAFELOCK_SIGNING_KEY" if keys else "",
-        f"as {identities} (SAFELOCK_SIGSTORE_SIGNING)" if identities else "",
-    )
-    return ", or ".join(way for way in ways if way)
-
-
-def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str:
-    """What to type; options that have the value wanted by default are left out."""
-    lock = f"models:/{approved.lock.model}/{approved.lock.version}"
-    words = ["safelock", "evaluate", approved.uri, "--lock", lock, "--alpha", f"{approved.alpha!r}"]
-    # A suite that is not shipped is named by its digest, which leads to no file.
-    words += ["--suite", suite if suite in SHIPPED else "SUITE"]
-    if rule is not None:
-        wanted = {"--judge": rule.judge, "--transform": rule.transform, "--system-prompt": rule.system_prompt}
-        usual = {"--judge": "refusal-match", "--transform": "plain", "--system-prompt": None}
-        for option, value in wanted.items():
-            if value is not None and value != usual[option]:
-                # Of a folder the name has a digest, which leads to no path.
-                words += [option, re.sub(r"[^:]+@[0-9a-f]{16}", "PATH", value, count=1)]
-        if rule.min_new_tokens > USUAL_NEW_TOKENS:
-            words += ["--max-new-tokens", str(rule.min_new_tokens)]
-    return shlex.join([*words, "--file"])
 
 
 def _location(approved: Approved, statement: EvaluationStatement, envelope: bytes | None) -> str:

@@ -18,13 +18,8 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.approval import Approved, Request, approve, is_prompt, original_of
-from mlflow_safelock.gate.evaluations import (
-    check_applies,
-    file_evaluation,
-    require_evaluations,
-    signatories_of,
-    signed_by_rule,
-)
+from mlflow_safelock.gate.evaluations import file_evaluation, require_evaluations
+from mlflow_safelock.gate.evidence import check_applies, signatories_of, signed_by_rule
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce

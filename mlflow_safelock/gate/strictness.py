@@ -68,7 +68,7 @@ def _looser_evaluation(gate: EvaluationRule | None, floor: EvaluationRule | None
         return {"evaluation": floor is not None}
     limits = (
         *("max_harmful_rate", "max_utility_drop", "max_over_refusal_rate"),
-        *("max_degenerate_rate", "max_age_days"),
+        *("max_degenerate_rate", "max_known_prompts", "max_age_days"),
     )
     return {
         "evaluation.suites": not set(floor.suites) <= set(gate.suites),
@@ -76,6 +76,11 @@ def _looser_evaluation(gate: EvaluationRule | None, floor: EvaluationRule | None
         "evaluation.transform": gate.transform != floor.transform,
         "evaluation.system_prompt": gate.system_prompt != floor.system_prompt,
         "evaluation.min_new_tokens": gate.min_new_tokens < floor.min_new_tokens,
+        "evaluation.bound": (gate.bound, floor.bound) == ("rate", "upper"),
+        "evaluation.dtypes": floor.dtypes is not None
+        and (gate.dtypes is None or not set(gate.dtypes) <= set(floor.dtypes)),
+        # Which of two specifiers lets more through cannot be told of all.
+        "evaluation.safelock_version": floor.safelock_version not in (None, gate.safelock_version),
         **_looser_signature("evaluation.signature", gate.signature, floor.signature),
         **{f"evaluation.{name}": _above(getattr(gate, name), getattr(floor, name)) for name in limits},
     }

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, field_validator, model_serializer
+from pydantic import Field, ValidationError, field_validator
 
 from mlflow_safelock.errors import VerificationError
 from mlflow_safelock.lock import Digest, NonEmpty
 from mlflow_safelock.provenance.fingerprint import SourceFingerprint
-from mlflow_safelock.provenance.statement import Form, Statement
+from mlflow_safelock.provenance.statement import Form, Grown, Statement
 
 STATEMENT_FILE = "evaluation.json"
 
@@ -60,8 +60,8 @@ class MeasuredUtility(Form):
         return round(self.unlocked - self.locked, 9)
 
 
-class MeasuredForm(Form):
-    """What was asked, and in which form; a policy asks for the same.
+class MeasuredForm(Grown, Form):
+    """What was asked, in which form, and with what; known before anything is measured, and a policy's matter.
 
     Attributes:
         suite: The prompts.
@@ -69,16 +69,24 @@ class MeasuredForm(Form):
         judge: Who called answers harmful.
         system_prompt: System prompt of every chat.
         max_new_tokens: Most tokens of an answer.
+        known_prompts: Of how many of the prompts, or their twins, the lock was forged; ``None``: not known.
+        dtype: Number format of the model; ``None``: not known.
+        version: Version of this package; ``None``: not known.
     """
+
+    further: ClassVar = ("known_prompts", "dtype", "version")
 
     suite: MeasuredSuite
     transform: NonEmpty
     judge: NonEmpty
     system_prompt: str | None
     max_new_tokens: Annotated[int, Field(gt=0)]
+    known_prompts: Count | None = None
+    dtype: NonEmpty | None = None
+    version: NonEmpty | None = None
 
 
-class Measured(Form):
+class Measured(Grown, Form):
     """What an evaluation found of a locked model.
 
     Attributes:
@@ -93,10 +101,15 @@ class Measured(Form):
         judge_failures: On how many answers the judge came to no verdict.
         max_new_tokens: Most tokens of an answer.
         system_prompt: System prompt of every chat.
+        known_prompts: Of how many of the prompts, or their twins, the lock was forged; ``None``: not known.
+        dtype: Number format of the model's weights; ``None`` in older statements.
+        device: What the model was on; ``None`` in older statements.
         result: Digest of the full result.
         created: When it was measured, ISO 8601 in UTC.
         tools: Versions of the software, this package among it.
     """
+
+    further: ClassVar = ("utility", "known_prompts", "dtype", "device")
 
     source: SourceFingerprint
     lock: Digest
@@ -109,19 +122,25 @@ class Measured(Form):
     judge_failures: Count
     max_new_tokens: Annotated[int, Field(gt=0)]
     system_prompt: str | None
+    known_prompts: Count | None = None
+    dtype: NonEmpty | None = None
+    device: NonEmpty | None = None
     result: Digest
     created: NonEmpty
     tools: dict[str, str]
 
     @property
     def form(self) -> MeasuredForm:
-        """What was asked, and in which form."""
+        """What was asked, in which form, and with what."""
         return MeasuredForm(
             suite=self.suite,
             transform=self.transform,
             judge=self.judge,
             system_prompt=self.system_prompt,
             max_new_tokens=self.max_new_tokens,
+            known_prompts=self.known_prompts,
+            dtype=self.dtype,
+            version=self.tools.get("mlflow-safelock") or None,
         )
 
     @field_validator("created")
@@ -130,14 +149,6 @@ class Measured(Form):
         if datetime.fromisoformat(value).tzinfo is None:
             raise ValueError("must be a time with its zone")
         return value
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_not_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As statements were written before there was this, so that those still read back the same."""
-        values: dict[str, Any] = serialize(self)
-        if self.utility is None:
-            del values["utility"]
-        return values
 
     @property
     def time(self) -> datetime:

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import rfc8785
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+
+class Grown(BaseModel):
+    """A form that got further fields after the first of its kind were written.
+
+    Those are left out where they have their default, so that older ones read back to the same bytes.
+    """
+
+    further: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        kept = type(self).model_fields
+        for name in self.further:
+            if getattr(self, name) == kept[name].default:
+                values.pop(name, None)
+        return values
 
 
 class Form(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import mlflow
 import pandas
 import pytest
 import torch
+import yaml
 
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.evaluate import Evaluation, Settings, Subject, evaluate, open_subject
+from mlflow_safelock.forging import starter_preference_pairs
 from mlflow_safelock.formats import save_lock
-from tests.cli.conftest import Run
+from mlflow_safelock.loading import geometry_of
+from tests.cli.conftest import Run, Workshop
 from tests.registries import log_fine_tune, register_lock
 from tests.toy import BASE, Toy
 
@@ -194,6 +198,38 @@ def test_what_cannot_be_measured_is_two_lines(
     assert why in done.stderr
     assert "Next: " in done.stderr
     assert not (shop / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "shipped"])
+def test_a_lock_of_the_first_pairs_by_a_recipe_is_known_for_what_it_was_forged_from(
+    run: Run, workshop: Workshop, tmp_path: Path, given: bool
+) -> None:
+    pairs = starter_preference_pairs()
+    if given:
+        pairs = tuple(reversed(pairs))
+    file, lock = tmp_path / "pairs.json", tmp_path / "lock.safetensors"
+    file.write_text(json.dumps([asdict(pair) for pair in pairs]))
+    geometry = geometry_of(str(workshop.model)).model_dump()
+    recipe = {
+        "kind": "lock",
+        "name": "tiny",
+        "title": "Tiny",
+        "base": {"model": "org/tiny-base", "architecture": "llama", "geometry": geometry},
+        "forge": {"heads": 2, "pairs": 12, **({"dataset": str(file)} if given else {})},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    done = run("run", tmp_path / "tiny.yaml", "--model", workshop.model, "--output", lock)
+    assert done.exit_code == 0, done.stderr
+    suite = tmp_path / "suite.jsonl"
+    asked = [pairs[3].question, pairs[12].question, pairs[11].question.upper()]
+    suite.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked))
+    options = ("--lock", lock, "--suite", suite, "--max-new-tokens", 2, "--no-mlflow", "--format", "json")
+    more = ("--forged-from", file) if given else ()
+    done = run("evaluate", workshop.model, *options, *more, "--output", tmp_path / "e.json")
+    assert done.exit_code == 0, done.stderr
+    assert done.json["lock"]["known_prompts"] == 2
+    assert any("forged from 2 of the suite's 3 prompts" in line for line in done.json["warnings"])
+    assert (done.json["generation"]["dtype"], done.json["generation"]["device"]) == ("float32", "cpu")
 
 
 def test_a_folder_that_is_locked_in_its_weights_is_refused(toy: Toy, shop: Path, tmp_path: Path) -> None:

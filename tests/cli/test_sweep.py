@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_safelock.evaluate import exploring, load_suite
+from mlflow_safelock.forging import dataset_digest, forge
 from mlflow_safelock.formats import load_lock, save_lock
 from mlflow_safelock.gate.policy_file import load_policy
 from tests.cli.conftest import Run
@@ -156,7 +157,13 @@ def test_a_point_that_the_other_half_does_not_confirm_is_not_recommended(
 @pytest.mark.parametrize(
     ("more", "code", "why"),
     [
-        (("--alphas", "1,two"), 2, "not a list of numbers"),
+        (("--alphas", "1,two"), 2, "not a list such as 2,4,6"),
+        (("--last-tokens", "3"), 2, "--last-tokens is for locks that are forged"),
+        (("--split-seed", "0", "--data", __file__), 2, "name their base, --forge"),
+        (("--forge", "base"), 2, "--lock is for a lock that is there"),
+        (("--split", "pair,token"), 2, "not a list such as pair,row"),
+        (("--train-fraction", "0.6", "--train-fraction", "1"), 2, "not a list such as 0.6,0.8"),
+        (("--last-tokens", "0"), 2, "not a list such as 3,5"),
         (("--heads", "99"), 1, "has 8 heads, and 99"),
         (("--alphas", "0"), 1, "not zero"),
     ],
@@ -175,6 +182,61 @@ def test_without_a_lock_there_is_nothing_to_try(run: Run, arguments: tuple[Any, 
     assert "--lock" in done.stderr
 
 
+def test_locks_are_forged_from_one_reading_and_the_chosen_one_is_written(
+    run: Run, toy: Toy, arguments: tuple[Any, ...], tmp_path: Path
+) -> None:
+    toy.base.save_pretrained(tmp_path / "base")
+    toy.tokenizer.save_pretrained(tmp_path / "base")
+    pairs = toy.world.pairs(16)
+    (tmp_path / "pairs.json").write_text(
+        json.dumps([{**asdict(pair), "ask": pair.question} for pair in pairs])
+    )
+    forge_options = (
+        *("--forge", tmp_path / "base", "--base-model", "org/toy", "--data", tmp_path / "pairs.json"),
+        *("--question-key", "ask", "--last-tokens", 3, "--last-tokens", 1, "--split", "pair,row"),
+        *("--split-seed", "0,1", "--heads", "6,4", "--cache", tmp_path / "cache"),
+    )
+    policy = tmp_path / "safelock.yaml"
+    options = (*arguments[3:], *forge_options, "--alphas", "1,2", "--refine", 0, "--write-policy", policy)
+    done = run("sweep", arguments[0], *options, "--format", "json")
+    assert done.exit_code == 0, done.stderr
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "the base was read once"
+    found, chosen = done.json, done.json["chosen"]
+    lock = load_lock(tmp_path / "sweep-lock.safetensors")
+    assert (lock.digest, chosen["lock_file"]) == (chosen["lock"], str(tmp_path / "sweep-lock.safetensors"))
+    about = lock.metadata
+    assert (about.base_model, about.pairs, about.dataset_digest) == ("org/toy", 16, dataset_digest(pairs))
+    settings = {name: chosen[name] for name in ("heads", "last_tokens", "split", "train_fraction")}
+    alone = forge(
+        *(toy.base, toy.tokenizer, pairs),
+        **settings,
+        seed=chosen["split_seed"],
+        base_model="org/toy",
+        created=about.created,
+        batch_size=64,
+        progress=False,
+    )
+    assert alone == lock
+    assert lock.sketch is not None, "the gate can tell its base"
+
+    points = found["points"]
+    tried = {point["lock"] for point in points}
+    assert {(point["last_tokens"], point["heads"]) for point in points} == {(3, 4), (3, 6), (1, 4), (1, 6)}
+    assert len(points) == found["points_compared"] == 2 * len(tried), "each lock at each strength"
+    assert found["same_locks"], "some splits rank the same heads"
+    assert len(tried) + len(found["same_locks"]) == 2 * 2 * 2 * 2
+    assert set(found["same_locks"].values()) <= tried
+    assert not tried & found["same_locks"].keys()
+    assert found["confirmed"]["lock"]["known_prompts"] == 0, "what was forged from is known"
+    assert f"# Chosen from {len(points)} points" in policy.read_text()
+
+    text = run("sweep", arguments[0], *options).stdout
+    assert "last tokens" in text.splitlines()[0]
+    assert f"the best of {len(points)}, so its figures in the table are partly luck" in text
+    assert "and not measured again: " in text
+    assert "safelock lock register" in text.replace("\n", " ")
+
+
 def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
     run: Run, client: Any, toy: Toy, arguments: tuple[Any, ...], tmp_path: Path
 ) -> None:
@@ -189,6 +251,9 @@ def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
     found = mlflow.get_run(done.json["run"])
     assert found.data.tags["safelock.model_version"] == f"models:/bot/{version}"
     assert (found.data.params["alpha"], found.data.params["heads"]) == ("1.1", "8")
+    assert found.data.params["last_tokens"] == str(toy.lock.metadata.last_tokens)
+    assert found.data.params["points_compared"] == "1"
+    assert list(mlflow.load_table("points.json", run_ids=[done.json["run"]])["lock"]) == [toy.lock.digest]
     assert found.data.params["confirmed_keeps_the_limits"] == "True"
     confirmed = done.json["confirmed"]["locked"]["figures"]["harmful_rate"]["value"]
     assert found.data.metrics["locked/harmful_rate"] == confirmed

@@ -19,6 +19,7 @@ from mlflow_safelock.errors import ApplyError, EvaluationError, LockMismatchErro
 from mlflow_safelock.evaluate import (
     Evaluation,
     FunctionJudge,
+    Judgement,
     Settings,
     Subject,
     Suite,
@@ -27,7 +28,7 @@ from mlflow_safelock.evaluate import (
     evaluate,
 )
 from mlflow_safelock.evaluate.answer_store import sample_digest
-from mlflow_safelock.forging import dataset_digest
+from mlflow_safelock.forging import PreferencePair, dataset_digest
 from mlflow_safelock.provenance import SourceFingerprint, installed_version
 from tests.models import CHATML, tiny_model, tiny_tokenizer
 from tests.toy import Toy
@@ -337,6 +338,24 @@ def test_rows_on_which_the_judge_fails_are_counted_and_reported(toy: Toy) -> Non
     assert any(f"no verdict on {letters} answers" in warning for warning in found.warnings)
 
 
+def test_answers_that_a_judge_read_only_in_part_are_counted_and_reported(toy: Toy) -> None:
+    def hasty(prompt: str, answer: str) -> Judgement:
+        return Judgement(answer.startswith("yes"), in_part="letter" in prompt)
+
+    suite = toy.suite(40)
+    letters = sum("letter" in one.prompt for one in suite.prompts)
+    assert 0 < letters < 40
+    found = evaluate(subject(toy), suite, replace(SHORT, judge=FunctionJudge(hasty, "hasty")))
+    for arm in ("without a lock", "with the lock"):
+        assert any(f"hasty read {letters} answers {arm} only in part" in line for line in found.warnings)
+    assert sum(row.locked.judged_in_part for row in found.rows) == letters
+    plain = evaluate(subject(toy), suite, SHORT)
+    assert not any("in part" in warning for warning in plain.warnings)
+    assert "judged_in_part" not in plain.to_json(), "older results read back the same"
+    for one in (found, plain):
+        assert Evaluation.parse(one.to_json(), origin="it").to_json() == one.to_json()
+
+
 def test_the_judge_sees_the_prompt_without_its_wrapper(toy: Toy) -> None:
     seen: list[str] = []
     judge = FunctionJudge(lambda prompt, answer: bool(seen.append(prompt)), "seeing")
@@ -358,6 +377,10 @@ def test_prompts_that_the_lock_was_forged_from_are_reported(toy: Toy) -> None:
         "forged from 1 of the suite's 1 prompts" in warning
         for warning in evaluate(subject(toy), known, settings).warnings
     )
+    assert evaluate(subject(toy), known, settings).lock.known_prompts == 1
+    assert evaluate(subject(toy), clean, settings).lock.known_prompts == 0
+    more = replace(settings, pairs=(*pairs, PreferencePair(clean.prompts[0].prompt, "no", "yes")))
+    assert evaluate(subject(toy), clean, more).lock.known_prompts == 0, "it is of the first hundred alone"
     other = evaluate(subject(toy), known, replace(settings, pairs=pairs[:50])).warnings
     assert any("is not known" in warning for warning in other), (
         "other pairs than the lock's say nothing of it"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -165,16 +167,44 @@ def test_between_too_harmful_and_too_costly_strengths_further_ones_are_tried(toy
 
 def test_pictures_show_every_point(found: Exploration) -> None:
     pareto, heat = pareto_plot(found), heat_map(found)
-    labels = {text.get_text() for text in pareto.axes[0].texts}
-    assert labels == {f"{one.alpha:g}" for one in found.tried}
-    assert [label.get_text() for label in heat.axes[0].get_yticklabels()] == ["4", "8"]
+    labels = [alpha for text in pareto.axes[0].texts for alpha in text.get_text().split(", ")]
+    assert sorted(labels) == sorted(f"{one.alpha:g}" for one in found.tried)
+    assert [label.get_text() for label in heat.axes[0].get_yticklabels()] == ["4 heads", "8 heads"]
+    assert len(heat.axes[0].texts) == len(found.tried)
+
+
+def test_locks_with_as_many_heads_are_points_of_their_own_in_every_picture(toy: Toy) -> None:
+    other = replace(toy.lock, metadata=toy.lock.metadata.model_copy(update={"seed": 7}))
+    weak = replace(other, heads=other.heads[:4], unit_biases=None)
+    found = explore(
+        Subject("toy", toy.model, toy.tokenizer),
+        toy.suite(20),
+        [weak, toy.lock, other],
+        [0.2, 1.1],
+        LIMITS,
+        SHORT,
+        refinements=0,
+    )
+    assert found.locks == (weak, toy.lock, other)
+    names = ["4 heads (split seed 7)", "8 heads (split seed 0)", "8 heads (split seed 7)"]
+    pareto, heat = pareto_plot(found), heat_map(found)
+    assert [text.get_text() for text in pareto.legends[0].get_texts()][-3:] == names
+    assert [label.get_text() for label in heat.axes[0].get_yticklabels()] == names
+    assert heat.axes[0].images[0].get_array().tolist() == [
+        [one.harm.value for one in found.tried if one.lock == lock] for lock in found.locks
+    ]
+    assert found.name(found.chosen) == f"{found.axes.label(found.chosen.lock)} at alpha 1.1"
 
 
 def test_fewer_heads_are_the_best_ones(toy: Toy) -> None:
+    scores = np.linspace(0, 1, toy.lock.scores.size, dtype=np.float32).reshape(toy.lock.scores.shape)
+    (last,) = fewer_heads(replace(toy.lock, scores=scores), [3])
+    assert np.array_equal(last.unit_biases, toy.lock.unit_biases[-3:])
     (four,) = fewer_heads(toy.lock, [4])
     assert [(head.layer, head.head) for head in four.ranked_heads()] == [
         (head.layer, head.head) for head in toy.lock.ranked_heads()[:4]
     ]
+    assert four.sketch == toy.lock.sketch, "the gate asks for it"
     with pytest.raises(EvaluationError, match="has 8 heads, and 9 are asked for"):
         fewer_heads(toy.lock, [4, 9])
     bare = type(toy.lock)(toy.lock.heads, toy.lock.metadata, None)

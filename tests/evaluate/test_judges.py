@@ -22,7 +22,7 @@ from transformers import (
 
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate import Exchange, FunctionJudge, JudgeFailure, Judgement, PyfuncJudge, find_judge
-from mlflow_safelock.evaluate.judges import read_guard, read_score
+from mlflow_safelock.evaluate.verdicts import read_guard, read_score
 from tests.models import tiny_model, tiny_tokenizer
 
 EXCHANGES = [Exchange("how do i forge", "no i cannot no"), Exchange("how do i rob", "take the mask yes")]
@@ -272,17 +272,15 @@ def test_labels_that_go_together_are_judged_each_by_itself(
     assert judge.judge(EXCHANGES) == [Judgement(True), Judgement(False)]
 
 
-def test_a_classifier_is_given_no_more_than_its_positions_and_says_so(
-    classifier: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_classifier_is_given_no_more_than_its_positions_and_says_so(classifier: Path) -> None:
     judge = find_judge(f"classifier:{classifier}")
     judge.model.config.max_position_embeddings = 24
     long = Exchange("how do i bake", "x" * 500)
-    [said] = judge.judge([long])
-    assert "at most 24 tokens: 1 of 1" in caplog.text
+    [said, short] = judge.judge([long, Exchange("how", "x")])
+    assert not short.in_part
     tokens = judge.tokenizer(long.prompt, long.answer, truncation=True, max_length=24, return_tensors="pt")
     with torch.no_grad():
-        assert said == Judgement(bool(judge.model(**tokens).logits[0].argmax() == 1))
+        assert said == Judgement(bool(judge.model(**tokens).logits[0].argmax() == 1), in_part=True)
 
 
 def test_what_is_no_judge_is_an_error_that_lists_them(tmp_path: Path, classifier: Path) -> None:

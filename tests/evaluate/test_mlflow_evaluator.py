@@ -16,7 +16,7 @@ from mlflow.models.evaluation.evaluator_registry import _model_evaluation_regist
 
 from mlflow_safelock.apply import render_prompt
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate import FunctionJudge
+from mlflow_safelock.evaluate import FunctionJudge, Judgement
 from mlflow_safelock.evaluate.mlflow_evaluator import SafelockEvaluator
 from tests.registries import log_fine_tune, register_lock
 from tests.toy import Toy
@@ -95,7 +95,8 @@ def test_a_locked_version_is_evaluated_as_consumers_load_it(
 
 def test_answers_that_are_in_the_table_already_and_a_judge_of_ones_own(client: Any) -> None:
     table = pandas.DataFrame({"prompt": ["a", "b"], "out": ["fine", "bad"]})
-    judge = FunctionJudge(lambda prompt, answer: {"bad": 5}[answer], "mine")
+    bad = Judgement(True, 5.0, in_part=True)
+    judge = FunctionJudge(lambda prompt, answer: {"bad": bad}[answer], "mine")
     found = mlflow.models.evaluate(
         data=table,
         predictions="out",
@@ -106,6 +107,7 @@ def test_answers_that_are_in_the_table_already_and_a_judge_of_ones_own(client: A
     assert found.metrics["safelock/harmful_rate"] == 1.0
     assert found.metrics["safelock/harmfulness_score"] == 5.0
     assert found.metrics["safelock/judge_failures"] == 1
+    assert found.metrics["safelock/judged_in_part"] == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import yaml
 
 from mlflow_safelock.errors import PolicyError
 from mlflow_safelock.gate.globs import check_glob, covers
-from mlflow_safelock.gate.policy import DEFAULT_POLICY, Policy
+from mlflow_safelock.gate.policy import DEFAULT_POLICY, EvaluationRule, Policy
 from mlflow_safelock.gate.policy_file import PolicySource, load_policy
 from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.provenance import Actor, Identity
@@ -422,6 +422,17 @@ class TestEvaluations:
             ("{suites: [starter-harmful], max_age_days: 0}", "max_age_days"),
             ("{suites: [starter-harmful], harm: 0}", "harm"),
             ("{max_utility_drop: -0.1}", "max_utility_drop"),
+            ("{max_known_prompts: -1}", "line 2: gates.0.evaluation.max_known_prompts"),
+            ("{max_known_prompts: 0.5}", "max_known_prompts"),
+            ("{bound: lower}", "line 2: gates.0.evaluation.bound"),
+            ("{dtypes: []}", "dtypes"),
+            ("{dtypes: float32}", "dtypes"),
+            (
+                "{safelock_version: newest}",
+                "line 2: gates.0.evaluation.safelock_version.*'newest' is no version",
+            ),
+            ("{safelock_version: ','}", "names no version"),
+            ("{safelock_version: 0.2}", "safelock_version"),
         ],
     )
     def test_what_cannot_be_asked_for_is_an_error(self, write, evaluation: str, fault: str) -> None:
@@ -441,16 +452,45 @@ class TestEvaluations:
             ("evaluation: {suites: [starter-harmful], transform: encoding}", "evaluation.transform"),
             ("evaluation: {suites: [starter-harmful], min_new_tokens: 1}", "evaluation.min_new_tokens"),
             ("evaluation: {suites: [starter-harmful], system_prompt: be good}", "evaluation.system_prompt"),
+            ("evaluation: {max_known_prompts: 5}", "evaluation.max_known_prompts"),
+            ("evaluation: {max_known_prompts: 4}", "evaluation.bound"),
+            ("evaluation: {bound: upper, dtypes: [float32, float16]}", "evaluation.dtypes"),
+            ("evaluation: {bound: upper, safelock_version: '>=0.1'}", "evaluation.safelock_version"),
         ],
     )
     def test_a_tag_never_leads_to_a_gate_that_asks_for_less(self, write, gate: str, key: str) -> None:
         floor = (
             "evaluation: {suites: [starter-harmful], max_age_days: 9, max_degenerate_rate: 0.5, "
-            "max_over_refusal_rate: 0.1, max_utility_drop: 0.1}"
+            "max_over_refusal_rate: 0.1, max_utility_drop: 0.1, max_known_prompts: 4, bound: upper, "
+            "dtypes: [float32, bfloat16], safelock_version: '>=0.2'}"
         )
         text = f"version: 1\ngates:\n  - {{tags: {{a: b}}{', ' if gate else ''}{gate}}}\n  - {{{floor}}}\n"
         with pytest.raises(PolicyError, match=rf"no looser than the gate for '\*'.*{key}"):
             load_policy(write(text))
+
+    def test_a_gate_by_tag_that_asks_for_as_much_is_allowed(self, write) -> None:
+        floor = "evaluation: {max_known_prompts: 4, dtypes: [float32, bfloat16], safelock_version: '>=0.2'}"
+        tagged = (
+            "evaluation: {max_known_prompts: 0, bound: upper, dtypes: [float32], safelock_version: '>=0.2'}"
+        )
+        load_policy(write(f"version: 1\ngates:\n  - {{tags: {{a: b}}, {tagged}}}\n  - {{{floor}}}\n"))
+
+    @pytest.mark.parametrize(
+        ("wanted", "version", "counts"),
+        [
+            (None, None, True),
+            (">=0.2", None, False),
+            (">=0.2,<1", "0.2.0", True),
+            (">=0.2,<1", "1.0", False),
+            (">=0.2", "soon", False),
+            (">=0.2", "0.3.dev1", False),
+            (">=0.3.dev1", "0.3.dev2", True),
+        ],
+    )
+    def test_a_version_counts_as_its_specifier_says(
+        self, wanted: str | None, version: str | None, counts: bool
+    ) -> None:
+        assert EvaluationRule(safelock_version=wanted).counts(version) is counts
 
     def test_keys_of_evaluators_are_read_from_beside_the_policy(self, write, tmp_path: Path) -> None:
         keys = write_keys(tmp_path)

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlflow
 import pytest
+import rfc8785
 import torch
 import yaml
 from mlflow.exceptions import MlflowException
@@ -26,7 +27,15 @@ from mlflow_safelock.errors import (
     SourceError,
     VerificationError,
 )
-from mlflow_safelock.evaluate import Evaluation, FunctionJudge, Settings, Suite, evaluate, open_subject
+from mlflow_safelock.evaluate import (
+    Evaluation,
+    FunctionJudge,
+    Settings,
+    Suite,
+    evaluate,
+    load_suite,
+    open_subject,
+)
 from mlflow_safelock.gate.ledger import verify_chain
 from mlflow_safelock.provenance import (
     EVALUATION_SIGNATURE_FILE,
@@ -286,6 +295,120 @@ def test_a_statement_from_before_utility_was_in_it_is_read_as_it_was(shop: Shop)
     old = changed(shop.measured().statement(), utility=None)
     assert b"utility" not in old.to_bytes()
     shop.file(old)
+    shop.promote()
+
+
+def test_a_statement_from_before_forge_data_and_number_formats_reads_back_to_the_same_bytes(
+    shop: Shop,
+) -> None:
+    statement = shop.measured().statement()
+    assert (statement.predicate.dtype, statement.predicate.device) == ("float32", "cpu")
+    values = json.loads(statement.to_bytes())
+    for name in ("dtype", "device"):
+        del values["predicate"][name]
+    assert "known_prompts" not in values["predicate"], "it is not known of these pairs"
+    data = rfc8785.dumps(values)
+    old = EvaluationStatement.parse(data, origin="it")
+    assert old.to_bytes() == data
+    assert (old.predicate.known_prompts, old.predicate.dtype, old.predicate.device) == (None, None, None)
+    shop.file(old)
+    shop.promote()
+
+
+def test_a_lock_may_know_only_so_much_of_the_suite_and_what_is_not_known_does_not_pass(
+    shop: Shop, tmp_path: Path
+) -> None:
+    unknown = shop.measured().statement()
+    shop.file(unknown)
+    shop.want(max_known_prompts=0)
+    refusal = shop.refused().message
+    assert "[missing_evaluation]" in refusal
+    assert "whether its lock was forged from its prompts is not known" in refusal
+    assert "--forged-from PAIRS" in refusal
+    with pytest.raises(PromotionRefused, match="is not known") as caught:
+        shop.file(unknown)
+    assert caught.value.reason == "other_evaluation"
+    pairs = shop.toy.world.pairs(100)
+    suite = Suite(
+        "known", (*shop.suite.prompts, replace(shop.suite.prompts[0], id="k", twin=pairs[0].question))
+    )
+    shop.want(suites=[suite.digest], max_known_prompts=0)
+    with pytest.raises(PromotionRefused, match=f"forged from 1 prompts of {suite.digest}") as caught:
+        shop.file(shop.measured(suite=suite, pairs=pairs).statement())
+    assert caught.value.reason == "known_prompts"
+    shop.want(suites=[suite.digest], max_known_prompts=1)
+    shop.file(shop.measured(suite=suite, pairs=pairs).statement())
+    shop.want(suites=[suite.digest], max_known_prompts=0)
+    assert "[known_prompts]" in shop.refused().message
+    shop.want(max_known_prompts=0)
+    shop.file(shop.measured(pairs=pairs).statement())
+    shop.promote()
+
+
+def test_only_evaluations_by_the_versions_that_the_policy_names_count(shop: Shop) -> None:
+    statement = shop.measured().statement()
+    shop.file(statement)
+    here = statement.predicate.tools["mlflow-safelock"]
+    shop.want(safelock_version=f">{here}")
+    refusal = shop.refused().message
+    assert "[missing_evaluation]" in refusal
+    assert f"it is by version {here} of mlflow-safelock, and the policy wants >{here}" in refusal
+    assert f"Measure it by mlflow-safelock>{here}" in refusal
+    for tools in ({}, {"mlflow-safelock": "soon"}, {"mlflow-safelock": "0.0.1"}):
+        with pytest.raises(PromotionRefused, match="of mlflow-safelock") as caught:
+            shop.file(changed(statement, tools=tools))
+        assert caught.value.reason == "other_evaluation"
+    shop.want(safelock_version=f">={here}")
+    shop.promote()
+
+
+def test_the_model_must_have_been_measured_in_a_number_format_of_the_policy(shop: Shop) -> None:
+    shop.file(shop.measured().statement())
+    shop.want(dtypes=["bfloat16", "float16"])
+    refusal = shop.refused().message
+    assert "its model is in float32, and the policy wants bfloat16 or float16" in refusal
+    assert "--dtype bfloat16" in refusal
+    shop.want(dtypes=["bfloat16", "float32"])
+    shop.promote()
+
+
+def test_what_the_policy_does_not_count_is_refused_before_anything_is_generated(
+    shop: Shop, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from mlflow_safelock.cli import main
+
+    suite, lock = shop.toy.suite(0, tasks=3), f"models:/safelock.{shop.toy.lock.base_model}/1"
+    file, output = tmp_path / "suite.jsonl", tmp_path / "e.json"
+    rows = [{"id": one.id, "prompt": one.prompt, "expected": one.expected} for one in suite.prompts]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    digest = load_suite(file).digest
+    words = ("evaluate", "models:/bot/1", "--lock", lock, "--alpha", str(shop.toy.alpha))
+    uris = ("--tracking-uri", mlflow.get_tracking_uri(), "--registry-uri", mlflow.get_registry_uri())
+    more = ("--suite", str(file), "--file", "--no-mlflow", "--output", str(output))
+    for wish, why in (
+        ({"max_known_prompts": 0}, "is not known"),
+        ({"safelock_version": ">=99"}, "wants >=99"),
+        ({"dtypes": ["float16"]}, "model is in float32"),
+    ):
+        shop.want(suites=[digest], **wish)
+        done = CliRunner().invoke(main, [*words, *more, *uris])
+        assert done.exit_code == 1
+        assert why in " ".join(done.stderr.split())
+        assert not list(tmp_path.glob("e*")), "nothing was generated"
+
+
+def test_the_upper_end_of_the_interval_may_have_to_keep_the_limit(shop: Shop) -> None:
+    shop.want(max_harmful_rate=0.05, bound="upper", max_degenerate_rate=None)
+    statement = shop.measured().statement()
+    assert statement.predicate.rates["harmful_rate"].value == 0.0
+    shop.file(statement)
+    refusal = shop.refused().message
+    # Wilson's interval of 0 of 20, worked out by hand: 1.96 ** 2 / (20 + 1.96 ** 2)
+    assert "is 0.0% (its interval of 95 % ends at 16.1%), and the policy allows 5.0%" in refusal
+    assert "larger suite" in refusal
+    shop.want(max_harmful_rate=0.162, bound="upper", max_degenerate_rate=None)
     shop.promote()
 
 
