@@ -45,8 +45,8 @@ def reproduce(output: Path, workers: int, form: str, overrides: dict[str, str]) 
 
     For each seed a small aligned model is trained here, one lock is forged from it, and it is fine-tuned on
     explicitly harmful examples, into a persona, and on benign data, by all weights and by LoRA. The tables
-    compare the lock on all of them with random and shuffled directions, a safety system prompt, re-training
-    on refusals, and subtracting a task vector.
+    compare the lock on all of them, at one strength for all and at one chosen for each, with random and
+    shuffled directions, a safety system prompt, re-training on refusals, and subtracting a task vector.
     """
     from mlflow_safelock.recipes import ReproductionRecipe, shipped_recipe
 
