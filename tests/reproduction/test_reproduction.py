@@ -153,6 +153,17 @@ def test_the_page_holds_the_tables_of_its_figures() -> None:
     assert values["recipe"] == load_recipe("reproduction").model_dump(mode="json")
 
 
+def test_the_page_holds_the_tables_of_the_seeds_that_nothing_was_settled_on() -> None:
+    page = (DOCS / "reproduction.md").read_text()
+    values = figures("reproduction-untouched")
+    arms, risks, *_, overtrained, seeds = markdown(values).strip().split("\n\n")
+    for table in (arms, risks, overtrained, seeds):
+        assert table in page
+    settled = figures("reproduction")["recipe"]
+    assert {key for key in settled if settled[key] != values["recipe"][key]} == {"seeds"}
+    assert not set(settled["seeds"]) & set(values["recipe"]["seeds"])
+
+
 def test_the_tables_of_both_strengths_add_up_the_arms_that_they_name() -> None:
     values = figures("reproduction")
     for arm in (Arm.LOCK, Arm.OWN_LOCK):
