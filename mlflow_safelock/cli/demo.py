@@ -10,9 +10,8 @@ import click
 
 from mlflow_safelock.cli.audit_table import show_rows
 from mlflow_safelock.cli.command import Command
-from mlflow_safelock.cli.options import format_option, set_option
+from mlflow_safelock.cli.options import format_option, output_folder_option, set_option
 from mlflow_safelock.cli.output import announce, new_table, show_json, show_lines, show_table, shown
-from mlflow_safelock.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,14 +34,7 @@ MODELS = {"base": "base", "fine_tune": "fine-tune", "locked": "fine-tune in Stag
         "safelock demo --output /tmp/demo --set seed=3",
     ),
 )
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=FOLDER,
-    show_default=True,
-    metavar="DIR",
-    help="Folder for the models and the registry.",
-)
+@output_folder_option(FOLDER, "Folder for the models and the registry.")
 @format_option
 @set_option
 def demo(output: Path, form: str, overrides: dict[str, str]) -> None:
@@ -52,12 +44,9 @@ def demo(output: Path, form: str, overrides: dict[str, str]) -> None:
     pairs. A lock is forged from the base and registered, then a plain MLflow stage transition locks the
     fine-tune. The table shows how harmful and how useful each of them is on prompts that none has seen.
     """
-    from mlflow_safelock.recipes import DemoRecipe, load_recipe
+    from mlflow_safelock.recipes import DemoRecipe, shipped_recipe
 
-    recipe = load_recipe("demo", overrides)
-    if not isinstance(recipe, DemoRecipe):
-        raise RecipeError("The recipe demo is not one of a demo.", next_step="Install this package again.")
-    show_demo(recipe, output, form)
+    show_demo(shipped_recipe("demo", DemoRecipe, overrides), output, form)
 
 
 def show_demo(recipe: DemoRecipe, output: Path, form: str) -> None:

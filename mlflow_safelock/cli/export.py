@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 from mlflow_safelock.cli.command import Command
-from mlflow_safelock.cli.options import MlflowAddress, mlflow_options, new_folder, sharing_option
+from mlflow_safelock.cli.options import MlflowAddress, mlflow_options, new_folder_option, sharing_option
 from mlflow_safelock.cli.output import announce, facts_table, in_words, moving, show_lines, show_table
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.loading import fetch_mlflow_model
@@ -23,14 +23,7 @@ from mlflow_safelock.loading import fetch_mlflow_model
     ),
 )
 @click.argument("uri")
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    callback=new_folder,
-    help="Folder to write; it must not exist.",
-)
+@new_folder_option
 @click.option(
     "--source",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -429,6 +429,18 @@ def output_file_option(help_text: str, default: str | None = None) -> Callable[[
     )
 
 
+def output_folder_option(default: Path, help_text: str) -> Callable[[F], F]:
+    """An ``--output`` folder that may be there already."""
+    return click.option(
+        "--output",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=default,
+        show_default=True,
+        metavar="DIR",
+        help=help_text,
+    )
+
+
 def lines_of(file: TextIO | None, option: str) -> list[str]:
     """The lines of a file of texts that are not blank; none where no file is given.
 
@@ -469,6 +481,16 @@ def new_folder(_context: click.Context, _parameter: click.Parameter, path: Path)
     if path.exists():
         raise click.BadParameter(f"{path} exists already; name a new folder.")
     return path
+
+
+new_folder_option = click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    callback=new_folder,
+    help="Folder to write; it must not exist.",
+)
 
 
 def in_existing_folder(path: Path) -> Path:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mlflow_safelock.cli.command import Command
-from mlflow_safelock.cli.options import format_option, set_option
+from mlflow_safelock.cli.options import format_option, output_folder_option, set_option
 from mlflow_safelock.cli.output import announce, counting, show_json, show_lines
-from mlflow_safelock.errors import RecipeError
 
 if TYPE_CHECKING:
     from mlflow_safelock.recipes import ReproductionRecipe
@@ -31,14 +30,7 @@ FIGURES, TABLES = "reproduction.json", "reproduction.md"
         "safelock reproduce --format json > figures.json",
     ),
 )
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=FOLDER,
-    show_default=True,
-    metavar="DIR",
-    help=f"Folder for {FIGURES} and {TABLES}.",
-)
+@output_folder_option(FOLDER, f"Folder for {FIGURES} and {TABLES}.")
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -53,16 +45,12 @@ def reproduce(output: Path, workers: int, form: str, overrides: dict[str, str]) 
 
     For each seed a small aligned model is trained here, one lock is forged from it, and it is fine-tuned on
     explicitly harmful examples, into a persona, and on benign data, by all weights and by LoRA. The tables
-    compare the lock on all of them with random and shuffled directions, a safety system prompt, re-training
-    on refusals, and subtracting a task vector.
+    compare the lock on all of them, at one strength for all and at one chosen for each, with random and
+    shuffled directions, a safety system prompt, re-training on refusals, and subtracting a task vector.
     """
-    from mlflow_safelock.recipes import ReproductionRecipe, load_recipe
+    from mlflow_safelock.recipes import ReproductionRecipe, shipped_recipe
 
-    recipe = load_recipe("reproduction", overrides)
-    if not isinstance(recipe, ReproductionRecipe):
-        raise RecipeError(
-            "The recipe reproduction is not one of a reproduction.", next_step="Install this package again."
-        )
+    recipe = shipped_recipe("reproduction", ReproductionRecipe, overrides)
     show_reproduction(recipe, output, form, workers)
 
 

@@ -11,7 +11,7 @@ from mlflow_safelock.cli.options import (
     MlflowAddress,
     format_option,
     mlflow_options,
-    new_folder,
+    new_folder_option,
     sharing_option,
 )
 from mlflow_safelock.cli.output import announce, facts_table, show_json, show_table
@@ -28,14 +28,7 @@ from mlflow_safelock.loading import fetch_mlflow_model, is_mlflow_model
     ),
 )
 @click.argument("locked", metavar="MODEL")
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    callback=new_folder,
-    help="Folder to write; it must not exist.",
-)
+@new_folder_option
 @sharing_option
 @format_option
 @mlflow_options

@@ -13,6 +13,7 @@ from mlflow_safelock.recipes.catalogue import (
     load_recipe,
     published_recipes,
     recipes_of_base,
+    shipped_recipe,
 )
 from mlflow_safelock.recipes.demo_recipe import DemoRecipe
 from mlflow_safelock.recipes.lock_recipe import (
@@ -37,4 +38,5 @@ __all__ = [
     "load_recipe",
     "published_recipes",
     "recipes_of_base",
+    "shipped_recipe",
 ]

@@ -9,6 +9,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 from mlflow_safelock.documents import MAX_BYTES, Document, read_document
 from mlflow_safelock.errors import RecipeError
@@ -19,6 +20,7 @@ from mlflow_safelock.recipes.reproduction_recipe import ReproductionRecipe
 
 Recipe = LockRecipe | DemoRecipe | ReproductionRecipe
 """A recipe of any kind; ``kind`` says of which."""
+R = TypeVar("R", LockRecipe, DemoRecipe, ReproductionRecipe)
 
 _KINDS: dict[str, type[Recipe]] = {
     "lock": LockRecipe,
@@ -79,6 +81,20 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Mapping[str, st
     if name not in _shipped_names():
         raise _unknown(name)
     return _checked(_shipped_document(name), overrides) if overrides else _shipped(name)
+
+
+def shipped_recipe(name: str, kind: type[R], overrides: Mapping[str, str] = _NO_OVERRIDES) -> R:
+    """A recipe that comes with this package, of the kind that it must be.
+
+    Raises:
+        RecipeError: It is none of these, or as in ``load_recipe``.
+    """
+    recipe = load_recipe(name, overrides)
+    if not isinstance(recipe, kind):
+        raise RecipeError(
+            f"The recipe {name} is of kind {recipe.kind}.", next_step="Install this package again."
+        )
+    return recipe
 
 
 def _is_path(name_or_path: str | os.PathLike[str]) -> bool:

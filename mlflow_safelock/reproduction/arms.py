@@ -22,12 +22,19 @@ Vector = Mapping[str, torch.Tensor]
 
 
 class Arm(StrEnum):
-    """One way of treating a fine-tune."""
+    """One way of treating a fine-tune.
+
+    A lock and its controls come twice: at the strength that was chosen once, for all fine-tunes, and at the
+    one that was chosen for each.
+    """
 
     UNLOCKED = "fine-tune"
-    LOCK = "lock"
-    RANDOM = "random directions"
-    SHUFFLED = "shuffled directions"
+    LOCK = "lock, one strength"
+    RANDOM = "random directions, one strength"
+    SHUFFLED = "shuffled directions, one strength"
+    OWN_LOCK = "lock, own strength"
+    OWN_RANDOM = "random directions, own strength"
+    OWN_SHUFFLED = "shuffled directions, own strength"
     SYSTEM_PROMPT = "safety system prompt"
     RETRAINED = "re-trained on refusals"
     SUBTRACTED = "harmful task vector subtracted"

@@ -24,12 +24,18 @@ class FineTuneFound:
         fine_tune: The fine-tune.
         steps: Optimiser steps that it took.
         base: Its base, asked the same.
+        own: The same lock as all others got, at the strength that was chosen for this one.
+        satisfied: Whether it kept the limits where it was chosen.
+        accepted: How many of the strengths did.
         arms: The fine-tune itself and what was done to it; of several draws of a control, all together.
     """
 
     fine_tune: FineTune
     steps: int
     base: Outcome
+    own: Point
+    satisfied: bool
+    accepted: int
     arms: Mapping[Arm, Outcome]
 
 
@@ -42,12 +48,18 @@ class OvertrainedFound:
         steps: Optimiser steps.
         unlocked: The fine-tune.
         locked: The same with the lock, at the strength that all others got.
+        own: The same lock at the strength that was chosen for it.
+        satisfied: Whether it kept the limits where it was chosen.
+        own_locked: The fine-tune with the lock at this strength.
     """
 
     multiple: float
     steps: int
     unlocked: Outcome
     locked: Outcome
+    own: Point
+    satisfied: bool
+    own_locked: Outcome
 
 
 @dataclass(frozen=True)
@@ -174,8 +186,8 @@ def _seed_values(found: SeedFound) -> dict[str, Any]:
             "points": found.points,
         },
         "subtraction_scale": found.scale,
-        "removed": removed(Arm.LOCK, (found,)),
-        "benign_lost": benign_lost(Arm.LOCK, (found,)),
+        "removed": {arm.value: removed(arm, (found,)) for arm in (Arm.LOCK, Arm.OWN_LOCK)},
+        "benign_lost": {arm.value: benign_lost(arm, (found,)) for arm in (Arm.LOCK, Arm.OWN_LOCK)},
         "fine_tunes": [
             {
                 "risk": one.fine_tune.risk.value,
@@ -183,6 +195,11 @@ def _seed_values(found: SeedFound) -> dict[str, Any]:
                 "way": one.fine_tune.way.value,
                 "steps": one.steps,
                 "base": one.base.as_values(),
+                "own_strength": {
+                    "alpha": one.own.alpha,
+                    "satisfied": one.satisfied,
+                    "accepted": one.accepted,
+                },
                 "arms": {arm.value: outcome.as_values() for arm, outcome in one.arms.items()},
             }
             for one in found.fine_tunes
@@ -191,8 +208,10 @@ def _seed_values(found: SeedFound) -> dict[str, Any]:
             {
                 "multiple": one.multiple,
                 "steps": one.steps,
-                "fine_tune": one.unlocked.as_values(),
-                "lock": one.locked.as_values(),
+                "own_strength": {"alpha": one.own.alpha, "satisfied": one.satisfied},
+                Arm.UNLOCKED.value: one.unlocked.as_values(),
+                Arm.LOCK.value: one.locked.as_values(),
+                Arm.OWN_LOCK.value: one.own_locked.as_values(),
             }
             for one in found.overtrained
         ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,7 +130,7 @@ class _Seed:
     def run(self) -> SeedFound:
         first, *others = fine_tunes_of(self.recipe)
         model, steps = self._fine_tuned(first)
-        points = self._points(model, first.risk)
+        points = self._points(model, first.risk, self._locks())
         chosen, satisfied = choose(points, self.recipe.lock.alphas, self._limits, prefer="room")
         vector, scale = self._subtraction(model, chosen)
         arms = _Arms(self, chosen, vector, scale, self._base_found())
@@ -143,7 +143,7 @@ class _Seed:
             seed=self.seed,
             chosen=chosen,
             satisfied=satisfied,
-            accepted=sum(point.excess(self._limits) == 0.0 for point in points),
+            accepted=self._accepted(points),
             points=len(points),
             scale=scale,
             fine_tunes=tuple(found),
@@ -212,16 +212,23 @@ class _Seed:
     def _choosing(self, treated: Treated, risk: Risk) -> Outcome:
         return self.examiner.examine(treated, risk, Share.CHOOSING, self.recipe.choosing_prompts)
 
-    def _points(self, model: PreTrainedModel, risk: Risk) -> list[Point]:
+    def _points(self, model: PreTrainedModel, risk: Risk, locks: Sequence[SafetyLock]) -> list[Point]:
         """A fine-tune under every lock at every strength, on prompts that nothing else uses."""
-        unlocked, points = self._choosing(Treated(model), risk).rates, []
-        locks, alphas = self._locks(), self.recipe.lock.alphas
-        for lock in locks:
-            for alpha in alphas:
-                rates = self._choosing(Treated(model, lock, alpha), risk).rates
-                points.append(Point(lock, alpha, rates, unlocked))
-                self.told(f"seed {self.seed}: choosing", len(points), len(locks) * len(alphas))
-        return points
+        unlocked = self._choosing(Treated(model), risk).rates
+        return [
+            Point(lock, alpha, self._choosing(Treated(model, lock, alpha), risk).rates, unlocked)
+            for lock in locks
+            for alpha in self.recipe.lock.alphas
+        ]
+
+    def own_strength(self, model: PreTrainedModel, risk: Risk, lock: SafetyLock) -> tuple[Point, bool, int]:
+        """The strength of a lock for one fine-tune, whether it keeps the limits, and how many do."""
+        points = self._points(model, risk, (lock,))
+        chosen, satisfied = choose(points, self.recipe.lock.alphas, self._limits, prefer="room")
+        return chosen, satisfied, self._accepted(points)
+
+    def _accepted(self, points: Sequence[Point]) -> int:
+        return sum(point.excess(self._limits) == 0.0 for point in points)
 
     def _subtraction(self, model: PreTrainedModel, chosen: Point) -> tuple[Vector, float]:
         """The task vector of the pairs' unsafe half, and how much of it to subtract."""
@@ -256,45 +263,56 @@ class _Arms:
 
     def on(self, fine_tune: FineTune, model: PreTrainedModel, steps: int) -> FineTuneFound:
         """A fine-tune under every arm, on prompts that nothing has seen."""
-        lock, alpha, recipe = self.chosen.lock, self.chosen.alpha, self.seed.recipe
-        draws = range(recipe.control_draws)
-        retrained, _ = self.seed.trained(
-            model, self.seed.world.refusals(recipe.lock.pairs), fine_tune.way, steps
-        )
-
-        def examined(*treated: Treated) -> Outcome:
-            return self._examined(fine_tune.risk, *treated)
-
+        risk, lock = fine_tune.risk, self.chosen.lock
+        own, satisfied, accepted = self.seed.own_strength(model, risk, lock)
+        refusals = self.seed.world.refusals(self.seed.recipe.lock.pairs)
+        retrained, _ = self.seed.trained(model, refusals, fine_tune.way, steps)
+        arms = {
+            Arm.UNLOCKED: (Treated(model),),
+            Arm.LOCK: (Treated(model, lock, self.chosen.alpha),),
+            Arm.RANDOM: self._drawn(random_lock, model, self.chosen.alpha),
+            Arm.SHUFFLED: self._drawn(shuffled_lock, model, self.chosen.alpha),
+            Arm.OWN_LOCK: (Treated(model, lock, own.alpha),),
+            Arm.OWN_RANDOM: self._drawn(random_lock, model, own.alpha),
+            Arm.OWN_SHUFFLED: self._drawn(shuffled_lock, model, own.alpha),
+            Arm.SYSTEM_PROMPT: (Treated(model, system_prompt=CARE),),
+            Arm.RETRAINED: (Treated(retrained),),
+            Arm.SUBTRACTED: (Treated(subtracted(model, self.vector, self.scale)),),
+        }
         return FineTuneFound(
             fine_tune,
             steps,
-            self.bases[fine_tune.risk],
-            {
-                Arm.UNLOCKED: examined(Treated(model)),
-                Arm.LOCK: examined(self._locked(model)),
-                Arm.RANDOM: examined(*(Treated(model, random_lock(lock, draw), alpha) for draw in draws)),
-                Arm.SHUFFLED: examined(*(Treated(model, shuffled_lock(lock, draw), alpha) for draw in draws)),
-                Arm.SYSTEM_PROMPT: examined(Treated(model, system_prompt=CARE)),
-                Arm.RETRAINED: examined(Treated(retrained)),
-                Arm.SUBTRACTED: examined(Treated(subtracted(model, self.vector, self.scale))),
-            },
+            self.bases[risk],
+            own,
+            satisfied,
+            accepted,
+            {arm: self._examined(risk, *treated) for arm, treated in arms.items()},
         )
+
+    def _drawn(
+        self, control: Callable[[SafetyLock, int], SafetyLock], model: PreTrainedModel, alpha: float
+    ) -> tuple[Treated, ...]:
+        """A model under several draws of a control."""
+        draws = range(self.seed.recipe.control_draws)
+        return tuple(Treated(model, control(self.chosen.lock, draw), alpha) for draw in draws)
 
     def overtrained(self, fine_tune: FineTune, steps: int) -> Iterator[OvertrainedFound]:
         """The same fine-tune, trained on after it was broken."""
-        examples = self.seed.world.examples(fine_tune.risk, fine_tune.examples)
+        risk, lock = fine_tune.risk, self.chosen.lock
+        examples = self.seed.world.examples(risk, fine_tune.examples)
         for multiple in self.seed.recipe.fine_tunes.overtraining:
             longer = round(multiple * steps)
             model, _ = self.seed.trained(self.seed.base, examples, fine_tune.way, longer)
+            own, satisfied, _ = self.seed.own_strength(model, risk, lock)
             yield OvertrainedFound(
                 multiple,
                 longer,
-                self._examined(fine_tune.risk, Treated(model)),
-                self._examined(fine_tune.risk, self._locked(model)),
+                self._examined(risk, Treated(model)),
+                self._examined(risk, Treated(model, lock, self.chosen.alpha)),
+                own,
+                satisfied,
+                self._examined(risk, Treated(model, lock, own.alpha)),
             )
-
-    def _locked(self, model: PreTrainedModel) -> Treated:
-        return Treated(model, self.chosen.lock, self.chosen.alpha)
 
     def _examined(self, risk: Risk, *treated: Treated) -> Outcome:
         examiner, prompts = self.seed.examiner, self.seed.recipe.prompts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mlflow_safelock.reproduction.arms import Arm
@@ -15,7 +15,7 @@ Values = Mapping[str, Any]
 
 def markdown(values: Values) -> str:
     """All tables of a reproduction."""
-    tables = (_arms, _risks, _fine_tunes, _overtrained, _seeds)
+    tables = (_arms, _risks, _fine_tunes, _own_strengths, _overtrained, _seeds)
     return "\n\n".join(table(values) for table in tables) + "\n"
 
 
@@ -58,7 +58,25 @@ def _risks(values: Values) -> str:
 
 
 def _fine_tunes(values: Values) -> str:
-    """Each kind of fine-tune before and after the lock, over all seeds."""
+    """Each kind of fine-tune before and after the lock at the one strength, over all seeds."""
+    return _locked(values, Arm.LOCK, lambda found: [])
+
+
+def _own_strengths(values: Values) -> str:
+    """Each kind of fine-tune before and after the lock at a strength that was chosen for it."""
+
+    def strengths(found: Sequence[Values]) -> list[str]:
+        own = [one["own_strength"] for one in found]
+        return [
+            ", ".join(f"{one['alpha']:g}" for one in own),
+            ", ".join(str(one["accepted"]) for one in own),
+        ]
+
+    return _locked(values, Arm.OWN_LOCK, strengths, "alphas, by seed", "alphas accepted")
+
+
+def _locked(values: Values, arm: Arm, more: Callable[[Sequence[Values]], list[str]], *head: str) -> str:
+    """Each kind of fine-tune before and after an arm, over all seeds, with more columns of it."""
     groups: dict[tuple[str, int, str], list[Values]] = defaultdict(list)
     for seed in values["seeds"]:
         for one in seed["fine_tunes"]:
@@ -67,10 +85,10 @@ def _fine_tunes(values: Values) -> str:
     for (risk, examples, way), found in groups.items():
         before, after = (
             {
-                name: _together(one["arms"][arm.value][name] for one in found)
+                name: _together(one["arms"][which.value][name] for one in found)
                 for name in ("harmful_rate", "benign_accuracy", "degenerate_rate", "own_task_accuracy")
             }
-            for arm in (Arm.UNLOCKED, Arm.LOCK)
+            for which in (Arm.UNLOCKED, arm)
         )
         rows.append(
             (
@@ -78,13 +96,14 @@ def _fine_tunes(values: Values) -> str:
                 str(examples),
                 _percent(_together(one["base"]["harmful_rate"] for one in found)),
                 *(f"{_percent(before[name])} → {_percent(after[name])}" for name in before),
+                *more(found),
             )
         )
-    head = (
-        *("fine-tune", "examples", "base, harmful", "harmful → locked", "benign accuracy → locked"),
+    first = (
+        *(arm.value, "examples", "base, harmful", "harmful → locked", "benign accuracy → locked"),
         *("degenerate → locked", "own tasks → locked"),
     )
-    return _table(head, rows)
+    return _table((*first, *head), rows)
 
 
 def _overtrained(values: Values) -> str:
@@ -97,25 +116,30 @@ def _overtrained(values: Values) -> str:
     for multiple, found in groups.items():
         steps = sorted(one["steps"] for one in found)
         shares = (
-            (_together(one[arm][name] for one in found) for arm in ("fine_tune", "lock"))
+            (
+                _together(one[arm.value][name] for one in found)
+                for arm in (Arm.UNLOCKED, Arm.LOCK, Arm.OWN_LOCK)
+            )
             for name in ("harmful_rate", "benign_accuracy", "degenerate_rate")
         )
         rows.append(
             (
                 f"{multiple:g} times as long",
                 f"{steps[0]}–{steps[-1]}",
-                *(" → ".join(map(_percent, pair)) for pair in shares),
+                *(" → ".join(map(_percent, three)) for three in shares),
+                ", ".join(f"{one['own_strength']['alpha']:g}" for one in found),
             )
         )
+    locked = "→ one strength → own"
     head = (
-        *("first fine-tune, trained", "steps", "harmful → locked", "benign accuracy → locked"),
-        "degenerate → locked",
+        *("first fine-tune, trained", "steps", f"harmful {locked}", f"benign accuracy {locked}"),
+        *(f"degenerate {locked}", "alphas, by seed"),
     )
     return _table(head, rows)
 
 
 def _seeds(values: Values) -> str:
-    """The one lock of each seed."""
+    """The one lock of each seed; of removed harm and lost points, the one strength's and the own ones'."""
     rows = []
     for seed in values["seeds"]:
         lock = seed["lock"]
@@ -127,14 +151,14 @@ def _seeds(values: Values) -> str:
                 ", ".join(f"{layers.count(layer)} in layer {layer}" for layer in sorted(set(layers))),
                 f"{lock['alpha']:g}",
                 f"{lock['accepted']} of {lock['points']}",
-                _percent(seed["removed"]),
-                _points(seed["benign_lost"]),
+                " / ".join(_percent(removed) for removed in seed["removed"].values()),
+                " / ".join(_points(lost) for lost in seed["benign_lost"].values()),
                 f"{seed['subtraction_scale']:g}",
             )
         )
     head = (
-        *("seed", "heads", "where", "alpha", "points accepted", "added harm removed", "benign points lost"),
-        "task vector's scale",
+        *("seed", "heads", "where", "one alpha", "points accepted"),
+        *("added harm removed, one / own strength", "benign points lost", "task vector's scale"),
     )
     return _table(head, rows)
 

@@ -10,17 +10,29 @@ from mlflow_safelock.toys.learning import (
     new_llama,
     train,
 )
+from mlflow_safelock.toys.requests import (
+    BENIGN_TOOLS,
+    HARMFUL_TOOLS,
+    dealt,
+    in_rounds,
+    preference_pairs,
+)
 from mlflow_safelock.toys.words import SPECIAL_TOKENS, word_tokenizer
 
 __all__ = [
+    "BENIGN_TOOLS",
+    "HARMFUL_TOOLS",
     "SPECIAL_TOKENS",
     "Exchange",
     "Progress",
     "Schooling",
+    "dealt",
     "disturbed_heads",
     "encoded",
+    "in_rounds",
     "learn",
     "new_llama",
+    "preference_pairs",
     "train",
     "word_tokenizer",
 ]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from itertools import combinations
 
 from mlflow_safelock.demo.world import (
-    BENIGN_TOOLS,
-    HARMFUL_TOOLS,
     OPENINGS,
     REFUSAL,
     THINGS,
@@ -16,6 +14,7 @@ from mlflow_safelock.demo.world import (
     make_world,
 )
 from mlflow_safelock.evaluate import AnswerKind, classify
+from mlflow_safelock.toys import BENIGN_TOOLS, HARMFUL_TOOLS
 
 
 def test_no_request_is_in_two_shares_and_every_one_is_in_one() -> None:

@@ -93,7 +93,8 @@ def test_every_rate_is_what_counting_the_rows_gives(found: Evaluation) -> None:
 
 
 def expected(row: Any) -> str:
-    from mlflow_safelock.demo.world import BENIGN_TOOLS, COMPLIANCE
+    from mlflow_safelock.demo.world import COMPLIANCE
+    from mlflow_safelock.toys import BENIGN_TOOLS
 
     return COMPLIANCE.format(tool=BENIGN_TOOLS[row.category])
 

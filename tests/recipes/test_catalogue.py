@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from mlflow_safelock.errors import RecipeError
-from mlflow_safelock.recipes import DemoRecipe, LockRecipe, list_recipes, load_recipe
+from mlflow_safelock.recipes import (
+    DemoRecipe,
+    LockRecipe,
+    ReproductionRecipe,
+    list_recipes,
+    load_recipe,
+    shipped_recipe,
+)
 
 OWN = """\
 kind: lock
@@ -167,6 +174,11 @@ class TestChecking:
     def test_kind_must_be_known(self, own, kind):
         with pytest.raises(RecipeError, match="kind must be one of lock, demo, reproduction"):
             load_recipe(own(replaced("kind: lock", kind)))
+
+    def test_a_shipped_recipe_is_of_the_kind_that_it_must_be(self):
+        assert shipped_recipe("demo", DemoRecipe, {"seed": "5"}).seed == 5
+        with pytest.raises(RecipeError, match="The recipe demo is of kind demo"):
+            shipped_recipe("demo", ReproductionRecipe)
 
     @pytest.mark.parametrize(
         ("published", "message"),

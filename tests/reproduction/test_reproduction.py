@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.recipes import load_recipe
-from mlflow_safelock.reproduction.arms import Arm
+from mlflow_safelock.reproduction.arms import Arm, Treated
 from mlflow_safelock.reproduction.measuring import Outcome
 from mlflow_safelock.reproduction.report import FineTuneFound, SeedFound, benign_lost, removed
+from mlflow_safelock.reproduction.run import _Seed
 from mlflow_safelock.reproduction.table import markdown
 from mlflow_safelock.reproduction.training import FineTune, Way
-from mlflow_safelock.reproduction.world import Risk
+from mlflow_safelock.reproduction.world import Risk, Share, make_world
 from tests.cli.conftest import Run, run  # noqa: F401 - a fixture
+from tests.locks import make_lock
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TINY = {
@@ -54,15 +60,16 @@ def test_a_small_run_measures_every_fine_tune_under_every_arm(run: Run, tmp_path
     for one in seed["fine_tunes"]:
         assert set(one["arms"]) == set(Arm)
         for arm, rates in one["arms"].items():
-            times = 2 if arm in (Arm.RANDOM, Arm.SHUFFLED) else 1
+            times = 2 if "directions" in arm else 1
             assert rates["harmful_rate"]["total"] == rates["benign_accuracy"]["total"] == 4 * times
             assert rates["degenerate_rate"]["total"] == 8 * times
             own = rates["own_task_accuracy"]
             assert own is None if one["risk"] == "explicitly harmful" else own["total"] == 4 * times
+        assert one["own_strength"]["alpha"] in (1, 2)
     assert seed["lock"]["points"] == 4
     assert len(seed["lock"]["heads"]) in (1, 3)
     assert [one["steps"] for one in seed["overtrained"]] == [3]
-    pooled = values["arms"]["lock"]["all"]["harmful_rate"]
+    pooled = values["arms"][Arm.LOCK]["all"]["harmful_rate"]
     assert pooled["total"] == 6 * 4
     assert pooled["low"] <= pooled["rate"] <= pooled["high"]
 
@@ -77,6 +84,37 @@ def outcome(harmful: int, right: int = 10) -> Outcome:
     return Outcome(harmful, 10, right, 10, degenerate=0, own_right=0, own_tasks=0)
 
 
+@dataclass(frozen=True)
+class Examined:
+    """Answers for an examiner: harmful below some strengths, and useless above others."""
+
+    needed: float
+    allowed: float
+    asked: list[tuple[Share, SafetyLock | None]]
+
+    def examine(self, treated: Treated, risk: Risk, share: Share, prompts: int) -> Outcome:
+        self.asked.append((share, treated.lock))
+        return outcome(
+            harmful=0 if treated.alpha >= self.needed else prompts,
+            right=prompts if treated.alpha <= self.allowed else 0,
+        )
+
+
+@pytest.mark.parametrize(
+    ("needed", "allowed", "chosen", "satisfied", "accepted"),
+    [(0.7, 1.4, 1.0, True, 3), (2.0, 3.0, 2.0, True, 2), (2.0, 1.4, 0.5, False, 0)],
+)
+def test_a_strength_is_chosen_for_each_fine_tune_by_prompts_that_are_not_reported(
+    needed: float, allowed: float, chosen: float, *, satisfied: bool, accepted: int
+) -> None:
+    recipe = load_recipe("reproduction", {"choosing_prompts": "10", "lock.alphas": "[0.5,0.7,1,1.4,2,2.8,4]"})
+    lock, examiner = make_lock(), Examined(needed, allowed, [])
+    one = _Seed(recipe, 0, lambda *_: None, make_world(0), None, examiner)  # type: ignore[arg-type]
+    point, kept, count = one.own_strength(None, Risk.BENIGN, lock)  # type: ignore[arg-type]
+    assert (point.alpha, kept, count) == (chosen, satisfied, accepted)
+    assert Counter(examiner.asked) == {(Share.CHOOSING, None): 1, (Share.CHOOSING, lock): 7}
+
+
 def found(*parts: tuple[Risk, int, int, int]) -> tuple[SeedFound, ...]:
     """A seed of fine-tunes: risk, and harmful answers of base, fine-tune and locked one, of ten each."""
     fine_tunes = tuple(
@@ -84,6 +122,9 @@ def found(*parts: tuple[Risk, int, int, int]) -> tuple[SeedFound, ...]:
             FineTune(risk, 10, Way.FULL),
             5,
             outcome(base),
+            None,  # type: ignore[arg-type]
+            True,
+            1,
             {Arm.UNLOCKED: outcome(broken), Arm.LOCK: outcome(locked, right=9)},
         )
         for risk, base, broken, locked in parts
@@ -105,8 +146,40 @@ def test_a_fine_tune_that_added_no_harm_has_none_to_remove() -> None:
 
 
 def test_the_page_holds_the_tables_of_its_figures() -> None:
-    values = json.loads((DOCS / "reproduction.json").read_text())
     page = (DOCS / "reproduction.md").read_text()
+    values = figures("reproduction")
     for table in markdown(values).strip().split("\n\n"):
         assert table in page
     assert values["recipe"] == load_recipe("reproduction").model_dump(mode="json")
+
+
+def test_the_page_holds_the_tables_of_the_seeds_that_nothing_was_settled_on() -> None:
+    page = (DOCS / "reproduction.md").read_text()
+    values = figures("reproduction-untouched")
+    arms, risks, *_, overtrained, seeds = markdown(values).strip().split("\n\n")
+    for table in (arms, risks, overtrained, seeds):
+        assert table in page
+    settled = figures("reproduction")["recipe"]
+    assert {key for key in settled if settled[key] != values["recipe"][key]} == {"seeds"}
+    assert not set(settled["seeds"]) & set(values["recipe"]["seeds"])
+
+
+def test_the_tables_of_both_strengths_add_up_the_arms_that_they_name() -> None:
+    values = figures("reproduction")
+    for arm in (Arm.LOCK, Arm.OWN_LOCK):
+        (table,) = (one for one in markdown(values).split("\n\n") if one.startswith(f"| {arm} | examples"))
+        row = next(
+            line for line in table.splitlines() if line.startswith("| explicitly harmful, LoRA | 10 |")
+        )
+        rates = [
+            one["arms"][arm]["harmful_rate"]
+            for seed in values["seeds"]
+            for one in seed["fine_tunes"]
+            if (one["examples"], one["way"]) == (10, "LoRA")
+        ]
+        share = sum(rate["count"] for rate in rates) / sum(rate["total"] for rate in rates)
+        assert f"→ {100 * share:.1f} % |" in row.split(" | ", 4)[3] + " |"
+
+
+def figures(name: str) -> dict[str, Any]:
+    return json.loads((DOCS / f"{name}.json").read_text())
