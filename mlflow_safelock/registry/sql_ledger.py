@@ -117,8 +117,7 @@ class SqlLedger(ABC):
             if time.monotonic() > deadline:
                 raise PromotionRefused(
                     "conflict",
-                    f"{work.model!r} version {work.version} is still being worked on by "
-                    f"{leases.process_of(other)}.",
+                    f"{work} is still being worked on by {leases.process_of(other)}.",
                     next_step="Do it again once that is done.",
                 )
             time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - spreads requests, guards nothing
