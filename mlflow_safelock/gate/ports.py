@@ -43,6 +43,7 @@ class ModelVersion:
         stage: The stage that it is in; ``None`` as a word where it is in none.
         aliases: The aliases that point to it, sorted.
         model_tags: Tags of the registered model, which anybody can set as well.
+        created: When it was registered, in milliseconds since 1970; ``None`` where that is not told.
     """
 
     name: str
@@ -53,10 +54,11 @@ class ModelVersion:
     stage: str
     aliases: tuple[str, ...]
     model_tags: Mapping[str, str] = field(default_factory=dict)
+    created: int | None = None
 
     @property
     def is_copy(self) -> bool:
-        """Whether what it serves was there before it was registered, so that no promotion of it wrote that.
+        """Whether what it serves may have been there before it was registered, written for another version.
 
         The gate redirects a version and leaves its source as it was. MLflow points the source of a copy at
         the version that was copied, and whoever registers a locked model's location has that as the source.

@@ -187,6 +187,7 @@ class RestRegistry(SqlLedger):
                 alias for alias, holder in dict(model.aliases).items() if int(holder) == int(found.version)
             ),
             model_tags=dict(model.tags),
+            created=found.creation_timestamp,
         )
 
     def _tag(self, redirection: Redirection) -> None:

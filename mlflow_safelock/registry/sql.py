@@ -191,4 +191,5 @@ def _view(row: Any) -> ModelVersion:
             )
         ),
         model_tags={tag.key: tag.value for tag in row.registered_model.registered_model_tags},
+        created=row.creation_time,
     )
