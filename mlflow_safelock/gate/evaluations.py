@@ -21,7 +21,7 @@ from mlflow_safelock.errors import PromotionRefused, SafelockError, Verification
 from mlflow_safelock.evaluate.suites import SHIPPED
 from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.ledger import LedgerEntry
-from mlflow_safelock.gate.locked_models import beside
+from mlflow_safelock.gate.places import beside
 from mlflow_safelock.gate.policy import EvaluationRule
 from mlflow_safelock.gate.ports import Artifacts, Registry
 from mlflow_safelock.gate.transient import is_transient

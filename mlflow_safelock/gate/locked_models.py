@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import rfc8785
@@ -27,6 +26,7 @@ from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.places import STANDALONE, beside, is_standalone
 from mlflow_safelock.gate.policy import GateRule
 from mlflow_safelock.gate.ports import Artifacts, Registry
 from mlflow_safelock.gate.remembered import holds
@@ -40,20 +40,6 @@ from mlflow_safelock.provenance import (
 from mlflow_safelock.provenance.dsse import verify
 
 _logger = logging.getLogger(__name__)
-
-STANDALONE = "standalone-"
-"""Beginning of the last part of a standalone model's location."""
-
-BESIDE = "-safelock"
-"""What the folder of locked models beside a fine-tune is called after it."""
-
-_DIGITS = "[0-9a-f]{32}"
-
-LOCKED_FOLDER = re.compile(rf"(?:{STANDALONE})?{_DIGITS}|\.(?:{STANDALONE})?{_DIGITS}-{_DIGITS}")
-"""Names in that folder which this package gives: overlays, standalone models, and either as it is written."""
-
-MAX_LOCATION = 500
-"""Longest download location that MLflow's table holds, in characters."""
 
 
 @dataclass(frozen=True)
@@ -329,30 +315,3 @@ def standalone_location(approved: Approved) -> str:
     made_of = rfc8785.dumps([approved.original, approved.lock.lock.digest, approved.alpha, *full])
     name = f"{STANDALONE}{hashlib.sha256(made_of).hexdigest()[:32]}"
     return beside(approved.original, name)
-
-
-def folder_beside(original: str) -> str:
-    """Where the locked models of a fine-tune are."""
-    return f"{original.rstrip('/')}{BESIDE}"
-
-
-def is_standalone(location: str | None) -> bool:
-    """Whether a location is one of a standalone model."""
-    return PurePosixPath(location or "").name.startswith(STANDALONE)
-
-
-def beside(original: str, name: str) -> str:
-    """Where something lies that was made of the fine-tune at ``original``.
-
-    Raises:
-        PromotionRefused: That is longer than MLflow's table holds.
-    """
-    location = f"{folder_beside(original)}/{name}"
-    if len(location) > MAX_LOCATION:
-        raise PromotionRefused(
-            "location_too_long",
-            f"The locked model's location would have {len(location)} characters, and MLflow holds "
-            f"{MAX_LOCATION}.",
-            next_step="Log the model under a shorter artifact location.",
-        )
-    return location

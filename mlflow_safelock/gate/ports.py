@@ -132,6 +132,10 @@ class LockedFolder:
 class Registry(Protocol):
     """The registry that the gate guards."""
 
+    @property
+    def has_another_gate(self) -> bool:
+        """Whether what it hands out may have been locked by a gate that keeps another ledger."""
+
     def registered_name(self, name: str) -> str:
         """The name of a registered model as the registry has it; the same where there is no such model.
 
@@ -144,6 +148,12 @@ class Registry(Protocol):
 
     def model_versions(self, name: str) -> Sequence[ModelVersion]:
         """All versions of a registered model, oldest first; none where there is no such model."""
+
+    def as_decided(self, found: ModelVersion, decision: LedgerEntry) -> ModelVersion:
+        """A version as it is served where a decision holds, which may be one about a former name of it.
+
+        Where the registry itself is redirected by decisions, that is the version as it is.
+        """
 
     def locks_of(self, workspace: str, base: str) -> Sequence[LedgerEntry]:
         """The rows by which the locks of a base model became known, oldest first."""

@@ -28,8 +28,9 @@ from mlflow_safelock.gate.evaluations import (
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
-from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, standalone_location
+from mlflow_safelock.gate.locked_models import LockedModels, standalone_location
 from mlflow_safelock.gate.measurements import Measured, Measurements
+from mlflow_safelock.gate.places import is_standalone
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
 from mlflow_safelock.gate.remembered import holds

@@ -127,14 +127,15 @@ class Renaming:
         """
         if self.gate.registry.model_versions(name):
             return False
-        for version in self.gate.registry.model_versions(new_name):
-            before = self.gate.registry.decision_on(workspace, name, version.version)
-            now = self.gate.registry.decision_on(workspace, new_name, version.version)
-            if before is None or not stands(before, version):
+        for found in self.gate.registry.model_versions(new_name):
+            before = self.gate.registry.decision_on(workspace, name, found.version)
+            now = self.gate.registry.decision_on(workspace, new_name, found.version)
+            if before is None or (now is not None and stands(now, found)):
                 continue
-            if before.locks and version.is_copy and not self._was_promoted_itself(version):
+            version = self.gate.registry.as_decided(found, before)
+            if not stands(before, version):
                 continue
-            if now is None or not stands(now, version):
+            if not before.locks or not version.is_copy or self._was_promoted_itself(version):
                 return True
         return False
 
@@ -157,13 +158,16 @@ class Renaming:
         Raises:
             PromotionRefused: A store does not answer now, so that this cannot be told.
         """
-        for version in self.gate.registry.model_versions(new_name):
-            decision = self.gate.registry.decision_on(workspace, name, version.version)
+        for found in self.gate.registry.model_versions(new_name):
+            decision = self.gate.registry.decision_on(workspace, name, found.version)
             if decision is None:
                 continue
-            now = self.gate.registry.decision_on(workspace, new_name, version.version)
-            if now is not None and (stands(now, version) or not stands(decision, version)):
-                continue  # it was put on record before somebody died, or decided anew since
+            now = self.gate.registry.decision_on(workspace, new_name, found.version)
+            if now is not None and stands(now, found):
+                continue  # it was put on record before somebody died
+            version = self.gate.registry.as_decided(found, decision)
+            if now is not None and not stands(decision, version):
+                continue  # it was decided anew since
             refusal = self.refusal(version, decision, name, new_name, workspace, actor)
             if refusal is not None and refusal.reason == "unreachable":
                 raise refusal
