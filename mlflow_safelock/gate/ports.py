@@ -166,6 +166,9 @@ class Registry(Protocol):
     def newest_withdrawn(self, name: str) -> int:
         """Number of the newest deleted version of a registered model, as far as that is told; or 0."""
 
+    def ledger_identity(self) -> str:
+        """What tells its ledger from others: the digest of the first row, zeros while there is none."""
+
     def writing_of(self, location: str) -> LedgerEntry | None:
         """The last writing of a standalone model at ``location``; ``None`` where the ledger knows of none."""
 

@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_safelock.cli.main import main
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.gate import remembered
 from tests.registries import base_lock, biases_of, fine_tune, log_fine_tune, register_lock
 from tests.registry.test_promotion import alias, stage
 from tests.servers import MlflowServer, mlflow_server
@@ -281,3 +282,30 @@ def point_at(server: MlflowServer, name: str, version: int, location: str) -> No
     with sqlite3.connect(server.registry_uri.removeprefix("sqlite:///")) as database:
         change = "UPDATE model_versions SET storage_location = ? WHERE name = ? AND version = ?"
         assert database.execute(change, (location, name, version)).rowcount == 1
+
+
+def test_users_with_ledgers_of_their_own_prepare_standalone_models_each_for_themselves(
+    client: MlflowClient, server: MlflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "safelock.yaml").write_text("version: 1\ngates:\n  - carrier: standalone\n")
+    monkeypatch.setenv("SAFELOCK_POLICY", str(tmp_path / "safelock.yaml"))
+    register_lock(base_lock(base="org/whole"))
+    version = log_fine_tune("whole", fine_tune(base="org/whole"))
+    served: dict[str, str] = {}
+    users: dict[str, MlflowClient] = {}
+    for slashes, user in enumerate(("ann", "bob"), start=3):
+        monkeypatch.setenv("SAFELOCK_LEDGER", f"sqlite:///{tmp_path}/{user}.db")
+        uri = f"safelock+{server.url}{'/' * slashes}"
+        users[user] = MlflowClient(registry_uri=uri)
+        with pytest.raises(MlflowException, match="not_prepared"):
+            stage(users[user], version, "whole")
+        safelock("prepare", f"models:/whole/{version}", "--registry-uri", uri, "--tracking-uri", server.url)
+        stage(users[user], version, "whole")
+        served[user] = users[user].get_model_version_download_uri("whole", str(version))
+    assert len(set(served.values())) == 2
+    remembered._held_until.clear()  # as in a minute
+    for user, there in users.items():
+        assert there.get_model_version_download_uri("whole", str(version)) == served[user]
+        stage(there, version, "whole")
+    loaded = mlflow.transformers.load_model(served["ann"])
+    assert biases_of(loaded.model)
