@@ -262,10 +262,15 @@ def test_an_overlay_that_somebody_made_is_never_served_nor_taken_for_another_fin
     assert client.get_model_version("weak", str(made)).tags["safelock.applied_alpha"] == "6"
     assert loaded_biases(f"models:/weak/{made}")
     (overlay / "MLmodel").write_text("flavors: {}")
-    version = log_fine_tune("weak", fine_tune(base="org/forged"))
-    put_beside(server, stock, "weak", version, overlay)
+    damaged = log_fine_tune("weak", fine_tune(base="org/forged"))
+    put_beside(server, stock, "weak", damaged, overlay)
     with pytest.raises(MlflowException, match=r"unreadable.*'MLmodel'"):
-        stage(client, version, "weak")
+        stage(client, damaged, "weak")
+    point_at(server, "weak", damaged, location)
+    original = server.artifacts / location.removeprefix("mlflow-artifacts:/").partition("-safelock/")[0]
+    (original / "requirements.txt").write_text("other")
+    with pytest.raises(MlflowException, match=r"unreadable.*'requirements\.txt'"):
+        stage(client, damaged, "weak")
 
 
 def put_beside(server: MlflowServer, stock: MlflowClient, name: str, version: int, folder: Path) -> str:
