@@ -991,11 +991,11 @@ def test_a_changed_alpha_of_the_policy_locks_anew(
 def test_a_location_that_mlflow_cannot_hold_is_a_refusal(
     client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow_safelock.gate import locked_models
+    from mlflow_safelock.gate import places
 
     version = log_fine_tune("bot")
     register_lock(base_lock())
-    monkeypatch.setattr(locked_models, "MAX_LOCATION", 40)
+    monkeypatch.setattr(places, "MAX_LOCATION", 40)
     before = state_of(client, "bot", version)
     with pytest.raises(MlflowException, match=r"location_too_long.*holds 40"):
         stage(client, version)
