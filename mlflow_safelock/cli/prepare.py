@@ -50,11 +50,12 @@ def prepare(
     the fine-tune is read. The promotion then finds them and compares them. Doing this again changes nothing,
     unless a file was written since, by the file system's word, or --again is given: then it measures anew.
     After a failure it goes on where it was, with the copies that S3 made and with the files that were read;
-    files that had to be copied on disks, or through a server, are copied anew. Nothing is promoted
-    here, and the checks are those of a promotion, refusals included.
+    files that had to be copied on disks, or through a server, are copied anew. A standalone model that was
+    damaged since is written anew, beside the old one. Nothing is promoted here, and the checks are those of a
+    promotion, refusals included.
 
-    This works on the registry's own database (--registry-uri safelock+...) and artifacts, not through a
-    server, with the policy that SAFELOCK_POLICY names.
+    This works on the registry's own database (--registry-uri safelock+...) and artifacts, with the policy
+    that SAFELOCK_POLICY names; of a server, only on the client's side of it (safelock+http://...).
     """
     name, number = version
     announce(f"Preparing {name} version {number}")

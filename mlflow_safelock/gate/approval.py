@@ -7,6 +7,7 @@ from typing import Any
 
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.ledger import Event, LedgerEntry, TokenizerFinding
+from mlflow_safelock.gate.locked_elsewhere import original_by_receipt
 from mlflow_safelock.gate.locks import RegisteredLock, find_lock
 from mlflow_safelock.gate.permissions import require
 from mlflow_safelock.gate.policy import GateRule, Policy
@@ -197,6 +198,14 @@ def is_prompt(found: ModelVersion) -> bool:
 
 
 def original_of(found: ModelVersion, registry: Registry, artifacts: Artifacts) -> str:
-    """Where the fine-tune of a version is; of one that serves a locked model, what that was made of."""
+    """Where the fine-tune of a version is; of one that serves a locked model, what that was made of.
+
+    Raises:
+        SourceError: That cannot be told.
+        VerificationError: It serves what another gate wrote, and that is not what its receipt says.
+    """
     known = registry.promotion_at(found.location)
-    return artifacts.resolve((known and known.original_location) or found.location)
+    original = artifacts.resolve((known and known.original_location) or found.location)
+    if known is None and registry.has_another_gate:
+        return original_by_receipt(original, artifacts) or original
+    return original

@@ -27,7 +27,7 @@ from mlflow_safelock.gate.evidence import (
     why_not,
 )
 from mlflow_safelock.gate.ledger import LedgerEntry
-from mlflow_safelock.gate.locked_models import beside
+from mlflow_safelock.gate.places import beside
 from mlflow_safelock.gate.policy import EvaluationRule
 from mlflow_safelock.gate.ports import Artifacts, Registry
 from mlflow_safelock.gate.transient import is_transient

@@ -8,7 +8,6 @@ from typing import Literal
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.gate.approval import Approved, Request, original_of
 from mlflow_safelock.gate.evaluations import require_evaluations
-from mlflow_safelock.gate.locked_models import standalone_location
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion
 from mlflow_safelock.gate.promotion import Gate, promoted_entry, tags_of
@@ -152,7 +151,7 @@ def _writes(gate: Gate, approved: Approved) -> tuple[str, ...]:
         # Its name is that of its receipt, which holds the time.
         model = f"an overlay of {size} bytes below {location.rpartition('/')[0]}/"
     else:
-        location, receipt = standalone_location(approved), gate.locked_models.found_prepared(approved)
+        location, receipt = gate.locked_models.found_prepared(approved)
         model = f"no model: the standalone one at {location} is there"
     return (
         model,

@@ -14,9 +14,9 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -52,17 +52,31 @@ class Work:
         model: Registered model.
         version: Its version.
         purpose: What is being done to it.
+        location: The locked model that is written, where it is no version that somebody is at work on.
     """
 
     workspace: str
     model: str
     version: int
     purpose: Literal["promote", "register", "prepare", "write"] = "promote"
+    location: str | None = field(default=None, compare=False)
 
     @classmethod
     def writing(cls, location: str) -> Work:
         """Writing a locked model at a location, for whichever of the versions that share its fine-tune."""
-        return cls("*", hashlib.sha256(location.encode()).hexdigest(), 0, "write")
+        return cls("*", hashlib.sha256(location.encode()).hexdigest(), 0, "write", location)
+
+    def __str__(self) -> str:
+        if self.location is not None:
+            return f"The locked model at {self.location}"
+        if self.purpose == "register":
+            return f"A new version of {self.model!r}"
+        return f"{self.model!r} version {self.version}"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The columns by which it is found."""
+        return {name: getattr(self, name) for name in ("workspace", "model", "version", "purpose")}
 
 
 @dataclass
@@ -124,7 +138,7 @@ def take(session: Session, work: Work, holder: str) -> str | None:
     mine = {"holder": holder, "expires": now + SECONDS[work.purpose]}
     row = session.execute(sa.select(TABLE.c.holder, TABLE.c.expires).where(*_is(work))).one_or_none()
     if row is None:
-        session.execute(TABLE.insert().values(**vars(work), **mine))
+        session.execute(TABLE.insert().values(**work.key, **mine))
         return None
     other = str(row.holder)
     if row.expires > now and not is_gone(other):
@@ -153,7 +167,7 @@ def held(session: Session) -> list[Work]:
 
 
 def _is(work: Work) -> tuple[sa.ColumnElement[bool], ...]:
-    return tuple(TABLE.c[name] == value for name, value in vars(work).items())
+    return tuple(TABLE.c[name] == value for name, value in work.key.items())
 
 
 def _machine() -> str:

@@ -220,6 +220,12 @@ def last_refusal(
     return _last(session, *_of_version(workspace, model, version), *of_target)
 
 
+def identity(session: Session) -> str:
+    """What tells a ledger from others: the digest of its first row, zeros while it has none."""
+    first = session.execute(sa.select(TABLE.c.digest).where(TABLE.c.sequence == 1)).scalar_one_or_none()
+    return GENESIS if first is None else str(first)
+
+
 def writing_of(session: Session, location: str) -> LedgerEntry | None:
     """The last writing of a standalone model at ``location``."""
     return _last(session, *_keyed(location, "written"))

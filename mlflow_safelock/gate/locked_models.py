@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from itertools import count
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import rfc8785
@@ -27,9 +27,11 @@ from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.places import STANDALONE, beside, is_standalone
 from mlflow_safelock.gate.policy import GateRule
 from mlflow_safelock.gate.ports import Artifacts, Registry
 from mlflow_safelock.gate.remembered import holds
+from mlflow_safelock.gate.transient import is_transient
 from mlflow_safelock.provenance import (
     RECEIPT_SIGNATURE_FILE,
     ArtifactReader,
@@ -43,19 +45,20 @@ from mlflow_safelock.provenance.envelopes import is_sealed_by
 
 _logger = logging.getLogger(__name__)
 
-STANDALONE = "standalone-"
-"""Beginning of the last part of a standalone model's location."""
 
-BESIDE = "-safelock"
-"""What the folder of locked models beside a fine-tune is called after it."""
+@dataclass(frozen=True)
+class _Place:
+    """Where the standalone model of a promotion is, or would be written.
 
-_DIGITS = "[0-9a-f]{32}"
+    Attributes:
+        location: The place.
+        receipt: The receipt of the one that is there and on record, checked; ``None`` where none is.
+        fault: Why one that is on record cannot be promoted; ``None`` where there is no such one.
+    """
 
-LOCKED_FOLDER = re.compile(rf"(?:{STANDALONE})?{_DIGITS}|\.(?:{STANDALONE})?{_DIGITS}-{_DIGITS}")
-"""Names in that folder which this package gives: overlays, standalone models, and either as it is written."""
-
-MAX_LOCATION = 500
-"""Longest download location that MLflow's table holds, in characters."""
+    location: str
+    receipt: Receipt | None = None
+    fault: SafelockError | None = None
 
 
 @dataclass(frozen=True)
@@ -112,25 +115,30 @@ class LockedModels:
             signer=signer,
         )
 
-    def write_standalone(self, approved: Approved, progress: Progress) -> Standalone | None:
-        """Write the standalone model of a promotion, read it back, and put it on record.
+    def prepare_standalone(self, approved: Approved, progress: Progress) -> tuple[str, Standalone | None]:
+        """Write the standalone model of a promotion where none is on record, read it back, put it on record.
 
-        A whole one that is there and not on record goes: nobody knows who wrote it.
+        A whole one that is there stays, whatever it is: a version of this registry or of another one may be
+        served from it. Where one is in the way that is not on record, or not as it was written, this goes
+        beside it.
 
         Returns:
-            What was written; ``None`` where somebody else had, for another version of the same fine-tune.
+            Where it is, and what was written; ``None`` where it was there already.
 
         Raises:
             PromotionRefused: Somebody else is writing it.
         """
-        location = standalone_location(approved)
-        with self.registry.lease(Work.writing(location)) as lease:
-            if self.prepared(approved) is not None:
-                return None
-            if is_complete(self.artifacts.reader(location)):
-                _logger.warning("The locked model at %s is not on record, and is written anew", location)
-                self.artifacts.delete_locked_folder(location)
-            return self._write_standalone(approved, location, renewing(lease, progress))
+        place = self._standalone_place(approved)
+        if place.receipt is not None:
+            return place.location, None
+        # For whatever place it is: two at a time would write two of them.
+        with self.registry.lease(Work.writing(_standalone_at(approved))) as lease:
+            place = self._standalone_place(approved)
+            if place.receipt is not None:
+                return place.location, None
+            if place.fault is not None:
+                _logger.warning("A standalone model is written anew at %s: %s", place.location, place.fault)
+            return place.location, self._write_standalone(approved, place.location, renewing(lease, progress))
 
     def _write_standalone(self, approved: Approved, location: str, progress: Progress) -> Standalone:
         written = self.artifacts.derive(
@@ -157,7 +165,7 @@ class LockedModels:
         if receipt.digest != written.receipt.digest:
             raise VerificationError(
                 f"There is another locked model at {location} than the one that was written.",
-                next_step="Delete it, and write it again: safelock prepare.",
+                next_step=f"Do it again, which goes beside that one: safelock prepare {approved.uri}.",
             )
         reach("standalone-read-back")
         self.registry.record(
@@ -174,57 +182,94 @@ class LockedModels:
         reach("standalone-recorded")
         return written
 
-    def found_prepared(self, approved: Approved) -> Receipt:
-        """The receipt of the standalone model for a promotion, which was written before."""
-        receipt = self.prepared(approved)
-        if receipt is None:
-            raise PromotionRefused(
-                "not_prepared",
-                f"The policy has {approved.request.name!r} promoted as a standalone model, and none is there "
-                f"for version {approved.request.version} with lock {approved.lock.model} version "
-                f"{approved.lock.version} at alpha {approved.alpha:g}.",
-                next_step=f"Write it, where the registry's database and artifacts can be reached: safelock "
-                f"prepare {approved.uri}. Then promote again.",
-            )
-        reach("standalone-found")
-        return receipt
+    def found_prepared(self, approved: Approved) -> tuple[str, Receipt]:
+        """The standalone model for a promotion, which was written before: where it is, and its receipt.
 
-    def prepared(self, approved: Approved) -> Receipt | None:
-        """The receipt of the standalone model for a promotion, checked; ``None`` where there is none.
+        Raises:
+            PromotionRefused: There is none.
+            VerificationError: The one that is on record is not as it was written, or the fine-tune is not.
+            UnreachableError: The store does not answer now.
+        """
+        place = self._standalone_place(approved)
+        write = (
+            "where the registry's database and artifacts can be reached: safelock prepare "
+            f"{approved.uri}. Then promote again."
+        )
+        if place.receipt is not None:
+            reach("standalone-found")
+            return place.location, place.receipt
+        if place.fault is not None:
+            raise VerificationError(
+                place.fault.cause, next_step=f"Have it written anew, {write}"
+            ) from place.fault
+        raise PromotionRefused(
+            "not_prepared",
+            f"The policy has {approved.request.name!r} promoted as a standalone model, and none is there "
+            f"for version {approved.request.version} with lock {approved.lock.model} version "
+            f"{approved.lock.version} at alpha {approved.alpha:g}.",
+            next_step=f"Write it, {write}",
+        )
+
+    def _standalone_place(self, approved: Approved) -> _Place:
+        """Look for the standalone model of a promotion, and where none is, for a place to write it.
 
         A folder is not believed on its own word: one whose receipt the ledger does not name was not written
         by a preparation, or by one that died before it was put on record.
+        """
+        fault = None
+        for location in self._places(approved):
+            reader = self.artifacts.reader(location)
+            if not is_complete(reader):
+                break
+            on_record = self._on_record_at(location)
+            if not on_record:
+                continue
+            try:
+                return _Place(location, self._as_written(approved, reader, on_record))
+            except SafelockError as error:
+                if is_transient(error):
+                    raise
+                fault = error
+        return _Place(location, fault=fault)
+
+    def _places(self, approved: Approved) -> Iterator[str]:
+        """The places for the standalone model of a promotion, in order and without end.
+
+        Every ledger has its own, so that nobody writes over what a version of another registry serves. Those
+        of earlier versions of this package had no ledger in their name; one that is on record still counts.
+        """
+        before = _standalone_at(approved)
+        if self._on_record_at(before) and is_complete(self.artifacts.reader(before)):
+            yield before
+        ledger = self.registry.ledger_identity()
+        for number in count(1):
+            yield _standalone_at(approved, ledger, number)
+
+    def _as_written(
+        self, approved: Approved, reader: ArtifactReader, on_record: Collection[str | None]
+    ) -> Receipt:
+        """The receipt of a standalone model that is as it was written, of what is to be promoted.
 
         Raises:
-            VerificationError: It is not what the ledger names.
+            VerificationError: It is not what the ledger names, or not of this source, lock and alpha.
             SourceError: It, or the fine-tune, cannot be read.
         """
-        location = standalone_location(approved)
-        reader = self.artifacts.reader(location)
-        if not is_complete(reader):
-            return None
-        on_record = self._on_record_at(location)
-        if not on_record:
-            return None
         receipt = read_standalone(reader)
         if receipt.digest not in on_record:
             raise VerificationError(
-                f"The receipt of the locked model at {location} is not the one that the ledger names.",
-                next_step="Delete it, and write it again: safelock prepare.",
+                f"The receipt of the locked model at {reader.location} is not the one that the ledger names."
             )
         stated = receipt.predicate
         wanted = (approved.original, approved.lock.lock.digest, approved.alpha)
         if (stated.source.uri, stated.lock.digest, stated.alpha) != wanted:
             raise VerificationError(
                 f"The locked model at {reader.location} is not of the source, lock and alpha that its place "
-                "stands for.",
-                next_step="Delete it, and write it again: safelock prepare.",
+                "stands for."
             )
         measured = approved.measured
         if measured is not None and not measured.is_of_the_same_bytes(stated.source.fingerprint):
             raise VerificationError(
-                f"The locked model at {reader.location} was made of other bytes than were measured.",
-                next_step="Delete it, and write it again: safelock prepare.",
+                f"The locked model at {reader.location} was made of other bytes than were measured."
             )
         check_fingerprint(stated.source.fingerprint, self.artifacts.reader(approved.original))
         return receipt
@@ -323,40 +368,16 @@ def _overlay_location(approved: Approved, receipt: Receipt) -> str:
     return beside(approved.original, name)
 
 
-def standalone_location(approved: Approved) -> str:
-    """Where the standalone model is: the same for the same source, lock, strength and kind of fingerprint.
+def _standalone_at(approved: Approved, *further: str | int) -> str:
+    """A place for the standalone model of a source, lock, strength and kind of fingerprint.
+
+    Args:
+        approved: The promotion.
+        further: What else tells it from others.
 
     Raises:
         PromotionRefused: It is longer than MLflow's table holds.
     """
     full = ["full"] if approved.rule.fingerprint == "full" else []
-    made_of = rfc8785.dumps([approved.original, approved.lock.lock.digest, approved.alpha, *full])
-    name = f"{STANDALONE}{hashlib.sha256(made_of).hexdigest()[:32]}"
-    return beside(approved.original, name)
-
-
-def folder_beside(original: str) -> str:
-    """Where the locked models of a fine-tune are."""
-    return f"{original.rstrip('/')}{BESIDE}"
-
-
-def is_standalone(location: str | None) -> bool:
-    """Whether a location is one of a standalone model."""
-    return PurePosixPath(location or "").name.startswith(STANDALONE)
-
-
-def beside(original: str, name: str) -> str:
-    """Where something lies that was made of the fine-tune at ``original``.
-
-    Raises:
-        PromotionRefused: That is longer than MLflow's table holds.
-    """
-    location = f"{folder_beside(original)}/{name}"
-    if len(location) > MAX_LOCATION:
-        raise PromotionRefused(
-            "location_too_long",
-            f"The locked model's location would have {len(location)} characters, and MLflow holds "
-            f"{MAX_LOCATION}.",
-            next_step="Log the model under a shorter artifact location.",
-        )
-    return location
+    made_of = rfc8785.dumps([approved.original, approved.lock.lock.digest, approved.alpha, *full, *further])
+    return beside(approved.original, f"{STANDALONE}{hashlib.sha256(made_of).hexdigest()[:32]}")

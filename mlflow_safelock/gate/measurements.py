@@ -19,7 +19,7 @@ from mlflow_safelock.errors import PromotionRefused, SourceError, VerificationEr
 from mlflow_safelock.gate.approval import Approved
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ledger import LedgerEntry
-from mlflow_safelock.gate.locked_models import beside
+from mlflow_safelock.gate.places import beside
 from mlflow_safelock.gate.ports import Artifacts, Registry, Target
 from mlflow_safelock.provenance import SourceFingerprint, check_fingerprint
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.ledger import LedgerEntry
-from mlflow_safelock.gate.locked_models import is_standalone
+from mlflow_safelock.gate.places import is_standalone
 from mlflow_safelock.gate.ports import LockedFolder, ModelVersion
 
 Identity = tuple[str, str, int]

@@ -43,6 +43,7 @@ class ModelVersion:
         stage: The stage that it is in; ``None`` as a word where it is in none.
         aliases: The aliases that point to it, sorted.
         model_tags: Tags of the registered model, which anybody can set as well.
+        created: When it was registered, in milliseconds since 1970; ``None`` where that is not told.
     """
 
     name: str
@@ -53,10 +54,11 @@ class ModelVersion:
     stage: str
     aliases: tuple[str, ...]
     model_tags: Mapping[str, str] = field(default_factory=dict)
+    created: int | None = None
 
     @property
     def is_copy(self) -> bool:
-        """Whether what it serves was there before it was registered, so that no promotion of it wrote that.
+        """Whether what it serves may have been there before it was registered, written for another version.
 
         The gate redirects a version and leaves its source as it was. MLflow points the source of a copy at
         the version that was copied, and whoever registers a locked model's location has that as the source.
@@ -130,6 +132,10 @@ class LockedFolder:
 class Registry(Protocol):
     """The registry that the gate guards."""
 
+    @property
+    def has_another_gate(self) -> bool:
+        """Whether what it hands out may have been locked by a gate that keeps another ledger."""
+
     def registered_name(self, name: str) -> str:
         """The name of a registered model as the registry has it; the same where there is no such model.
 
@@ -143,6 +149,12 @@ class Registry(Protocol):
     def model_versions(self, name: str) -> Sequence[ModelVersion]:
         """All versions of a registered model, oldest first; none where there is no such model."""
 
+    def as_decided(self, found: ModelVersion, decision: LedgerEntry) -> ModelVersion:
+        """A version as it is served where a decision holds, which may be one about a former name of it.
+
+        Where the registry itself is redirected by decisions, that is the version as it is.
+        """
+
     def locks_of(self, workspace: str, base: str) -> Sequence[LedgerEntry]:
         """The rows by which the locks of a base model became known, oldest first."""
 
@@ -153,6 +165,9 @@ class Registry(Protocol):
 
     def newest_withdrawn(self, name: str) -> int:
         """Number of the newest deleted version of a registered model, as far as that is told; or 0."""
+
+    def ledger_identity(self) -> str:
+        """What tells its ledger from others: the digest of the first row, zeros while there is none."""
 
     def writing_of(self, location: str) -> LedgerEntry | None:
         """The last writing of a standalone model at ``location``; ``None`` where the ledger knows of none."""

@@ -23,8 +23,9 @@ from mlflow_safelock.gate.evidence import check_applies, signatories_of, signed_
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work, renewing
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
-from mlflow_safelock.gate.locked_models import LockedModels, is_standalone, standalone_location
+from mlflow_safelock.gate.locked_models import LockedModels
 from mlflow_safelock.gate.measurements import Measured, Measurements
+from mlflow_safelock.gate.places import is_standalone
 from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
 from mlflow_safelock.gate.remembered import holds
@@ -268,10 +269,7 @@ class Gate:
             approved = replace(approved, measured=measured.fingerprint)
         if rule.carrier == "overlay":
             return Preparation("overlay", None, lock, approved.alpha, None, measured, fetched)
-        location = standalone_location(approved)
-        written = None
-        if self.locked_models.prepared(approved) is None:
-            written = self.locked_models.write_standalone(approved, progress)
+        location, written = self.locked_models.prepare_standalone(approved, progress)
         return Preparation("standalone", location, lock, approved.alpha, written, measured, fetched)
 
     def _fetch_weights(
@@ -336,7 +334,7 @@ class Gate:
         if rule.carrier == "overlay":
             location, receipt = self.locked_models.write_overlay(approved)
         else:
-            location, receipt = standalone_location(approved), self.locked_models.found_prepared(approved)
+            location, receipt = self.locked_models.found_prepared(approved)
         promoted = promoted_entry(approved, receipt, location)
         redirection = Redirection(
             name=request.name,

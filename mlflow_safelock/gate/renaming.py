@@ -122,18 +122,32 @@ class Renaming:
         """Whether a model has a new name that the ledger does not know of, since somebody died between.
 
         A decision counts only where a version is still at the place that the decision is about, and was
-        brought there by it: whoever deletes a model and registers a locked place anew renames nothing.
+        brought there by it: whoever deletes a model and registers a locked place anew, or had it copied
+        before, renames nothing.
         """
         if self.gate.registry.model_versions(name):
             return False
-        for version in self.gate.registry.model_versions(new_name):
-            before = self.gate.registry.decision_on(workspace, name, version.version)
-            now = self.gate.registry.decision_on(workspace, new_name, version.version)
-            if before is None or not stands(before, version) or (before.locks and version.is_copy):
+        for found in self.gate.registry.model_versions(new_name):
+            before = self.gate.registry.decision_on(workspace, name, found.version)
+            now = self.gate.registry.decision_on(workspace, new_name, found.version)
+            if before is None or (now is not None and stands(now, found)):
                 continue
-            if now is None or not stands(now, version):
+            version = self.gate.registry.as_decided(found, before)
+            if not stands(before, version):
+                continue
+            if not before.locks or not version.is_copy or self._was_promoted_itself(version):
                 return True
         return False
+
+    def _was_promoted_itself(self, version: ModelVersion) -> bool:
+        """Whether a version was there before what it serves locked was: a copy of that came after it."""
+        promoted = (
+            datetime.fromisoformat(entry.time).timestamp() * 1000
+            for entry in self.gate.registry.locking_entries()
+            if entry.event == "promoted" and entry.location == version.location
+        )
+        first = min(promoted, default=0.0)
+        return version.created is not None and version.created < first
 
     def put_on_record(self, name: str, new_name: str, workspace: str, actor: Actor) -> None:
         """Let the ledger's decisions go on under a registered model's new name.
@@ -144,13 +158,16 @@ class Renaming:
         Raises:
             PromotionRefused: A store does not answer now, so that this cannot be told.
         """
-        for version in self.gate.registry.model_versions(new_name):
-            decision = self.gate.registry.decision_on(workspace, name, version.version)
+        for found in self.gate.registry.model_versions(new_name):
+            decision = self.gate.registry.decision_on(workspace, name, found.version)
             if decision is None:
                 continue
-            now = self.gate.registry.decision_on(workspace, new_name, version.version)
-            if now is not None and (stands(now, version) or not stands(decision, version)):
-                continue  # it was put on record before somebody died, or decided anew since
+            now = self.gate.registry.decision_on(workspace, new_name, found.version)
+            if now is not None and stands(now, found):
+                continue  # it was put on record before somebody died
+            version = self.gate.registry.as_decided(found, decision)
+            if now is not None and not stands(decision, version):
+                continue  # it was decided anew since
             refusal = self.refusal(version, decision, name, new_name, workspace, actor)
             if refusal is not None and refusal.reason == "unreachable":
                 raise refusal

@@ -30,7 +30,7 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import SourceError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.failpoints import reach
-from mlflow_safelock.gate.locked_models import folder_beside
+from mlflow_safelock.gate.places import folder_beside
 from mlflow_safelock.gate.ports import LockedFolder, Writer
 from mlflow_safelock.gate.source import HubReference
 from mlflow_safelock.lock import SafetyLock

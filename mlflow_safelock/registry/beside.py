@@ -22,7 +22,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from mlflow_safelock.errors import SourceError
-from mlflow_safelock.gate.locked_models import BESIDE, LOCKED_FOLDER
+from mlflow_safelock.gate.places import BESIDE, LOCKED_FOLDER
 from mlflow_safelock.gate.ports import LockedFolder
 from mlflow_safelock.registry.s3 import SCHEME, S3Artifacts, bucket_owner
 from mlflow_safelock.registry.s3_errors import s3_errors

@@ -42,6 +42,10 @@ class RegistryWithoutLedger(SqlRegistry):
     ) -> LedgerEntry | None:
         """None."""
 
+    def ledger_identity(self) -> str:
+        """That of one without rows."""
+        return ledger.GENESIS
+
     def writing_of(self, location: str) -> LedgerEntry | None:
         """None."""
 

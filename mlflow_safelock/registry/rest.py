@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -35,6 +34,8 @@ from sqlalchemy.orm import sessionmaker
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate import ledger
 from mlflow_safelock.gate.failpoints import reach
+from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.places import fine_tune_beside
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Withdrawal
 from mlflow_safelock.registry.sql_ledger import SqlLedger, finish
 from mlflow_safelock.settings import read_settings
@@ -108,10 +109,17 @@ class RestRegistry(SqlLedger):
     Attributes:
         store: MLflow's own client of the server.
         database: The ledger's.
+        resolve: Gives the storage URI behind a ``models:/`` or ``runs:/`` URI; any other URI as it is.
     """
 
     store: RestStore
     database: LedgerDatabase
+    resolve: Callable[[str], str]
+
+    @property
+    def has_another_gate(self) -> bool:
+        """Yes: whoever reaches the server's database may reconcile that, by a ledger in it."""
+        return True
 
     def _session(self, *, read_only: bool = True) -> AbstractContextManager[Any]:
         return self.database.session(read_only=read_only)
@@ -128,7 +136,19 @@ class RestRegistry(SqlLedger):
     def model_version(self, name: str, version: int) -> ModelVersion:
         """One version, at the place that it was last decided to be served from, else at the server's."""
         found = self._at_the_server(name, version)
-        return self._from_ledger(partial(_as_decided, found))
+        decision = self.decision_on(active_workspace(), found.name, found.version)
+        return found if decision is None else self.as_decided(found, decision)
+
+    def as_decided(self, found: ModelVersion, decision: LedgerEntry) -> ModelVersion:
+        """A version of the server's as it is served to clients of this ledger where a decision holds.
+
+        Raises:
+            SourceError: What it was registered from cannot be found out.
+        """
+        if not decision.locks or found.location == decision.location:
+            return found
+        is_told = found.location == decision.original_location
+        return _as_decided(found, decision, found.location if is_told else self.resolve(found.location))
 
     def model_versions(self, name: str) -> Sequence[ModelVersion]:
         """All ready versions of a registered model, oldest first; none where there is no such model."""
@@ -151,10 +171,15 @@ class RestRegistry(SqlLedger):
     def redirect(self, redirection: Redirection) -> bool:
         """Put on record what a version is served as; then tag it, which is for people and decides nothing."""
         at_the_server = self._at_the_server(redirection.name, redirection.version)
+        handed_out = self.resolve(at_the_server.location)
 
         def work(session: Any) -> bool:
             reach("transaction-begun")
-            if _as_decided(at_the_server, session).location != redirection.expected_location:
+            decision = ledger.decision_on(
+                session, active_workspace(), at_the_server.name, at_the_server.version
+            )
+            now = at_the_server if decision is None else _as_decided(at_the_server, decision, handed_out)
+            if now.location != redirection.expected_location:
                 return False
             finish(session, redirection)
             return True
@@ -187,6 +212,7 @@ class RestRegistry(SqlLedger):
                 alias for alias, holder in dict(model.aliases).items() if int(holder) == int(found.version)
             ),
             model_tags=dict(model.tags),
+            created=found.creation_timestamp,
         )
 
     def _tag(self, redirection: Redirection) -> None:
@@ -201,14 +227,20 @@ class RestRegistry(SqlLedger):
             _logger.warning("The server did not take the tags of a promotion: %s", error)
 
 
-def _as_decided(found: ModelVersion, session: Any) -> ModelVersion:
-    """A version as clients of this ledger see it."""
-    workspace = active_workspace()
-    decision = ledger.decision_on(session, workspace, found.name, found.version)
-    if decision is None or not decision.locks or decision.location is None:
+def _as_decided(found: ModelVersion, decision: LedgerEntry, handed_out: str) -> ModelVersion:
+    """A version as clients of this ledger see it.
+
+    What was decided is about the fine-tune that the server hands out, or about the one that a gate beside the
+    server has made a locked model of since. Where it is something else by now, it is not about that.
+
+    Args:
+        found: The version as the server has it.
+        decision: What was decided about it last.
+        handed_out: The storage URI of what the server hands out.
+    """
+    if not decision.locks or decision.location is None:
         return found
-    # Where the server hands out something else by now, what was decided is not about that.
-    is_about_it = decision.original_location == found.location
+    is_about_it = decision.original_location in (handed_out, fine_tune_beside(handed_out))
     return replace(found, location=decision.location) if is_about_it else found
 
 

@@ -21,6 +21,7 @@ from mlflow.store.model_registry.dbmodels.models import (
 from mlflow.utils.time import get_current_time_millis
 
 from mlflow_safelock.gate.failpoints import reach
+from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Withdrawal
 from mlflow_safelock.registry.sql_ledger import SqlLedger, finish
 
@@ -44,6 +45,15 @@ class SqlRegistry(SqlLedger):
     def _session(self, *, read_only: bool = True) -> AbstractContextManager[Any]:
         session: AbstractContextManager[Any] = self.store.ManagedSessionMaker(read_only=read_only)
         return session
+
+    @property
+    def has_another_gate(self) -> bool:
+        """No: what a database is redirected by stands in the ledger beside it."""
+        return False
+
+    def as_decided(self, found: ModelVersion, decision: LedgerEntry) -> ModelVersion:
+        """The version as it is: a decision is made in the transaction that redirects its row."""
+        return found
 
     def registered_name(self, name: str) -> str:
         """The name of a registered model as the database has it, which may take other spellings for it."""
@@ -191,4 +201,5 @@ def _view(row: Any) -> ModelVersion:
             )
         ),
         model_tags={tag.key: tag.value for tag in row.registered_model.registered_model_tags},
+        created=row.creation_time,
     )

@@ -56,6 +56,10 @@ class SqlLedger(ABC):
         """The row by which a registered lock became known, though it be deleted since."""
         return self._from_ledger(lambda session: ledger.known_lock(session, workspace, name, version, digest))
 
+    def ledger_identity(self) -> str:
+        """What tells this ledger from others: the digest of its first row, zeros while it has none."""
+        return self._from_ledger(ledger.identity)
+
     def writing_of(self, location: str) -> LedgerEntry | None:
         """The last writing of a standalone model at ``location``."""
         return self._from_ledger(lambda session: ledger.writing_of(session, location))
@@ -117,8 +121,7 @@ class SqlLedger(ABC):
             if time.monotonic() > deadline:
                 raise PromotionRefused(
                     "conflict",
-                    f"{work.model!r} version {work.version} is still being worked on by "
-                    f"{leases.process_of(other)}.",
+                    f"{work} is still being worked on by {leases.process_of(other)}.",
                     next_step="Do it again once that is done.",
                 )
             time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - spreads requests, guards nothing

@@ -420,7 +420,7 @@ def ledger_engine(store_uri: str) -> sa.Engine:
     return engine
 
 
-def _registry_at(store_uri: str) -> tuple[GuardedStore, Registry]:
+def _registry_at(store_uri: str, tracking_uri: str | None) -> tuple[GuardedStore, Registry]:
     """The store at an address and what the gate sees of it, with the tables that a gate needs."""
     if not is_server(store_uri):
         store = connect(store_uri)
@@ -431,7 +431,9 @@ def _registry_at(store_uri: str) -> tuple[GuardedStore, Registry]:
     bring_up_to_date(database.engine)
     rest_store = SafelockRestStore(lambda: get_default_host_creds(server))
     rest_store.engine = database.engine
-    rest_store.registry = RestRegistry(server_store(server), database)
+    rest_store.registry = RestRegistry(
+        server_store(server), database, RegistryArtifacts(tracking_uri).resolve
+    )
     _logger.info(
         "safelock is on this client's side of %s only: others are not held back", shown_server(server)
     )
@@ -453,7 +455,7 @@ def open_store(store_uri: str, tracking_uri: str | None) -> GuardedStore:
     check_signing()  # what cannot be used is an error now, and not in every promotion
     if any(rule.names_identities for rule in policy.gates):
         check_sigstore()
-    store, registry = _registry_at(store_uri)
+    store, registry = _registry_at(store_uri, tracking_uri)
     store.policy_source = source
     store._gate = Gate(source, registry, RegistryArtifacts(tracking_uri))
     store._guard = Guard(store._gate)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
+import rfc8785
 from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_safelock.cli.main import main
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.gate import remembered
 from tests.registries import base_lock, biases_of, fine_tune, log_fine_tune, register_lock
 from tests.registry.test_promotion import alias, stage
 from tests.servers import MlflowServer, mlflow_server
@@ -162,3 +167,150 @@ def test_without_a_setting_the_ledger_is_this_users_and_one_for_each_server(
     assert with_password == ledger_uri(addresses[0])
     assert with_password.startswith(f"sqlite:///{tmp_path}/.safelock/https---a-example-mlflow-")
     assert (tmp_path / ".safelock").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_version_of_a_run_is_served_locked(client: MlflowClient, server: MlflowServer) -> None:
+    register_lock(base_lock(base="org/run"))
+    logged = log_fine_tune("logged", fine_tune(base="org/run"))
+    folder = mlflow.artifacts.download_artifacts(f"models:/logged/{logged}")
+    with mlflow.start_run() as run:
+        client.log_artifacts(run.info.run_id, folder, "model")
+    client.create_registered_model("run")
+    version = int(
+        client.create_model_version("run", f"runs:/{run.info.run_id}/model", run.info.run_id).version
+    )
+    stage(client, version, "run")
+    location = client.get_model_version_download_uri("run", str(version))
+    assert "-safelock/" in location
+    assert loaded_biases("models:/run/Staging")
+    alias(client, version, "run")
+    assert client.get_model_version_download_uri("run", str(version)) == location, "nothing was left to do"
+
+
+def test_what_is_renamed_goes_on_being_served_locked(client: MlflowClient, stock: MlflowClient) -> None:
+    version = log_fine_tune("former", fine_tune(base="org/former"))
+    register_lock(base_lock(base="org/former"))
+    stage(client, version, "former")
+    location = client.get_model_version_download_uri("former", str(version))
+    client.rename_registered_model("former", "latter")
+    assert client.get_model_version_download_uri("latter", str(version)) == location
+    assert loaded_biases("models:/latter/Staging")
+    stock.rename_registered_model("latter", "last")  # as a renaming that died before it was on record
+    with pytest.raises(MlflowException, match="not_locked"):
+        client.get_model_version_download_uri("last", str(version))
+    client._get_registry_client().store.rename_registered_model("latter", "last")
+    assert client.get_model_version_download_uri("last", str(version)) == location
+
+
+def reconcile(server: MlflowServer, name: str) -> str:
+    """What a companion beside the server's database does, with a ledger in there."""
+    registry = ("--registry-uri", f"safelock+{server.registry_uri}", "--tracking-uri", server.url)
+    try:
+        return safelock("reconcile", "--lock", "--demote", "--model", name, *registry)
+    finally:
+        mlflow.set_registry_uri(f"safelock+{server.url}")
+
+
+def test_a_companion_beside_the_server_holds_others_back_and_these_clients_go_on(
+    client: MlflowClient, stock: MlflowClient, server: MlflowServer
+) -> None:
+    register_lock(base_lock(base="org/both"))
+    first = log_fine_tune("both", fine_tune(base="org/both"))
+    stage(client, first, "both")
+    location = client.get_model_version_download_uri("both", str(first))
+    assert "locked" in reconcile(server, "both")
+    others = stock.get_model_version_download_uri("both", str(first))
+    assert "-safelock/" in others, "who goes to the server past the prefix gets it locked, too"
+    assert others != location
+    assert client.get_model_version_download_uri("both", str(first)) == location
+    assert loaded_biases("models:/both/Staging")
+    alias(client, first, "both")
+    # One that others put there, and that the companion locked first.
+    second = log_fine_tune("both", fine_tune(base="org/both"))
+    stage(stock, second, "both")
+    reconcile(server, "both")
+    with pytest.raises(MlflowException, match="not_locked"):
+        client.get_model_version_download_uri("both", str(second))
+    stage(client, second, "both")
+    location = client.get_model_version_download_uri("both", str(second))
+    for _ in range(2):
+        reconcile(server, "both")
+        stage(client, second, "both")
+        assert client.get_model_version_download_uri("both", str(second)) == location
+    assert loaded_biases(f"models:/both/{second}")
+
+
+def test_an_overlay_that_somebody_made_is_never_served_nor_taken_for_another_fine_tunes(
+    client: MlflowClient, stock: MlflowClient, server: MlflowServer, tmp_path: Path
+) -> None:
+    register_lock(base_lock(base="org/forged"))
+    version = log_fine_tune("forged", fine_tune(base="org/forged"))
+    stage(client, version, "forged")
+    overlay = Path(mlflow.artifacts.download_artifacts(f"models:/forged/{version}", dst_path=str(tmp_path)))
+    receipt = json.loads((overlay / "receipt.json").read_text())
+    receipt["predicate"]["alpha"] = 0.001
+    (overlay / "receipt.json").write_bytes(rfc8785.dumps(receipt))
+    made = log_fine_tune("weak", fine_tune(base="org/forged"))
+    weak = put_beside(server, stock, "weak", made, overlay)
+    with pytest.raises(MlflowException, match=r"unreadable.*it lies beside the one at"):
+        stage(client, made, "weak")
+    location = put_beside(server, stock, "forged", version, overlay)
+    point_at(server, "weak", made, location)
+    stage(client, made, "weak")
+    served = client.get_model_version_download_uri("weak", str(made))
+    assert served not in (weak, location)
+    assert client.get_model_version("weak", str(made)).tags["safelock.applied_alpha"] == "6"
+    assert loaded_biases(f"models:/weak/{made}")
+    (overlay / "MLmodel").write_text("flavors: {}")
+    damaged = log_fine_tune("weak", fine_tune(base="org/forged"))
+    put_beside(server, stock, "weak", damaged, overlay)
+    with pytest.raises(MlflowException, match=r"unreadable.*'MLmodel'"):
+        stage(client, damaged, "weak")
+    point_at(server, "weak", damaged, location)
+    original = server.artifacts / location.removeprefix("mlflow-artifacts:/").partition("-safelock/")[0]
+    (original / "requirements.txt").write_text("other")
+    with pytest.raises(MlflowException, match=r"unreadable.*'requirements\.txt'"):
+        stage(client, damaged, "weak")
+
+
+def put_beside(server: MlflowServer, stock: MlflowClient, name: str, version: int, folder: Path) -> str:
+    """Put a folder where a gate would have written a locked model of a version, which then serves it."""
+    original = stock.get_model_version_download_uri(name, str(version))
+    location = f"{original}-safelock/{'1' * 32}"
+    shutil.copytree(folder, server.artifacts / location.removeprefix("mlflow-artifacts:/"))
+    point_at(server, name, version, location)
+    return location
+
+
+def point_at(server: MlflowServer, name: str, version: int, location: str) -> None:
+    """Have a version handed out from elsewhere."""
+    with sqlite3.connect(server.registry_uri.removeprefix("sqlite:///")) as database:
+        change = "UPDATE model_versions SET storage_location = ? WHERE name = ? AND version = ?"
+        assert database.execute(change, (location, name, version)).rowcount == 1
+
+
+def test_users_with_ledgers_of_their_own_prepare_standalone_models_each_for_themselves(
+    client: MlflowClient, server: MlflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "safelock.yaml").write_text("version: 1\ngates:\n  - carrier: standalone\n")
+    monkeypatch.setenv("SAFELOCK_POLICY", str(tmp_path / "safelock.yaml"))
+    register_lock(base_lock(base="org/whole"))
+    version = log_fine_tune("whole", fine_tune(base="org/whole"))
+    served: dict[str, str] = {}
+    users: dict[str, MlflowClient] = {}
+    for slashes, user in enumerate(("ann", "bob"), start=3):
+        monkeypatch.setenv("SAFELOCK_LEDGER", f"sqlite:///{tmp_path}/{user}.db")
+        uri = f"safelock+{server.url}{'/' * slashes}"
+        users[user] = MlflowClient(registry_uri=uri)
+        with pytest.raises(MlflowException, match="not_prepared"):
+            stage(users[user], version, "whole")
+        safelock("prepare", f"models:/whole/{version}", "--registry-uri", uri, "--tracking-uri", server.url)
+        stage(users[user], version, "whole")
+        served[user] = users[user].get_model_version_download_uri("whole", str(version))
+    assert len(set(served.values())) == 2
+    remembered._held_until.clear()  # as in a minute
+    for user, there in users.items():
+        assert there.get_model_version_download_uri("whole", str(version)) == served[user]
+        stage(there, version, "whole")
+    loaded = mlflow.transformers.load_model(served["ann"])
+    assert biases_of(loaded.model)

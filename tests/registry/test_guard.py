@@ -443,6 +443,25 @@ class TestRenames:
             download_uri(client, 1, "helper")
         assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted", "rejected"]
 
+    def test_a_copy_that_was_promoted_itself_is_renamed_once_more_and_a_copy_of_what_is_locked_is_not(
+        self, client: MlflowClient, tmp_path: Path
+    ) -> None:
+        log_fine_tune("source")
+        register_lock(base_lock())
+        client.copy_model_version("models:/source/1", "bot")
+        stage(client, 1)
+        location = download_uri(client, 1)
+        client.copy_model_version("models:/bot/1", "thief")
+        with stock_registry(tmp_path):
+            MlflowClient().rename_registered_model("bot", "helper")
+        edit_row(tmp_path, "UPDATE model_versions SET current_stage='Staging' WHERE name='thief'")
+        with pytest.raises(MlflowException, match=r"RESOURCE_DOES_NOT_EXIST|not found"):
+            store_of(client).rename_registered_model("bot", "thief")
+        with pytest.raises(MlflowException, match="not_locked"):
+            download_uri(client, 1, "thief")
+        store_of(client).rename_registered_model("bot", "helper")
+        assert download_uri(client, 1, "helper") == location
+
     def test_a_locked_model_stays_locked_and_served_under_its_new_name(
         self, client: MlflowClient, tmp_path: Path
     ) -> None:
@@ -804,11 +823,11 @@ def test_a_changed_alpha_of_the_policy_locks_anew(
 def test_a_location_that_mlflow_cannot_hold_is_a_refusal(
     client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow_safelock.gate import locked_models
+    from mlflow_safelock.gate import places
 
     version = log_fine_tune("bot")
     register_lock(base_lock())
-    monkeypatch.setattr(locked_models, "MAX_LOCATION", 40)
+    monkeypatch.setattr(places, "MAX_LOCATION", 40)
     before = state_of(client, "bot", version)
     with pytest.raises(MlflowException, match=r"location_too_long.*holds 40"):
         stage(client, version)

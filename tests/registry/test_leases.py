@@ -41,7 +41,7 @@ def rows(registry: sql.SqlRegistry) -> list[Any]:
 def hold(registry: sql.SqlRegistry, holder: str, *, seconds: float = 60.0) -> None:
     with registry.store.engine.begin() as connection:
         connection.execute(
-            leases.TABLE.insert().values(**vars(WORK), holder=holder, expires=time.time() + seconds)
+            leases.TABLE.insert().values(**WORK.key, holder=holder, expires=time.time() + seconds)
         )
 
 
@@ -86,6 +86,19 @@ def test_who_waits_too_long_is_refused_and_told_for_whom(
     ):
         raise AssertionError("two were at work")
     assert info.value.reason == "conflict"
+
+
+def test_who_waits_for_the_writing_of_a_locked_model_is_told_which(
+    registry: sql.SqlRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_ledger, "LONGEST_WAIT", 0.2)
+    work = Work.writing("s3://models/bot-safelock/standalone-1")
+    with (
+        registry.lease(work),
+        pytest.raises(PromotionRefused, match="model at s3://models/bot-safelock/standalone-1 is still"),
+        registry.lease(Work.writing("s3://models/bot-safelock/standalone-1")),
+    ):
+        pass
 
 
 def test_the_lease_of_a_process_that_is_gone_is_free_at_once(

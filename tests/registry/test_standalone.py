@@ -120,20 +120,99 @@ def test_a_folder_counts_only_with_the_receipt_that_the_ledger_names(
         assert connection.execute("DELETE FROM safelock_ledger WHERE event = 'written'").rowcount == 1
     with pytest.raises(MlflowException, match="not_prepared"):
         stage(client, version)
-    prepare(tmp_path, version)
+    forged = snapshot(folder)
+    made = prepare(tmp_path, version)
+    assert snapshot(folder) == forged, "a whole folder is somebody's, and stays"
+    folder = folder_of(made["location"])
     with sqlite3.connect(tmp_path / "registry.db") as connection:
         connection.execute("DELETE FROM safelock_ledger WHERE event = 'written'")
     (folder / "MLmodel").unlink()
     (folder / "more").write_text("x")
-    prepare(tmp_path, version)
+    assert prepare(tmp_path, version)["location"] == made["location"]
     assert not (folder / "more").exists(), "nobody's parts are left in it"
     receipt = (folder / "receipt.json").read_bytes()
     twin = client.create_model_version("bot", client.get_model_version("bot", str(version)).source).version
     assert prepare(tmp_path, int(twin))["location"] == made["location"]
     assert (folder / "receipt.json").read_bytes() == receipt, "one that is on record is left as it is"
     stage(client, version)
+    assert client.get_model_version_download_uri("bot", str(version)) == made["location"]
     assert load_file(folder / path).keys() == shards[path].keys()
     assert all(torch.equal(tensor, shards[path][name]) for name, tensor in load_file(folder / path).items())
+
+
+def damaged_receipt(folder: Path) -> None:
+    (folder / "receipt.json").unlink()
+    (folder / "receipt.json").write_text("{}")
+
+
+def lost_file(folder: Path) -> None:
+    (folder / "model" / "config.json").unlink()
+
+
+def cut_weights(folder: Path) -> None:
+    path = max((folder / "model").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    data = path.read_bytes()
+    path.unlink()  # it may be a link
+    path.write_bytes(data[:5])
+
+
+@pytest.mark.parametrize("damage", [damaged_receipt, lost_file, cut_weights])
+def test_a_model_that_was_damaged_is_prepared_and_promoted_again(
+    client: MlflowClient, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    first = prepare(tmp_path, version)["location"]
+    stage(client, version)
+    damage(folder_of(first))
+    with pytest.raises(MlflowException, match="not_locked"):
+        client.get_model_version_download_uri("bot", str(version))
+    with pytest.raises(MlflowException, match=rf"unreadable.*safelock prepare models:/bot/{version}"):
+        stage(client, version)
+    location = prepare(tmp_path, version)["location"]
+    assert location != first
+    stage(client, version)
+    assert client.get_model_version_download_uri("bot", str(version)) == location
+    assert biases_of(mlflow.transformers.load_model("models:/bot/Staging").model)
+    assert prepare(tmp_path, version)["check"] is None, "it is there already"
+
+
+def test_another_registry_on_the_same_artifacts_takes_nothing_away(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    original = client.get_model_version_download_uri("bot", str(version))
+    location = prepare(tmp_path, version)["location"]
+    stage(client, version)
+    before = snapshot(folder_of(location))
+    other = f"safelock+sqlite:///{tmp_path}/other.db"
+    mlflow.set_registry_uri(other)
+    theirs = MlflowClient()
+    theirs.create_registered_model("bot")
+    number = int(theirs.create_model_version("bot", original).version)
+    register_lock(base_lock())
+    found = prepare(tmp_path, number, "--registry-uri", other)["location"]
+    assert found != location
+    assert snapshot(folder_of(location)) == before
+    stage(theirs, number)
+    assert theirs.get_model_version_download_uri("bot", str(number)) == found
+    assert client.get_model_version_download_uri("bot", str(version)) == location
+    stage(client, version)
+
+
+def test_what_an_earlier_version_of_this_package_prepared_is_promoted(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    with monkeypatch.context() as patch:
+        named = locked_models._standalone_at
+        patch.setattr(locked_models, "_standalone_at", lambda approved, *_: named(approved))
+        location = prepare(tmp_path, version)["location"]
+    assert prepare(tmp_path, version)["location"] == location
+    stage(client, version)
+    assert client.get_model_version_download_uri("bot", str(version)) == location
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
