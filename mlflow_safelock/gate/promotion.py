@@ -18,6 +18,7 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.approval import Approved, Request, approve, is_prompt, original_of
+from mlflow_safelock.gate.asked import asked_of, was_asked_as_much
 from mlflow_safelock.gate.evaluations import (
     check_applies,
     file_evaluation,
@@ -435,7 +436,8 @@ def _nothing_to_lock(request: Request) -> PromotionRefused:
 def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
     """Whether what was decided last about this version is this very lock at this very strength.
 
-    And whether as much was asked then about its tokenizer as is now, which no file can tell afterwards.
+    And whether as much was asked then as is now of what no file can tell afterwards: its tokenizer and, of a
+    gate by tag, whatever ``gate.asked`` has.
     """
     return (
         known.locks
@@ -445,6 +447,7 @@ def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> 
         and known.alpha == approved.alpha
         and known.tokenizer in ACCEPTED_TOKENIZERS[approved.rule.tokenizer]
         and is_standalone(known.location) == (approved.rule.carrier == "standalone")
+        and was_asked_as_much(approved.rule, known)
     )
 
 
@@ -463,6 +466,7 @@ def promoted_entry(approved: Approved, receipt: Receipt, location: str) -> Ledge
         evaluations=approved.evaluations,
         fingerprint=fingerprint.digest if fingerprint.is_full else None,
         tokenizer=approved.tokenizer,
+        asked=asked_of(approved.rule),
     )
 
 
