@@ -309,8 +309,14 @@ class Gate:
         except PromotionRefused as refusal:
             if refusal.reason != "missing_lock" or rule.missing_lock == "reject":
                 raise
-            return refusal
-        return NOT_AN_LLM if approved is None else approved
+            why = refusal
+        else:
+            if approved is not None:
+                return approved
+            why = NOT_AN_LLM
+        if self.registry.promotion_at(found.location) is not None:
+            raise _still_locked(request, why)
+        return why
 
     def is_done(self, approved: Approved) -> bool:
         """Whether the version runs this lock at this strength already, from files as they were made."""
@@ -430,6 +436,16 @@ def _nothing_to_lock(request: Request) -> PromotionRefused:
         "nothing_to_lock",
         f"{request.name!r} version {request.version} passes the gate as it is.",
         next_step="Promote it: there is nothing to prepare.",
+    )
+
+
+def _still_locked(request: Request, why: PromotionRefused) -> PromotionRefused:
+    return PromotionRefused(
+        "still_locked",
+        f"{request.name!r} version {request.version} serves a locked model, and a promotion takes no lock "
+        f"off. It would go unlocked: {why.cause}",
+        next_step=f"Take its lock off while it is in no gated place (safelock unlock models:/{request.name}/"
+        f"{request.version}), then promote it; or register the lock that is to be in force.",
     )
 
 

@@ -30,6 +30,7 @@ from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
 from mlflow_safelock.gate import promotion
 from mlflow_safelock.gate.approval import Request
+from mlflow_safelock.gate.explanation import explain
 from mlflow_safelock.gate.guard import Guard
 from mlflow_safelock.gate.locked_models import LockedModels
 from mlflow_safelock.gate.policy import DEFAULT_POLICY
@@ -77,6 +78,11 @@ def stock_registry(folder: Path) -> Iterator[None]:
     mlflow.set_registry_uri(f"sqlite:///{folder}/registry.db")
     yield
     mlflow.set_registry_uri(gated)
+
+
+def to_staging(name: str, version: int) -> Request:
+    """Somebody's request for a promotion to Staging."""
+    return Request(name, version, Target("stage", "Staging"), Actor(name="alice", verified=False), "default")
 
 
 def log_prices() -> None:
@@ -675,6 +681,61 @@ class TestLocksMoveForward:
         register_lock(base_lock(seed=0))
         stage(client, version)
         assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=0).digest
+
+    @pytest.mark.parametrize("missing", ["reject", "allow"])
+    def test_a_base_whose_lock_was_deleted_is_none_without_a_lock(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+    ) -> None:
+        policy = f"version: 1\ngates: [{{missing_lock: {missing}}}]\n"
+        client = open_with_policy(tmp_path, monkeypatch, policy)
+        version, name = log_fine_tune("bot"), lock_model_name(BASE)
+        register_lock(base_lock())
+        client.delete_model_version(name, "1")
+        before = state_of(client, "bot", version)
+        refused = rf"lock_gone.*safelock lock revoke models:/{name}/1 --digest {base_lock().digest}"
+        with pytest.raises(MlflowException, match=refused) as info:
+            stage(client, version)
+        assert info.value.error_code == "PERMISSION_DENIED"
+        assert state_of(client, "bot", version) == before
+        client.delete_registered_model(name)
+        with pytest.raises(MlflowException, match="lock_gone"):
+            stage(client, version)
+        register_lock(base_lock())
+        stage(client, version)
+        assert loaded_biases(), "the first way out: it is registered again"
+        client.delete_registered_model(name)
+        store_of(client).revoke_lock(name, 1, "too strong", base_lock().digest)
+        second = log_fine_tune("bot")
+        if missing == "allow":
+            stage(client, second)
+            assert ledger_rows(tmp_path)[-1]["event"] == "passed", "the second one: it is revoked"
+        else:
+            with pytest.raises(MlflowException, match="missing_lock"):
+                stage(client, second)
+
+    def test_a_lock_does_not_come_off_because_it_is_gone(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        policy = "version: 1\ngates: [{missing_lock: allow, lock: {revoked: refuse}}]\n"
+        client = open_with_policy(tmp_path, monkeypatch, policy)
+        version, _ = locked_version(client)
+        name = lock_model_name(BASE)
+        copied = client.copy_model_version(f"models:/bot/{version}", "copy")
+        store_of(client).revoke_lock(name, 1, "leaked")
+        client.delete_model_version(name, "1")
+        explained = explain(store_of(client)._gate, to_staging("bot", version))
+        assert explained.refusal is not None
+        assert explained.refusal.reason == "still_locked"
+        with pytest.raises(MlflowException, match=r"still_locked.*safelock unlock models:/bot/1"):
+            stage(client, version)
+        with pytest.raises(MlflowException, match=r"lock_revoked.*leaked"):
+            download_uri(client, version)
+        with pytest.raises(MlflowException, match="still_locked"):
+            stage(client, int(copied.version), "copy")
+        client.transition_model_version_stage("bot", str(version), "None")
+        original = store_of(client).unlock("bot", version, "its lock leaked, and there is no other")
+        stage(client, version)
+        assert download_uri(client, version) == original, "the way out"
 
     def test_a_lock_is_revoked_by_its_digest_where_another_has_its_number(self, client: MlflowClient) -> None:
         name, gone = lock_model_name(BASE), base_lock(seed=1)
