@@ -113,8 +113,7 @@ class Gate:
             PromotionRefused: The version may not be promoted; a row in the ledger says so, and the registry
                 is as it was.
         """
-        policy = self.policy()
-        if not any(rule.covers(request.target) for rule in policy.candidates(request.name)):
+        if not any(rule.covers(request.target) for rule in self.policy().candidates(request.name)):
             return
         reach("policy-read")
         with ExitStack() as until_done:
@@ -122,10 +121,12 @@ class Gate:
                 work = Work(request.workspace, request.name, request.version)
                 lease = until_done.enter_context(self.registry.lease(work))
             except PromotionRefused as busy:
-                self.reject(request, policy, busy)
+                self.reject(request, self.policy(), busy)
                 raise
             reach("lease-taken")
-            # Looked at under the lease: whoever had it before may have done what is asked for here.
+            # Looked at under the lease: whoever had it before may have done what is asked for here, and
+            # another policy may have come in that time.
+            policy = self.policy()
             found = self.registry.model_version(request.name, request.version)
             rule = policy.rule_for(found.name, found.tags, found.model_tags)
             if rule is not None and rule.covers(request.target):
@@ -353,6 +354,7 @@ class Gate:
             tags=tags_of(promoted),
             entries=(*_first_seen(approved), promoted, *_repaired(request, policy, "locked")),
             lease=lease,
+            applies=approved.lock.lock.digest,
         )
         if not self.registry.redirect(redirection):
             # What was written stays for the sweep: a twin that was written in the same millisecond from the

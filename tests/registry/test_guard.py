@@ -6,7 +6,9 @@ import getpass
 import json
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, pairwise
@@ -32,6 +34,7 @@ from mlflow_safelock.gate import promotion
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.explanation import explain
 from mlflow_safelock.gate.guard import Guard
+from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.locked_models import LockedModels
 from mlflow_safelock.gate.policy import DEFAULT_POLICY
 from mlflow_safelock.gate.ports import Target
@@ -763,6 +766,27 @@ class TestLocksMoveForward:
         stage(client, second)
         assert ledger_rows(tmp_path)[1]["event"] == "revoked"
 
+    def test_nor_is_one_that_is_revoked_while_it_is_being_applied(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        version = log_fine_tune("bot")
+        register_lock(base_lock())
+        before = state_of(client, "bot", version)
+        stock = RegistryArtifacts.publish
+
+        def revoked_meanwhile(self: RegistryArtifacts, folder: Path, uri: str) -> None:
+            stock(self, folder, uri)
+            store_of(client).revoke_lock(lock_model_name(BASE), 1, "leaked")
+
+        monkeypatch.setattr(RegistryArtifacts, "publish", revoked_meanwhile)
+        with pytest.raises(MlflowException, match=r"lock_revoked.*leaked") as info:
+            stage(client, version)
+        assert info.value.error_code == "PERMISSION_DENIED"
+        assert state_of(client, "bot", version) == before
+        events = [(row["event"], row["reason"]) for row in ledger_rows(tmp_path)]
+        assert events == [("revoked", "revoked"), ("rejected", "lock_revoked")]
+        assert store_of(client)._gate.registry.works_held() == [], "whoever is next waits for nobody"
+
     def test_a_policy_may_stop_what_runs_a_revoked_lock(
         self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -876,6 +900,28 @@ class TestWhoMayOverride:
 
 
 class TestPolicyThatChanges:
+    def test_one_that_comes_while_a_promotion_waits_decides_over_it(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{}]\n")
+        version = log_fine_tune("bot")
+        register_lock(base_lock())
+        waits, stock = threading.Event(), promotion.reach
+        monkeypatch.setattr(
+            promotion, "reach", lambda name: (stock(name), name == "policy-read" and waits.set())
+        )
+        registry = store_of(client)._gate.registry
+        with ThreadPoolExecutor(1) as pool:
+            with registry.lease(Work("default", "bot", version)):
+                promoted = pool.submit(stage, client, version)
+                assert waits.wait(60)
+                (tmp_path / "safelock.yaml").write_text("version: 1\ngates: [{lock: {min_version: 5}}]\n")
+            with pytest.raises(MlflowException, match=r"lock_too_old.*version 5"):
+                promoted.result()
+        row = ledger_rows(tmp_path)[-1]
+        assert (row["event"], row["policy"]) == ("rejected", store_of(client)._gate.policy().digest)
+        assert client.get_model_version("bot", str(version)).current_stage == "None"
+
     def test_a_changed_file_is_in_force_at_once_and_a_broken_one_never(
         self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
     ) -> None:
