@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.gate.approval import Request
+from mlflow_safelock.gate.asked import was_asked_as_much
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work
 from mlflow_safelock.gate.ledger import LedgerEntry, now
@@ -330,6 +331,7 @@ def meets(rule: GateRule, decision: LedgerEntry) -> bool:
         and (unknown or (decision.kinship or 0.0) >= rule.kinship.min_cosine)
         and decision.tokenizer in ACCEPTED_TOKENIZERS[rule.tokenizer]
         and (rule.fingerprint == "sampled" or decision.fingerprint is not None)
+        and was_asked_as_much(rule, decision)
     )
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import rfc8785
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from sqlalchemy.orm import Session
 
 from mlflow_safelock.errors import BrokenLedgerError, LedgerError
@@ -122,6 +122,8 @@ class LedgerEntry(BaseModel):
         tokenizer: Whether the fine-tune's tokenizer is its base's; ``None`` in rows from before it was asked.
         fingerprint: Digest of the fine-tune's full fingerprint; ``None`` where only blocks were compared.
         contents: What was let through unlocked; ``None`` where there was nothing to read, as of a prompt.
+        asked: What the gate of a promotion asked for beside that (``gate.asked``), as its policy has it;
+            ``None`` where it asked for nothing of the kind, and in rows from before it was put on record.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -146,6 +148,7 @@ class LedgerEntry(BaseModel):
     fingerprint: Digest | None = None
     tokenizer: TokenizerFinding | None = None
     contents: Contents | None = None
+    asked: dict[str, JsonValue] | None = None
 
     @field_validator("evaluations", mode="before")
     @classmethod

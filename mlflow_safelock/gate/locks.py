@@ -78,9 +78,9 @@ def find_lock(
     a lock: a fine-tune of a fine-tune names its parent first.
 
     Raises:
-        PromotionRefused: The base is unknown, or has no lock, one below the policy's floor, a damaged one,
-            one for another geometry, or the fine-tune's weights do not descend from it, or its tokenizer is
-            another.
+        PromotionRefused: The base is unknown, or has no lock, one that is gone, one below the policy's floor,
+            a damaged one, one for another geometry, or the fine-tune's weights do not descend from it, or its
+            tokenizer is another.
         SourceError: The fine-tune's weights cannot be read.
     """
     named = policy.base_of(version.name)
@@ -97,6 +97,7 @@ def find_lock(
             kinship = _checked_kinship(found, source, rule, version)
             tokenizer = _checked_tokenizer(found, source, rule, version)
             return ChosenLock(found, kinship, hint, tokenizer, found.lock.digest in _digests(known))
+        _check_that_none_is_gone(hint.base, workspace, rule, registry)
     if not hints:
         raise PromotionRefused(
             "unknown_base",
@@ -260,6 +261,28 @@ def _check_that_none_was_newer(
             f"The lock {found.title} was registered past the gate, and a newer version of {found.model} was "
             "there and is gone.",
             next_step="Register a newer one through the gate: safelock lock register.",
+        )
+
+
+def _check_that_none_is_gone(base: str, workspace: str, rule: GateRule, registry: Registry) -> None:
+    """Refuse to take a base for one without a lock whose lock is deleted, and was not revoked.
+
+    Raises:
+        PromotionRefused: There was one.
+    """
+    for entry in reversed(registry.locks_of(workspace, base)):
+        gone = entry.lock
+        if rule.signature.required and entry.message == UNSIGNED:
+            continue  # it was never applied
+        if gone is None or registry.revocation_of(gone.digest) is not None:
+            continue
+        raise PromotionRefused(
+            "lock_gone",
+            f"No lock is registered for {base!r} any more, and {gone.model} version {gone.version}, which "
+            f"came at {entry.time}, was not revoked.",
+            next_step="Register it again, or a new one (safelock lock register); or put on record that it is "
+            f"no good: safelock lock revoke models:/{gone.model}/{gone.version} --digest {gone.digest} "
+            "--reason '…'.",
         )
 
 

@@ -81,6 +81,8 @@ class Redirection:
         entries: Rows for the ledger.
         lease: The lease that ends with it.
         removed_tags: Keys of the tags that are taken off.
+        applies: Digest of the lock that it puts in force, which may not be revoked by then; ``None`` where it
+            puts none.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Redirection:
     entries: tuple[LedgerEntry, ...]
     lease: Lease | None = None
     removed_tags: tuple[str, ...] = ()
+    applies: str | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,9 @@ class Registry(Protocol):
 
         Returns:
             Whether it was done.
+
+        Raises:
+            PromotionRefused: The lock was revoked meanwhile; nothing was done.
         """
 
     def withdraw(self, withdrawal: Withdrawal) -> bool:

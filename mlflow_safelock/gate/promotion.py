@@ -18,6 +18,7 @@ from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.approval import Approved, Request, approve, is_prompt, original_of
+from mlflow_safelock.gate.asked import asked_of, was_asked_as_much
 from mlflow_safelock.gate.evaluations import file_evaluation, require_evaluations
 from mlflow_safelock.gate.evidence import check_applies, signatories_of, signed_by_rule
 from mlflow_safelock.gate.failpoints import reach
@@ -108,8 +109,7 @@ class Gate:
             PromotionRefused: The version may not be promoted; a row in the ledger says so, and the registry
                 is as it was.
         """
-        policy = self.policy()
-        if not any(rule.covers(request.target) for rule in policy.candidates(request.name)):
+        if not any(rule.covers(request.target) for rule in self.policy().candidates(request.name)):
             return
         reach("policy-read")
         with ExitStack() as until_done:
@@ -117,10 +117,12 @@ class Gate:
                 work = Work(request.workspace, request.name, request.version)
                 lease = until_done.enter_context(self.registry.lease(work))
             except PromotionRefused as busy:
-                self.reject(request, policy, busy)
+                self.reject(request, self.policy(), busy)
                 raise
             reach("lease-taken")
-            # Looked at under the lease: whoever had it before may have done what is asked for here.
+            # Looked at under the lease: whoever had it before may have done what is asked for here, and
+            # another policy may have come in that time.
+            policy = self.policy()
             found = self.registry.model_version(request.name, request.version)
             rule = policy.rule_for(found.name, found.tags, found.model_tags)
             if rule is not None and rule.covers(request.target):
@@ -306,8 +308,14 @@ class Gate:
         except PromotionRefused as refusal:
             if refusal.reason != "missing_lock" or rule.missing_lock == "reject":
                 raise
-            return refusal
-        return NOT_AN_LLM if approved is None else approved
+            why = refusal
+        else:
+            if approved is not None:
+                return approved
+            why = NOT_AN_LLM
+        if self.registry.promotion_at(found.location) is not None:
+            raise _still_locked(request, why)
+        return why
 
     def is_done(self, approved: Approved) -> bool:
         """Whether the version runs this lock at this strength already, from files as they were made."""
@@ -344,6 +352,7 @@ class Gate:
             tags=tags_of(promoted),
             entries=(*_first_seen(approved), promoted, *_repaired(request, policy, "locked")),
             lease=lease,
+            applies=approved.lock.lock.digest,
         )
         if not self.registry.redirect(redirection):
             # What was written stays for the sweep: a twin that was written in the same millisecond from the
@@ -430,10 +439,21 @@ def _nothing_to_lock(request: Request) -> PromotionRefused:
     )
 
 
+def _still_locked(request: Request, why: PromotionRefused) -> PromotionRefused:
+    return PromotionRefused(
+        "still_locked",
+        f"{request.name!r} version {request.version} serves a locked model, and a promotion takes no lock "
+        f"off. It would go unlocked: {why.cause}",
+        next_step=f"Take its lock off while it is in no gated place (safelock unlock models:/{request.name}/"
+        f"{request.version}), then promote it; or register the lock that is to be in force.",
+    )
+
+
 def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
     """Whether what was decided last about this version is this very lock at this very strength.
 
-    And whether as much was asked then about its tokenizer as is now, which no file can tell afterwards.
+    And whether as much was asked then as is now of what no file can tell afterwards: its tokenizer and, of a
+    gate by tag, whatever ``gate.asked`` has.
     """
     return (
         known.locks
@@ -443,6 +463,7 @@ def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> 
         and known.alpha == approved.alpha
         and known.tokenizer in ACCEPTED_TOKENIZERS[approved.rule.tokenizer]
         and is_standalone(known.location) == (approved.rule.carrier == "standalone")
+        and was_asked_as_much(approved.rule, known)
     )
 
 
@@ -461,6 +482,7 @@ def promoted_entry(approved: Approved, receipt: Receipt, location: str) -> Ledge
         evaluations=approved.evaluations,
         fingerprint=fingerprint.digest if fingerprint.is_full else None,
         tokenizer=approved.tokenizer,
+        asked=asked_of(approved.rule),
     )
 
 

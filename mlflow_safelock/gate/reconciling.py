@@ -1,9 +1,9 @@
 """Putting right what came past the gate: how it differs from the ledger, what would be done, and doing it.
 
 What is decided about a version is decided by a promotion, as for any client. Beside it stand what needs no
-decision: a row that somebody edited goes back to what the ledger says, a renaming past the gate is put on
-record, and what may not stay where it is, is taken out of there. Each repair has a row ``reconciled`` in the
-ledger, written in the transaction that makes the repair.
+decision: a row that somebody edited goes back to what the ledger says where the gate would decide so now, a
+renaming past the gate is put on record, and what may not stay where it is, is taken out of there. Each repair
+has a row ``reconciled`` in the ledger, written in the transaction that makes the repair.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Way = Literal["lock", "demote"]
 Done = Literal["restored", "renamed", "locked", "let through", "taken out", "gone"]
 """What a repair did, and what its row in the ledger has as its reason.
 
-``restored``: location and tags are what the ledger says. ``renamed``: what was decided under the model's
+``restored``: location and tags are what the ledger says, or, where the gate would decide otherwise now and
+refuses, it is at its own fine-tune. ``renamed``: what was decided under the model's
 former name goes on. ``locked``, ``let through``: the gate decided so. ``taken out``: it is in no gated place.
 ``gone``: somebody deleted the version meanwhile, so there was nothing left to do, and there is no row.
 """
@@ -195,9 +196,10 @@ class Reconciling:
         if back is not None and decision is not None:
             first = _going_back(found, back)
             tags_only = back.location == found.location and self.guard.fault(found, rule, decision) is None
-            if tags_only or (fault_of(back, rule, decision) is None and self._is_whole(decision, rule)):
+            if tags_only or self._would_decide_so(request, rule, back, decision):
                 return Remedy("restored", first, back)
-            first += ", and then "
+            back = self._at_its_source(found, decision)
+            first = "" if back is None else f"{_going_back(found, back)}, and then "
         explained = explain(self.gate, request, back or found)
         if explained.refusal is not None:
             return _refused(first, explained.refusal, back)
@@ -205,12 +207,25 @@ class Reconciling:
             return Remedy("let through", f"{first}let through unlocked: {explained.why[-1]}", back)
         return Remedy("locked", f"{first}locked with {explained.lock} at alpha {explained.alpha:g}", back)
 
-    def _is_whole(self, decision: LedgerEntry, rule: GateRule) -> bool:
-        """Whether what was decided about is there as it was written."""
-        try:
-            return not decision.locks or self.gate.locked_models.still_stands(decision, rule)
-        except SafelockError:
-            return False  # the promotion itself says why
+    def _would_decide_so(
+        self, request: Request, rule: GateRule, back: ModelVersion, decision: LedgerEntry
+    ) -> bool:
+        """Whether the gate would decide now what it decided, and what it decided about is there as it was.
+
+        A model that was deleted and made anew of the same fine-tune cannot be told from an edited row, so
+        nothing is put in force again that a promotion would not apply.
+        """
+        if fault_of(back, rule, decision) is not None:
+            return False
+        outcome = explain(self.gate, request, back).outcome
+        return outcome == ("nothing to do" if decision.locks else "pass unlocked")
+
+    def _at_its_source(self, found: ModelVersion, decision: LedgerEntry) -> ModelVersion | None:
+        """The version at its own fine-tune, to be promoted from there; ``None`` where it is now as well."""
+        original = decision.original_location
+        if original is None or found.location == decision.location or self._lies_at(found.location, original):
+            return None
+        return replace(found, location=original)
 
     def _former_name(self, request: Request, found: ModelVersion) -> str | None:
         """The name under which a version was locked whose model was renamed past the gate."""
@@ -230,8 +245,8 @@ class Reconciling:
     def _make_fit(self, difference: Difference) -> Difference | None:
         """Make a version fit to stay where it is; what still differs then.
 
-        A row that was edited goes back even where the gate refuses to do more: what is there then is what it
-        decided about, and a loader sees whether it is whole.
+        A row that was edited goes back even where the gate refuses to do more: what is there then is the
+        version's own fine-tune, which is handed out to nobody.
         """
         remedy, request, policy = difference.remedy, difference.request, self.gate.policy()
         if remedy.former is not None:
@@ -314,14 +329,16 @@ class Reconciling:
         """Whether a decision is about the artifacts that a version was registered with."""
         if found.location in (decision.location, decision.original_location):
             return True
-        if decision.original_location is None:
-            return False
+        original = decision.original_location
+        return original is not None and self._lies_at(found.source, original)
+
+    def _lies_at(self, uri: str, location: str) -> bool:
+        """Whether a URI leads to a location."""
         artifacts = self.gate.artifacts
         try:
-            source = artifacts.place(artifacts.resolve(found.source))
-            return source == artifacts.place(decision.original_location)
+            return artifacts.place(artifacts.resolve(uri)) == artifacts.place(location)
         except Exception as error:  # noqa: BLE001 - each kind of store raises its own
-            _logger.warning("The source %s is not found: %s", found.source, error)
+            _logger.warning("%s is not found: %s", uri, error)
             return False
 
     def _can_be_read(self, found: ModelVersion, decision: LedgerEntry | None) -> bool:

@@ -133,8 +133,17 @@ class SqlLedger(ABC):
                 self._give_back(holder)
 
     def _end_with(self, lease: Lease | None, work: Callable[[Any], bool]) -> bool:
-        """Do the transaction that a lease ends with; whether it was done."""
-        done = self._transaction(work)
+        """Do the transaction that a lease ends with; whether it was done.
+
+        Raises:
+            PromotionRefused: So the transaction itself decided, and was rolled back.
+        """
+        try:
+            done = self._transaction(work)
+        except MlflowException as error:
+            if isinstance(error.__cause__, PromotionRefused):
+                raise error.__cause__ from error
+            raise
         if done and lease is not None:
             lease.over = True
         reach("committed")
@@ -198,8 +207,26 @@ def append_rows(session: Any, entries: Iterable[LedgerEntry]) -> None:
 
 
 def finish(session: Any, change: Redirection | Withdrawal) -> None:
-    """What every change of a version ends with: rows of the ledger, and the end of its lease."""
+    """What every change of a version ends with: rows of the ledger, and the end of its lease.
+
+    Raises:
+        PromotionRefused: The lock that would be in force was revoked meanwhile.
+    """
     append_rows(session, change.entries)
+    if isinstance(change, Redirection) and change.applies is not None:
+        # After the rows were appended: a revocation that comes now loses the race for the next row's number.
+        _check_not_revoked(session, change.applies)
     if change.lease is not None:
         leases.release(session, change.lease.holder)
     reach("ledger-appended")
+
+
+def _check_not_revoked(session: Any, digest: str) -> None:
+    revoked = ledger.revocation_of(session, digest)
+    if revoked is not None:
+        raise PromotionRefused(
+            "lock_revoked",
+            f"The lock {revoked.model} version {revoked.version} was revoked at {revoked.time}, while it was "
+            f"being applied: {revoked.message}",
+            next_step="Register another lock for this base: safelock forge, then safelock lock register.",
+        )

@@ -17,12 +17,19 @@ from mlflow.protos.databricks_pb2 import (
     INVALID_PARAMETER_VALUE,
     PERMISSION_DENIED,
     RESOURCE_CONFLICT,
+    RESOURCE_DOES_NOT_EXIST,
     ErrorCode,
 )
 from mlflow.store.model_registry.rest_store import RestStore
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
 from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.validation import (
+    _validate_model_alias_name,
+    _validate_model_name,
+    _validate_model_renaming,
+    missing_value,
+)
 from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
 from sqlalchemy.exc import OperationalError
 
@@ -67,6 +74,9 @@ T = TypeVar("T")
 
 SCHEME_PREFIX = "safelock+"
 
+LARGEST_VERSION = 2**31 - 1
+"""What the column for a version's number holds in every database."""
+
 ERROR_CODES = {
     "conflict": RESOURCE_CONFLICT,
     "failed": RESOURCE_CONFLICT,
@@ -98,7 +108,7 @@ class GateMixin:
         self, name: str, version: Any, stage: str, archive_existing_versions: bool
     ) -> ModelVersion:
         """MLflow's own transition, once the gate has locked the version or found nothing to do."""
-        self._pass_gate(name, version, Target("stage", get_canonical_stage(stage)))
+        self._pass_gate(name, version, Target("stage", _canonical(stage)))
         stock = super().transition_model_version_stage  # type: ignore[misc]
         # As a number: MLflow compares it with one, and a newer driver of PostgreSQL takes no text there.
         number = _number(version) or version
@@ -108,6 +118,7 @@ class GateMixin:
 
     def set_registered_model_alias(self, name: str, alias: str, version: Any) -> None:
         """MLflow's own alias, once the gate has locked the version or found nothing to do."""
+        _validate_model_alias_name(alias)
         self._pass_gate(name, version, Target("alias", alias))
         stock = super().set_registered_model_alias  # type: ignore[misc]
         self._patiently(lambda: stock(name, alias, version))
@@ -177,6 +188,7 @@ class GateMixin:
 
     def rename_registered_model(self, name: str, new_name: str) -> RegisteredModel:
         """MLflow's own renaming, where no unlocked version comes into a gated place by it."""
+        _validate_model_renaming(new_name)
         renaming, workspace, name = Renaming(self._gate), self._workspace, self._name(name)
         if not self._patiently(lambda: renaming.is_half_done(name, new_name, workspace)):
             self._refusing(
@@ -302,6 +314,7 @@ class GateMixin:
 
     def _name(self, name: str) -> str:
         """The name that the registry has for a client's spelling; every name comes through here."""
+        _validate_model_name(name)
         return self._gate.registry.registered_name(name)
 
     def _download_uri(self, name: str, version: Any) -> str:
@@ -345,11 +358,26 @@ def _is_the_servers_fault(error: MlflowException) -> bool:
     return int(error.get_http_status_code()) >= HTTPStatus.INTERNAL_SERVER_ERROR
 
 
+def _canonical(stage: Any) -> str:
+    """A stage as MLflow spells it, which has no error of its own for what is no text."""
+    if not isinstance(stage, str):
+        raise MlflowException(missing_value("stage"), INVALID_PARAMETER_VALUE)
+    return str(get_canonical_stage(stage))
+
+
 def _number(version: Any) -> int | None:
+    """The number of a version; ``None`` for what is none, which MLflow refuses in its own words.
+
+    Raises:
+        MlflowException: MLflow's column holds no such number, for which a driver has a 5xx.
+    """
     try:
-        return int(version)
+        number = int(version)
     except (TypeError, ValueError):
         return None
+    if abs(number) > LARGEST_VERSION:
+        raise MlflowException(f"Model Version (version={version}) not found", RESOURCE_DOES_NOT_EXIST)
+    return number
 
 
 def _as_question(value: str) -> Question:

@@ -13,10 +13,12 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sklearn.linear_model import LinearRegression
 
+from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.gate.ledger import verify_chain
 from mlflow_safelock.registry import sql, sql_ledger
 from tests.cli.conftest import Run
 from tests.registries import (
+    BASE,
     base_lock,
     biases_of,
     files_below,
@@ -25,7 +27,7 @@ from tests.registries import (
     register_lock,
     state_of,
 )
-from tests.registry.test_guard import edit_row
+from tests.registry.test_guard import edit_row, store_of
 from tests.registry.test_leases import hold
 from tests.registry.test_promotion import ledger_rows, open_with_policy, stage
 
@@ -181,17 +183,33 @@ class TestARowThatWasEdited:
         assert after.startswith(locked["original"])
         assert [row[1] for row in events(tmp_path)] == [None, "restored", None, "locked"]
 
-    def test_goes_back_even_where_its_source_changed_since_and_the_reason_is_told(
+    def test_is_promoted_from_its_own_source_where_another_lock_would_be_applied_by_now(
+        self, run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], locked: dict[str, Any]
+    ) -> None:
+        register_lock(base_lock(seed=1))
+        stranger = log_fine_tune("stranger")
+        elsewhere = client.get_model_version_download_uri("stranger", str(stranger))
+        edit_row(tmp_path, LOCATION, elsewhere, 1)
+        done = run("reconcile", "--lock", *gated, "--format", "json")
+        assert (done.exit_code, [row["done"] for row in done.json]) == (0, ["locked"])
+        row = next(row for row in reversed(ledger_rows(tmp_path)) if row["event"] == "promoted")
+        assert (row["lock"]["version"], row["original_location"]) == (2, locked["original"])
+        assert client.get_model_version_download_uri("bot", "1") == row["location"]
+
+    def test_goes_back_to_its_own_source_where_the_gate_refuses_and_is_served_to_nobody(
         self, run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], locked: dict[str, Any]
     ) -> None:
         (Path(locked["original"]) / "model" / "config.json").write_text("{}")
         edit_row(tmp_path, LOCATION, "/nowhere", 1)
+        for _ in range(2):
+            (row,) = run("reconcile", "--lock", *gated, "--format", "json").json
+            assert (row["done"], row["refusal"]["reason"]) == (None, "unsupported_architecture")
+        assert events(tmp_path) == [("promoted", None), ("reconciled", "restored")], "once"
+        assert state_of(stock(tmp_path), "bot", 1)["location"] == locked["original"]
+        with pytest.raises(MlflowException, match="not_locked"):
+            client.get_model_version_download_uri("bot", "1")
         (row,) = run("reconcile", "--lock", "--demote", *gated, "--format", "json").json
-        assert row["done"] == "restored"
-        assert row["refusal"]["reason"] == "unsupported_architecture"
-        assert client.get_model_version_download_uri("bot", "1") == locked["location"]
-        with pytest.raises(Exception, match=r"config\.json"):
-            mlflow.pyfunc.load_model("models:/bot/Staging")
+        assert row["done"] == "taken out"
 
     def test_is_found_by_its_files_alone_that_reads_refuse_and_locked_again(
         self, run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], locked: dict[str, Any]
@@ -413,4 +431,33 @@ def test_a_model_that_was_deleted_and_made_anew_is_locked_and_not_taken_for_the_
     served = client.get_model_version_download_uri("bot", str(again))
     assert served != old
     assert served.startswith(f"{source}-safelock/")
+    assert biases("models:/bot/Staging")
+
+
+@pytest.mark.parametrize("newer", [True, False])
+@pytest.mark.parametrize("revoked", [True, False])
+def test_a_model_that_was_made_anew_of_the_same_source_gets_the_lock_that_a_promotion_applies(
+    run: Run, client: MlflowClient, tmp_path: Path, gated: tuple[str, ...], newer: bool, revoked: bool
+) -> None:
+    register_lock(base_lock())
+    log_fine_tune("bot")
+    source = client.get_model_version_download_uri("bot", "1")
+    stage(client, 1)
+    client.delete_registered_model("bot")
+    if newer:
+        register_lock(base_lock(seed=1))
+    if revoked:
+        store_of(client).revoke_lock(lock_model_name(BASE), 1, "leaked")
+    client.create_registered_model("bot")
+    client.create_model_version("bot", source)
+    stock(tmp_path).transition_model_version_stage("bot", "1", "Staging")
+    (row,) = run("reconcile", "--lock", *gated, "--format", "json").json
+    if revoked and not newer:
+        assert (row["done"], row["refusal"]["reason"]) == (None, "lock_revoked")
+        assert not [event for event in events(tmp_path) if event[0] == "reconciled"], "it is as it was"
+        with pytest.raises(MlflowException, match="not_locked"):
+            client.get_model_version_download_uri("bot", "1")
+        return
+    assert row["done"] == ("locked" if newer else "restored")
+    assert client.get_model_version("bot", "1").tags["safelock.lock"].endswith("/2" if newer else "/1")
     assert biases("models:/bot/Staging")

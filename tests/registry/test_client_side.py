@@ -18,7 +18,9 @@ from mlflow.exceptions import MlflowException
 from mlflow_safelock.cli.main import main
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.gate import remembered
+from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from tests.registries import base_lock, biases_of, fine_tune, log_fine_tune, register_lock
+from tests.registry.test_guard import store_of
 from tests.registry.test_promotion import alias, stage
 from tests.servers import MlflowServer, mlflow_server
 
@@ -152,6 +154,24 @@ def test_a_lock_that_was_taken_away_does_not_let_an_older_one_back(
     stock.delete_model_version(lock_model_name("org/fresh"), str(newest))
     with pytest.raises(MlflowException, match="lock_superseded"):
         alias(client, version, "fresh")
+
+
+def test_a_lock_that_is_revoked_while_it_is_being_applied_is_not(
+    client: MlflowClient, stock: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = log_fine_tune("slow", fine_tune(base="org/slow"))
+    register_lock(base_lock(base="org/slow"))
+    publish = RegistryArtifacts.publish
+
+    def revoked_meanwhile(self: RegistryArtifacts, folder: Path, uri: str) -> None:
+        publish(self, folder, uri)
+        store_of(client).revoke_lock(lock_model_name("org/slow"), 1, "leaked")
+
+    monkeypatch.setattr(RegistryArtifacts, "publish", revoked_meanwhile)
+    with pytest.raises(MlflowException, match=r"lock_revoked.*leaked"):
+        stage(client, version, "slow")
+    assert stock.get_model_version("slow", str(version)).current_stage == "None"
+    assert "-safelock/" not in client.get_model_version_download_uri("slow", str(version))
 
 
 def test_without_a_setting_the_ledger_is_this_users_and_one_for_each_server(

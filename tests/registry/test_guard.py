@@ -6,7 +6,9 @@ import getpass
 import json
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, pairwise
@@ -31,6 +33,7 @@ from mlflow_safelock.forging.base_weights import sketch_of
 from mlflow_safelock.gate import promotion
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.guard import Guard
+from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.locked_models import LockedModels
 from mlflow_safelock.gate.policy import DEFAULT_POLICY
 from mlflow_safelock.gate.ports import Target
@@ -77,6 +80,11 @@ def stock_registry(folder: Path) -> Iterator[None]:
     mlflow.set_registry_uri(f"sqlite:///{folder}/registry.db")
     yield
     mlflow.set_registry_uri(gated)
+
+
+def to_staging(name: str, version: int) -> Request:
+    """Somebody's request for a promotion to Staging."""
+    return Request(name, version, Target("stage", "Staging"), Actor(name="alice", verified=False), "default")
 
 
 def log_prices() -> None:
@@ -666,6 +674,28 @@ class TestWhoMayOverride:
 
 
 class TestPolicyThatChanges:
+    def test_one_that_comes_while_a_promotion_waits_decides_over_it(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{}]\n")
+        version = log_fine_tune("bot")
+        register_lock(base_lock())
+        waits, stock = threading.Event(), promotion.reach
+        monkeypatch.setattr(
+            promotion, "reach", lambda name: (stock(name), name == "policy-read" and waits.set())
+        )
+        registry = store_of(client)._gate.registry
+        with ThreadPoolExecutor(1) as pool:
+            with registry.lease(Work("default", "bot", version)):
+                promoted = pool.submit(stage, client, version)
+                assert waits.wait(60)
+                (tmp_path / "safelock.yaml").write_text("version: 1\ngates: [{lock: {min_version: 5}}]\n")
+            with pytest.raises(MlflowException, match=r"lock_too_old.*version 5"):
+                promoted.result()
+        row = ledger_rows(tmp_path)[-1]
+        assert (row["event"], row["policy"]) == ("rejected", store_of(client)._gate.policy().digest)
+        assert client.get_model_version("bot", str(version)).current_stage == "None"
+
     def test_a_changed_file_is_in_force_at_once_and_a_broken_one_never(
         self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
     ) -> None:

@@ -18,9 +18,11 @@ from mlflow_safelock.audit import audit
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.flavors import meta_safetylock
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.gate.explanation import explain
 from mlflow_safelock.gate.lock_records import LockRecords
 from mlflow_safelock.lock import SafetyLock
-from tests.registries import BASE, base_lock, log_fine_tune, register_lock
+from mlflow_safelock.registry.artifacts import RegistryArtifacts
+from tests.registries import BASE, base_lock, log_fine_tune, register_lock, state_of
 from tests.registry.test_guard import (
     download_uri,
     loaded_biases,
@@ -28,6 +30,7 @@ from tests.registry.test_guard import (
     log_prices,
     stock_registry,
     store_of,
+    to_staging,
 )
 from tests.registry.test_promotion import ledger_rows, open_with_policy, stage
 
@@ -338,3 +341,82 @@ def test_a_lock_is_revoked_by_its_digest_under_any_number_that_it_had(client: Ml
     client.delete_model_version(NAME, "2")
     revoked = store_of(client).revoke_lock(NAME, 2, "too strong", base_lock(seed=0).digest)
     assert (revoked.version, revoked.digest) == (1, base_lock(seed=0).digest)
+
+
+@pytest.mark.parametrize("missing", ["reject", "allow"])
+def test_a_base_whose_lock_was_deleted_is_none_without_a_lock(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    policy = f"version: 1\ngates: [{{missing_lock: {missing}}}]\n"
+    client = open_with_policy(tmp_path, monkeypatch, policy)
+    version, name = log_fine_tune("bot"), lock_model_name(BASE)
+    register_lock(base_lock())
+    client.delete_model_version(name, "1")
+    before = state_of(client, "bot", version)
+    refused = rf"lock_gone.*safelock lock revoke models:/{name}/1 --digest {base_lock().digest}"
+    with pytest.raises(MlflowException, match=refused) as info:
+        stage(client, version)
+    assert info.value.error_code == "PERMISSION_DENIED"
+    assert state_of(client, "bot", version) == before
+    client.delete_registered_model(name)
+    with pytest.raises(MlflowException, match="lock_gone"):
+        stage(client, version)
+    register_lock(base_lock())
+    stage(client, version)
+    assert loaded_biases(), "the first way out: it is registered again"
+    client.delete_registered_model(name)
+    store_of(client).revoke_lock(name, 1, "too strong", base_lock().digest)
+    second = log_fine_tune("bot")
+    if missing == "allow":
+        stage(client, second)
+        assert ledger_rows(tmp_path)[-1]["event"] == "passed", "the second one: it is revoked"
+    else:
+        with pytest.raises(MlflowException, match="missing_lock"):
+            stage(client, second)
+
+
+def test_a_lock_does_not_come_off_because_it_is_gone(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = "version: 1\ngates: [{missing_lock: allow, lock: {revoked: refuse}}]\n"
+    client = open_with_policy(tmp_path, monkeypatch, policy)
+    version, _ = locked_version(client)
+    name = lock_model_name(BASE)
+    copied = client.copy_model_version(f"models:/bot/{version}", "copy")
+    store_of(client).revoke_lock(name, 1, "leaked")
+    client.delete_model_version(name, "1")
+    explained = explain(store_of(client)._gate, to_staging("bot", version))
+    assert explained.refusal is not None
+    assert explained.refusal.reason == "still_locked"
+    with pytest.raises(MlflowException, match=r"still_locked.*safelock unlock models:/bot/1"):
+        stage(client, version)
+    with pytest.raises(MlflowException, match=r"lock_revoked.*leaked"):
+        download_uri(client, version)
+    with pytest.raises(MlflowException, match="still_locked"):
+        stage(client, int(copied.version), "copy")
+    client.transition_model_version_stage("bot", str(version), "None")
+    original = store_of(client).unlock("bot", version, "its lock leaked, and there is no other")
+    stage(client, version)
+    assert download_uri(client, version) == original, "the way out"
+
+
+def test_nor_is_one_that_is_revoked_while_it_is_being_applied(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    before = state_of(client, "bot", version)
+    stock = RegistryArtifacts.publish
+
+    def revoked_meanwhile(self: RegistryArtifacts, folder: Path, uri: str) -> None:
+        stock(self, folder, uri)
+        store_of(client).revoke_lock(lock_model_name(BASE), 1, "leaked")
+
+    monkeypatch.setattr(RegistryArtifacts, "publish", revoked_meanwhile)
+    with pytest.raises(MlflowException, match=r"lock_revoked.*leaked") as info:
+        stage(client, version)
+    assert info.value.error_code == "PERMISSION_DENIED"
+    assert state_of(client, "bot", version) == before
+    events = [(row["event"], row["reason"]) for row in ledger_rows(tmp_path)]
+    assert events == [("revoked", "revoked"), ("rejected", "lock_revoked")]
+    assert store_of(client)._gate.registry.works_held() == [], "whoever is next waits for nobody"

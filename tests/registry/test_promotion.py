@@ -255,6 +255,30 @@ def test_stock_errors_stay_stock_errors(client: MlflowClient) -> None:
     assert info.value.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
+@pytest.mark.parametrize(
+    ("ask", "status"),
+    [
+        (lambda store: store.get_model_version_download_uri("bot", "9" * 30), 404),
+        (lambda store: store.get_model_version_download_uri("bot", 2**31), 404),
+        (lambda store: store.transition_model_version_stage("bot", "9" * 30, "Staging", False), 404),
+        (lambda store: store.set_registered_model_alias("bot", "champion", "9" * 30), 404),
+        (lambda store: store.transition_model_version_stage("bot", "1", None, False), 400),
+        (lambda store: store.transition_model_version_stage(None, "1", "Staging", False), 400),
+        (lambda store: store.set_registered_model_alias("bot", None, "1"), 400),
+        (lambda store: store.rename_registered_model("bot", None), 400),
+    ],
+)
+def test_what_names_nothing_is_refused_in_mlflows_words_and_leaves_no_row(
+    client: MlflowClient, tmp_path: Path, ask: Callable[[Any], Any], status: int
+) -> None:
+    client.create_registered_model("bot")
+    with pytest.raises(MlflowException) as info:
+        ask(client._get_registry_client().store)
+    assert info.value.get_http_status_code() == status
+    assert "safelock" not in info.value.message
+    assert ledger_rows(tmp_path) == []
+
+
 def test_existing_versions_are_archived_only_when_the_gate_lets_the_new_one_in(client: MlflowClient) -> None:
     register_lock(base_lock())
     first = log_fine_tune("bot")

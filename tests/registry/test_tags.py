@@ -11,9 +11,12 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_safelock.audit import audit_rows
 from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.provenance import load_signing_key, sign_lock
+from tests.keys import write_keys
 from tests.registries import base_lock, log_fine_tune, register_lock
 from tests.registry.test_guard import download_uri, edit_row, loaded_biases, store_of
 from tests.registry.test_promotion import ledger_rows, open_with_policy, stage
+from tests.registry.test_signatures import register_signed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
 
@@ -115,6 +118,55 @@ class TestATagThatComesBack:
         tagged.set_model_version_tag("bot", "1", "risk", "high")
         with pytest.raises(MlflowException, match=r"not_locked.*alias:beta"):
             download_uri(tagged, 1)
+
+    @pytest.mark.parametrize(
+        ("asks", "refusal"),
+        [
+            ("evaluation: {max_harmful_rate: 0.05}", "missing_evaluation"),
+            ("signature: {required: true, public_keys: [key.pub.pem]}", "unsigned_lock"),
+            ("carrier: standalone", "not_prepared"),
+            ("lock: {max_age_days: 30}", "lock_expired"),
+        ],
+    )
+    def test_whatever_the_stricter_gate_refuses_is_not_served_there(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks: str, refusal: str
+    ) -> None:
+        write_keys(tmp_path)
+        policy = f"version: 1\ngates:\n  - tags: {{risk: high}}\n    {asks}\n  - {{}}\n"
+        client = open_with_policy(tmp_path, monkeypatch, policy)
+        log_fine_tune("bot")
+        register_lock(base_lock())
+        stage(client, 1)
+        assert download_uri(client, 1)
+        client.set_model_version_tag("bot", "1", "risk", "high")
+        with pytest.raises(MlflowException, match=r"not_locked.*risk: high"):
+            download_uri(client, 1)
+        with pytest.raises(MlflowException, match=refusal):
+            stage(client, 1)
+        client.delete_model_version_tag("bot", "1", "risk")
+        assert download_uri(client, 1), "without the tag it is as good as it was"
+
+    def test_what_was_promoted_again_there_is_served_and_goes_on_without_the_tag_and_with_it(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keys = write_keys(tmp_path)
+        asks = "signature: {required: true, public_keys: [key.pub.pem]}"
+        policy = f"version: 1\ngates:\n  - tags: {{risk: high}}\n    {asks}\n  - {{}}\n"
+        client = open_with_policy(tmp_path, monkeypatch, policy)
+        log_fine_tune("bot")
+        register_signed(base_lock(), sign_lock(base_lock(), load_signing_key(keys.private)))
+        stage(client, 1)
+        client.set_model_version_tag("bot", "1", "risk", "high")
+        with pytest.raises(MlflowException, match="not_locked"):
+            download_uri(client, 1)
+        for _ in range(2):
+            stage(client, 1)
+            assert download_uri(client, 1)
+        client.delete_model_version_tag("bot", "1", "risk")
+        stage(client, 1)
+        client.set_model_version_tag("bot", "1", "risk", "high")
+        assert download_uri(client, 1)
+        assert [row["event"] for row in ledger_rows(tmp_path)].count("promoted") == 2
 
 
 def test_the_audit_holds_a_version_to_the_gate_of_its_tags(
