@@ -151,12 +151,17 @@ def test_a_lock_of_another_geometry_is_refused(client: MlflowClient, tmp_path: P
     assert ledger_rows(tmp_path)[-1]["reason"] == "geometry_mismatch"
 
 
-def test_a_lock_registered_under_another_base_is_refused(client: MlflowClient) -> None:
+def test_a_lock_registered_under_another_base_is_refused(client: MlflowClient, tmp_path: Path) -> None:
     from mlflow_safelock.flavors import meta_safetylock
 
-    version = log_fine_tune("bot")
+    version, other = log_fine_tune("bot"), base_lock(base="org/other")
+    with mlflow.start_run(), pytest.raises(MlflowException, match=r"no_lock.*a lock of 'org/other'"):
+        meta_safetylock.log_model(other, registered_model_name=lock_model_name(BASE))
+    guarded = mlflow.get_registry_uri()
+    mlflow.set_registry_uri(f"sqlite:///{tmp_path}/registry.db")  # past the gate
     with mlflow.start_run():
-        meta_safetylock.log_model(base_lock(base="org/other"), registered_model_name=lock_model_name(BASE))
+        meta_safetylock.log_model(other, registered_model_name=lock_model_name(BASE))
+    mlflow.set_registry_uri(guarded)
     with pytest.raises(MlflowException, match=r"damaged_lock.*'org/other'"):
         stage(client, version)
 
