@@ -74,7 +74,8 @@ class Approved:
         tokenizer: Whether the fine-tune's tokenizer is its base's.
         evaluations: Digests of the evaluations that it rests on, once the policy's were found.
         measured: The fine-tune's full fingerprint, where the policy asks for one and it was found to hold.
-        is_known: Whether the ledger has seen the lock before.
+        is_known: Whether the ledger has seen the lock before, and as signed where it must be.
+        first_version: The version that the lock was registered as first.
     """
 
     request: Request
@@ -90,6 +91,7 @@ class Approved:
     evaluations: tuple[str, ...] = ()
     measured: SourceFingerprint | None = None
     is_known: bool = True
+    first_version: int | None = None
 
     @property
     def uri(self) -> str:
@@ -180,6 +182,7 @@ def approve(
         chosen.hint,
         chosen.tokenizer,
         is_known=chosen.is_known,
+        first_version=chosen.first_version,
     )
 
 

@@ -326,7 +326,7 @@ def meets(rule: GateRule, decision: LedgerEntry) -> bool:
         return rule.not_an_llm == "allow"
     unknown = decision.kinship is None and rule.kinship.unknown == "allow"
     return (
-        decision.lock.version >= rule.lock.min_version
+        (decision.first_version or decision.lock.version) >= rule.lock.min_version
         and decision.alpha >= rule.alpha.min
         and (unknown or (decision.kinship or 0.0) >= rule.kinship.min_cosine)
         and decision.tokenizer in ACCEPTED_TOKENIZERS[rule.tokenizer]

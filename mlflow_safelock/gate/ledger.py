@@ -122,6 +122,7 @@ class LedgerEntry(BaseModel):
         tokenizer: Whether the fine-tune's tokenizer is its base's; ``None`` in rows from before it was asked.
         fingerprint: Digest of the fine-tune's full fingerprint; ``None`` where only blocks were compared.
         contents: What was let through unlocked; ``None`` where there was nothing to read, as of a prompt.
+        first_version: The version that the lock was registered as first; ``None`` where that is not told.
         asked: What the gate of a promotion asked for beside that (``gate.asked``), as its policy has it;
             ``None`` where it asked for nothing of the kind, and in rows from before it was put on record.
     """
@@ -149,6 +150,7 @@ class LedgerEntry(BaseModel):
     tokenizer: TokenizerFinding | None = None
     contents: Contents | None = None
     asked: dict[str, JsonValue] | None = None
+    first_version: int | None = None
 
     @field_validator("evaluations", mode="before")
     @classmethod

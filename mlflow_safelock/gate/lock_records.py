@@ -6,7 +6,7 @@ import logging
 import re
 from dataclasses import dataclass
 
-from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
+from mlflow_safelock.errors import PromotionRefused, SafelockError, SigstoreError, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, LOCK_MODEL_PREFIX, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.gate.approval import Request
@@ -66,16 +66,27 @@ class LockRecords:
             try:
                 earlier = self._lock_at(version.location, version.name)
             except SafelockError as error:
-                if is_transient(error):
-                    raise unreadable(error) from error
-                _logger.info("%s version %s is no lock: %s", name, version.version, error)
+                on_record = self.registry.known_lock(workspace, name, version.version) is not None
+                if is_transient(error) and not on_record:
+                    raise _earlier_unreadable(name, version.version, error) from error
+                _logger.info("%s version %s cannot be read as a lock: %s", name, version.version, error)
                 continue
             if lock_model_name(earlier.base_model) == name:
                 self._put_earlier_one_on_record(earlier, name, version.version, workspace, actor)
         known = self.registry.locks_of(workspace, lock.base_model)
-        wants_signatures = any(rule.signature.required for rule in self.gate.policy().gates)
+        wants_signatures = all(rule.signature.required for rule in self.gate.policy().gates)
         check_moves_forward(lock, f"at {source}", known, self.registry, signed_only=wants_signatures)
         return lock
+
+    def check_renamed(self, name: str, new_name: str) -> None:
+        """Refuse to give a registered model a lock's name unless its versions are locks of that base.
+
+        Raises:
+            PromotionRefused: One is not.
+        """
+        if new_name.startswith(LOCK_MODEL_PREFIX):
+            for version in self.registry.model_versions(name):
+                self._only_a_lock(new_name, version.location)
 
     def put_on_record(self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor) -> None:
         """Put on record that a lock was registered, unless it was before."""
@@ -115,7 +126,8 @@ class LockRecords:
         signatories = tuple(one for rule in rules for one in rule.signatories)
         try:
             check_lock_signature(reader.read(LOCK_SIGNATURE_FILE), lock, signatories, origin=found.location)
-        except VerificationError:
+        except (VerificationError, SigstoreError) as error:
+            _logger.info("The lock at %s counts as unsigned: %s", found.location, error)
             return False
         return True
 
@@ -208,3 +220,11 @@ class LockRecords:
     def _lock_at(self, location: str, origin: str) -> SafetyLock:
         artifacts = self.gate.artifacts
         return lock_from_bytes(artifacts.reader(artifacts.resolve(location)).read(LOCK_FILE), origin=origin)
+
+
+def _earlier_unreadable(name: str, version: int, error: SafelockError) -> PromotionRefused:
+    return PromotionRefused(
+        "unreachable",
+        f"Whether version {version} of {name!r} is a lock, and which, cannot be told now: {error.cause}",
+        next_step="Do it again in a while; if its store is gone for good, delete that version.",
+    )

@@ -53,14 +53,16 @@ class ChosenLock:
             they cannot be compared.
         hint: Who says that the fine-tune was made from the lock's base.
         tokenizer: Whether the fine-tune's tokenizer has what the lock knows of the base's.
-        is_known: Whether the ledger has seen the lock before.
+        is_known: Whether the ledger has seen the lock before, and as signed where it must be.
+        first_version: The version that it was registered as first.
     """
 
     registered: RegisteredLock
     kinship: float | None
     hint: BaseHint
     tokenizer: TokenizerFinding
-    is_known: bool = True
+    is_known: bool
+    first_version: int
 
 
 def find_lock(
@@ -90,13 +92,14 @@ def find_lock(
         if found is not None:
             known = registry.locks_of(workspace, hint.base)
             _check(found, hint.base, source, rule, version)
-            _check_the_floor(found, rule, known)
+            first = _first_version(found, known)
+            _check_the_floor(found, first, rule)
             _check_freshness(found, rule, known, registry)
             if rule.signature.required:
                 _check_signature(found, rule, artifacts)
             kinship = _checked_kinship(found, source, rule, version)
             tokenizer = _checked_tokenizer(found, source, rule, version)
-            return ChosenLock(found, kinship, hint, tokenizer, found.lock.digest in _digests(known))
+            return ChosenLock(found, kinship, hint, tokenizer, _is_known(found, rule, known), first)
         _check_that_none_is_gone(hint.base, workspace, rule, registry)
     if not hints:
         raise PromotionRefused(
@@ -166,13 +169,18 @@ def _check(
         )
 
 
-def _check_the_floor(found: RegisteredLock, rule: GateRule, known: Sequence[LedgerEntry]) -> None:
+def _is_known(found: RegisteredLock, rule: GateRule, known: Sequence[LedgerEntry]) -> bool:
+    """Whether a lock is on record; one that is there as unsigned is not where its signature was just seen."""
+    seen = [entry for entry in known if entry.lock_digest == found.lock.digest]
+    return any(not rule.signature.required or entry.message != UNSIGNED for entry in seen)
+
+
+def _check_the_floor(found: RegisteredLock, first: int, rule: GateRule) -> None:
     """Refuse a lock below the policy's floor by the number that it had first, whatever others it got since.
 
     Raises:
         PromotionRefused: It is.
     """
-    first = min([found.version, *_first_numbers(found, known)])
     if first >= rule.lock.min_version:
         return
     was = "" if first == found.version else f", which was registered as version {first} first"
@@ -184,10 +192,11 @@ def _check_the_floor(found: RegisteredLock, rule: GateRule, known: Sequence[Ledg
     )
 
 
-def _first_numbers(found: RegisteredLock, known: Sequence[LedgerEntry]) -> list[int]:
+def _first_version(found: RegisteredLock, known: Sequence[LedgerEntry]) -> int:
+    """The version that a lock was registered as first, as far as the ledger tells."""
     locks = [entry.lock for entry in known if entry.lock is not None]
     same = [one for one in locks if (one.model, one.digest) == (found.model, found.lock.digest)]
-    return [one.version for one in same]
+    return min([found.version, *(one.version for one in same)])
 
 
 _ANOTHER_BASE = "It does not descend from that base: correct its base, or register a lock for its own."
@@ -273,7 +282,7 @@ def _check_that_none_is_gone(base: str, workspace: str, rule: GateRule, registry
     for entry in reversed(registry.locks_of(workspace, base)):
         gone = entry.lock
         if rule.signature.required and entry.message == UNSIGNED:
-            continue  # it was never applied
+            continue  # no gate applied it that wants locks signed
         if gone is None or registry.revocation_of(gone.digest) is not None:
             continue
         raise PromotionRefused(

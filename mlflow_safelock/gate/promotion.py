@@ -483,6 +483,7 @@ def promoted_entry(approved: Approved, receipt: Receipt, location: str) -> Ledge
         fingerprint=fingerprint.digest if fingerprint.is_full else None,
         tokenizer=approved.tokenizer,
         asked=asked_of(approved.rule),
+        first_version=approved.first_version,
     )
 
 

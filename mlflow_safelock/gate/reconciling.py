@@ -275,6 +275,8 @@ class Reconciling:
             if self._is_another_by_now(difference):
                 raise _changed(request)
             message = _message(difference, f"It was {_going_back(found, back)}.")
+            decision = self.registry.decision_on(request.workspace, request.name, request.version)
+            in_force_again = decision is not None and back.location == decision.location
             done = self.registry.redirect(
                 Redirection(
                     name=request.name,
@@ -284,6 +286,7 @@ class Reconciling:
                     tags={key: value for key, value in back.tags.items() if found.tags.get(key) != value},
                     entries=(reconciled_entry(request, policy, "restored", message),),
                     lease=lease,
+                    applies=decision.lock_digest if decision is not None and in_force_again else None,
                 )
             )
         if not done:

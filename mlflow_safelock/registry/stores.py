@@ -191,10 +191,9 @@ class GateMixin:
         _validate_model_renaming(new_name)
         renaming, workspace, name = Renaming(self._gate), self._workspace, self._name(name)
         if not self._patiently(lambda: renaming.is_half_done(name, new_name, workspace)):
-            self._refusing(
-                f"rename {name!r} to {new_name!r}",
-                lambda: renaming.check(name, new_name, workspace, current_actor()),
-            )
+            what = f"rename {name!r} to {new_name!r}"
+            self._refusing(what, lambda: self._locks.check_renamed(name, new_name))
+            self._refusing(what, lambda: renaming.check(name, new_name, workspace, current_actor()))
             stock = super().rename_registered_model  # type: ignore[misc]
             self._patiently(lambda: stock(name, new_name))
             reach("renamed")

@@ -15,16 +15,18 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from mlflow_safelock.audit import audit
-from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.errors import PromotionRefused, UnreachableError
 from mlflow_safelock.flavors import meta_safetylock
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.gate.explanation import explain
 from mlflow_safelock.gate.lock_records import LockRecords
 from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import Actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from tests.registries import BASE, base_lock, log_fine_tune, register_lock, state_of
 from tests.registry.test_guard import (
     download_uri,
+    edit_row,
     loaded_biases,
     locked_version,
     log_prices,
@@ -420,3 +422,65 @@ def test_nor_is_one_that_is_revoked_while_it_is_being_applied(
     events = [(row["event"], row["reason"]) for row in ledger_rows(tmp_path)]
     assert events == [("revoked", "revoked"), ("rejected", "lock_revoked")]
     assert store_of(client)._gate.registry.works_held() == [], "whoever is next waits for nobody"
+
+
+def test_a_tag_that_comes_back_brings_the_floor_by_the_first_number(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tagged = "{tags: {risk: high}, lock: {min_version: 2}}"
+    client = open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{tagged}, {{}}]\n")
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    client.copy_model_version(f"models:/{NAME}/1", NAME)
+    stage(client, version)
+    assert download_uri(client, version)
+    client.set_model_version_tag("bot", str(version), "risk", "high")
+    with pytest.raises(MlflowException, match="not_locked"):
+        download_uri(client, version)
+
+
+def test_a_model_of_something_else_gets_no_locks_name(client: MlflowClient) -> None:
+    log_prices()
+    with pytest.raises(MlflowException, match=r"rename 'prices'.*no_lock"):
+        client.rename_registered_model("prices", NAME)
+    assert client.get_registered_model("prices").name == "prices"
+
+
+def test_one_whose_store_is_gone_stands_in_nobodys_way_once_it_is_on_record(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (0, 1):
+        with stock_registry(tmp_path):
+            register_lock(base_lock(seed=seed))
+        if seed == 0:
+            register_lock(base_lock(seed=2))
+    stock = LockRecords._lock_at
+    gone = client.get_model_version_download_uri(NAME, "1"), client.get_model_version_download_uri(NAME, "3")
+
+    def lock_at(self: LockRecords, location: str, origin: str) -> SafetyLock:
+        if location in gone:
+            raise UnreachableError(f"{location} cannot be reached: it does not answer now.")
+        return stock(self, location, origin)
+
+    monkeypatch.setattr(LockRecords, "_lock_at", lock_at)
+    with pytest.raises(MlflowException, match=r"unreachable.*version 3 of .*delete that version"):
+        register_lock(base_lock(seed=4))
+    client.delete_model_version(NAME, "3")
+    register_lock(base_lock(seed=4))
+    assert digests_on_record(client) == digests(0, 2, 4)
+
+
+def test_reconciling_puts_no_lock_back_in_force_that_was_revoked_meanwhile(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    version, original = locked_version(client)
+    edit_row(tmp_path, "UPDATE model_versions SET storage_location = ? WHERE name = 'bot'", original)
+    reconciling, actor = store_of(client).reconciling, Actor(name="ops", verified=False)
+    found = reconciling.examine("bot", version, "default", actor)
+    assert found.remedy.done == "restored"
+    store_of(client).revoke_lock(NAME, 1, "leaked")
+    repaired = reconciling.repair(found, ("lock",))
+    assert (repaired.done, repaired.refusal.reason) == (None, "lock_revoked")
+    assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted", "revoked"]
+    with pytest.raises(MlflowException, match="not_locked"):
+        download_uri(client, version)

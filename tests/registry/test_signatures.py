@@ -126,6 +126,38 @@ class TestLocks:
         with pytest.raises(MlflowException, match=r"lock_superseded.*version 2"):
             stage(strict, log_fine_tune("bot"))
 
+    def test_one_that_was_applied_counts_as_signed_though_its_key_came_later(
+        self,
+        client: MlflowClient,
+        tmp_path: Path,
+        keys: KeyPair,
+        others: KeyPair,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def under(*names: str) -> MlflowClient:
+            signature = f"{{required: true, public_keys: [{', '.join(names)}]}}"
+            gate = f"{{signature: {signature}, missing_lock: allow}}"
+            return open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{gate}]\n")
+
+        name, first = lock_model_name(BASE), log_fine_tune("bot")
+        client = under(keys.public.name)
+        register_signed(base_lock(seed=0), sign_lock(base_lock(seed=0), load_signing_key(keys.private)))
+        newer = register_signed(
+            base_lock(seed=1), sign_lock(base_lock(seed=1), load_signing_key(others.private))
+        )
+        with pytest.raises(MlflowException, match="bad_signature"):
+            stage(client, first)
+        client = under(keys.public.name, others.public.name)
+        stage(client, first)
+        assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=1).digest
+        client.delete_model_version(name, str(newer))
+        for version in (first, log_fine_tune("bot")):
+            with pytest.raises(MlflowException, match="lock_superseded"):
+                stage(client, version)
+        client.delete_registered_model(name)
+        with pytest.raises(MlflowException, match="lock_gone"):
+            stage(client, log_fine_tune("bot"))
+
     def test_a_signature_is_not_asked_for_where_the_policy_does_not(self, client: MlflowClient) -> None:
         log_fine_tune("bot")
         register_signed(base_lock(), b"rubbish")
