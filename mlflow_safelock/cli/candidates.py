@@ -134,12 +134,15 @@ def forging_options(function: F) -> F:
         cache: Path | None,
         **values: Any,
     ) -> Any:
-        forging = forge and Forging(
+        if forge is None:
+            _refuse_forge_options()
+            return function(*arguments, forging=None, **values)
+        if not forge.strip():
+            raise click.UsageError("--forge names no base model: it is empty.")
+        forging = Forging(
             *(forge, data, (question_key, safe_key, unsafe_key), last_tokens, split, train_fraction),
             *(split_seed, base_model, base_revision, cache),
         )
-        if forging is None:
-            _refuse_forge_options()
         return function(*arguments, forging=forging, **values)
 
     with_forging.__doc__ = function.__doc__

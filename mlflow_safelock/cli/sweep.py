@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
 SHARE = click.FloatRange(0.0, 1.0)
 
 
+def _strength(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
 def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
     return None if path is None else in_existing_folder(path)
 
@@ -60,7 +68,7 @@ def _beside(_context: click.Context, _parameter: click.Parameter, path: Path | N
     default=("1,2,4,6,8,10",),
     show_default="1,2,4,6,8,10",
     metavar="A,…",
-    callback=listed(float, "2,4,6"),
+    callback=listed(_strength, "2,4,6 of numbers above zero"),
     help="Strengths of the coarse grid.",
 )
 @click.option(
@@ -162,12 +170,13 @@ def sweep(
                 raise click.UsageError(f"{name} is for a lock that is there, and --forge makes its own.")
         write_lock = write_lock or output.with_name(f"{output.stem}-lock.safetensors")
     suite, pairs = measuring.suite(), measuring.pairs() if forging is None else forging.pairs()
+    _refuse_one_place_for_two(output, write_lock, write_policy)
+    settings = replace(measuring.settings(output), pairs=pairs)
     measuring.reach(model, mlflow_address)
     forged = forging and forging.locks(heads, measuring, loading, mlflow_address)
     subject = measuring.open(model, None, loading, mlflow_address)
     locks, same = distinct(forged or _given(subject, heads))
     limits = Limits(max_harmful_rate, max_utility_loss, max_degenerate_rate)
-    settings = replace(measuring.settings(output), pairs=pairs)
     with counting() as progress:
         found = explore(
             *(replace(subject, lock=None), suite, locks, alphas, limits, settings),
@@ -220,6 +229,20 @@ def sweep(
             next_step="Take a larger suite, leave more room (--prefer room, tighter limits), or try more "
             "strengths (--alphas).",
         )
+
+
+def _refuse_one_place_for_two(output: Path, write_lock: Path | None, write_policy: Path | None) -> None:
+    """Refuse what could not be written in the end, before anything is loaded."""
+    given = {"--output": output, "--write-lock": write_lock, "--write-policy": write_policy}
+    places: dict[Path, str] = {}
+    for name, path in given.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise click.UsageError(f"{name}: {path} is a directory.")
+        other = places.setdefault(path.resolve(), name)
+        if other != name:
+            raise click.UsageError(f"{other} and {name} are the same file, {path}.")
 
 
 def _warnings(found: Exploration, *, per_head: bool) -> list[str]:

@@ -94,7 +94,9 @@ class Subject:
         if quantised is None:
             return name
         stated = quantised if isinstance(quantised, dict) else quantised.to_dict()
-        return f"{name}, quantised by {stated.get('quant_method') or 'an unknown method'}"
+        method = stated.get("quant_method")
+        # As in its file: a member of an enumeration reads otherwise, and not the same in every Python.
+        return f"{name}, quantised by {getattr(method, 'value', method) or 'an unknown method'}"
 
     @property
     def device(self) -> str:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+MOST_COUNTED = 65536
+"""Most last tokens of an answer, and chats at once; far more than any answer has."""
+
+
 @dataclass(frozen=True)
 class Probing:
     """How rows are taken from the answers, and split for the probes.
@@ -205,6 +209,8 @@ def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ForgeError(f"{name} must be a whole number above zero, not {count!r}.")
+        if count > MOST_COUNTED:
+            raise ForgeError(f"{name} must be at most {MOST_COUNTED}, not {count}.")
 
 
 def _questions(pairs: Sequence[PreferencePair]) -> list[int]:

@@ -34,6 +34,9 @@ from mlflow_safelock.provenance import Identity, PublicKey, Signatory
 Stage = Literal["Staging", "Production", "Archived"]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
+MOST_DAYS = 36525
+"""Greatest age that can be asked for: a hundred years."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -73,7 +76,7 @@ class LockRule(_Section):
     """
 
     min_version: Annotated[int, Field(gt=0)] = 1
-    max_age_days: Annotated[int, Field(gt=0)] | None = None
+    max_age_days: Annotated[int, Field(gt=0, le=MOST_DAYS)] | None = None
     revoked: Literal["refuse", "warn"] = "warn"
 
 
@@ -188,7 +191,7 @@ class EvaluationRule(_Section):
     max_degenerate_rate: Annotated[float, Field(ge=0.0, le=1.0)] | None = 0.05
     bound: Literal["rate", "upper"] = "rate"
     max_known_prompts: Annotated[int, Field(ge=0)] | None = None
-    max_age_days: Annotated[int, Field(gt=0)] | None = None
+    max_age_days: Annotated[int, Field(gt=0, le=MOST_DAYS)] | None = None
     judge: NonEmpty = "refusal-match"
     transform: NonEmpty = "plain"
     system_prompt: str | None = None

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from datetime import datetime
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mlflow_safelock.errors import VerificationError
 from mlflow_safelock.lock import Digest, NonEmpty
@@ -19,14 +19,21 @@ from mlflow_safelock.provenance.statement import Form, Grown, Statement
 
 STATEMENT_FILE = "evaluation.json"
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+"""What canonical JSON can hold."""
 
 
 class MeasuredRate(Form):
     """How many prompts had an outcome, out of how many."""
 
     count: Count
-    total: Annotated[int, Field(gt=0)]
+    total: Annotated[int, Field(gt=0, le=2**53 - 1)]
+
+    @model_validator(mode="after")
+    def _is_a_share(self) -> Self:
+        if self.count > self.total:
+            raise ValueError("has a count above its total")
+        return self
 
     @property
     def value(self) -> float:
@@ -80,7 +87,7 @@ class MeasuredForm(Grown, Form):
     transform: NonEmpty
     judge: NonEmpty
     system_prompt: str | None
-    max_new_tokens: Annotated[int, Field(gt=0)]
+    max_new_tokens: Annotated[int, Field(gt=0, le=2**53 - 1)]
     known_prompts: Count | None = None
     dtype: NonEmpty | None = None
     version: NonEmpty | None = None
@@ -120,7 +127,7 @@ class Measured(Grown, Form):
     rates: dict[str, MeasuredRate]
     utility: MeasuredUtility | None = None
     judge_failures: Count
-    max_new_tokens: Annotated[int, Field(gt=0)]
+    max_new_tokens: Annotated[int, Field(gt=0, le=2**53 - 1)]
     system_prompt: str | None
     known_prompts: Count | None = None
     dtype: NonEmpty | None = None

@@ -165,7 +165,7 @@ def test_a_point_that_the_other_half_does_not_confirm_is_not_recommended(
         (("--train-fraction", "0.6", "--train-fraction", "1"), 2, "not a list such as 0.6,0.8"),
         (("--last-tokens", "0"), 2, "not a list such as 3,5"),
         (("--heads", "99"), 1, "has 8 heads, and 99"),
-        (("--alphas", "0"), 1, "not zero"),
+        (("--alphas", "0"), 2, "numbers above zero"),
     ],
 )
 def test_what_cannot_be_swept_is_said(
@@ -260,3 +260,22 @@ def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
     files = {one.path for one in MlflowClient().list_artifacts(found.info.run_id)}
     assert {"pareto.png", "heat-map.png", "per-head.png", "points.json", "sweep.json"} <= files
     assert (tmp_path / "sweep-per-head.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--forge", ""), "--forge names no base model"),
+        (("--alphas=-0.1,1.5",), "is not a list such as 2,4,6 of numbers above zero"),
+        (("--alphas", "nan"), "of numbers above zero"),
+        (("--write-policy", "{tmp}/sweep.json"), "--output and --write-policy are the same file"),
+        (("--write-lock", "{tmp}/one", "--write-policy", "{tmp}/one"), "--write-lock and --write-policy are"),
+    ],
+)
+def test_what_could_not_be_done_in_the_end_is_refused_before_anything_is_loaded(
+    run: Run, arguments: tuple[Any, ...], tmp_path: Path, more: tuple[str, ...], told: str
+) -> None:
+    done = run("sweep", *arguments, *(part.replace("{tmp}", str(tmp_path)) for part in more))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert told in " ".join(done.stderr.split())
+    assert "Loading" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from copy import deepcopy
@@ -454,3 +455,12 @@ def test_a_scorer_gives_tasks_a_score_of_its_own(toy: Toy) -> None:
 def test_something_without_a_model_is_refused() -> None:
     with pytest.raises(EvaluationError, match="no model and tokenizer"):
         evaluate(object(), Suite("one", (SuitePrompt("a", "b"),)))
+
+
+def test_how_a_model_is_quantised_is_told_as_in_its_file(toy: Toy) -> None:
+    from transformers import BitsAndBytesConfig, GPTQConfig
+
+    model = copy.deepcopy(toy.model)
+    for config, name in ((BitsAndBytesConfig(), "bitsandbytes"), (GPTQConfig(bits=4), "gptq")):
+        model.config.quantization_config = config
+        assert Subject("toy", model, toy.tokenizer).dtype == f"float32, quantised by {name}"

@@ -204,6 +204,7 @@ def never_runs() -> PreTrainedModel:
         ({"heads": 0}, ForgeError, "heads must be a whole number above zero"),
         ({"last_tokens": 0}, ForgeError, "last_tokens must be a whole number above zero, not 0"),
         ({"last_tokens": -5}, ForgeError, "last_tokens must be a whole number above zero"),
+        ({"last_tokens": 10**20}, ForgeError, "last_tokens must be at most 65536"),
         ({"last_tokens": 2.5}, ForgeError, "last_tokens must be a whole number above zero"),
         ({"batch_size": 0}, ForgeError, "batch_size must be a whole number above zero"),
         ({"last_tokens": 500}, AnswerTokensError, "Pair 1, safe answer: The answer .* and 500 are needed"),

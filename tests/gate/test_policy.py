@@ -105,6 +105,7 @@ def test_the_digest_is_of_what_the_policy_means_not_of_how_it_is_written(write) 
         ("version: 1\ngates: [{alpha: {default: yes}}]\n", "valid number"),
         ("version: 1\ngates: [{lock: {min_version: 0}}]\n", "greater than 0"),
         ("version: 1\ngates: [{missing_lock: ignore}]\n", "missing_lock"),
+        ("version: 1\ngates: [{lock: {max_age_days: 9999999999}}]\n", "less than or equal to 36525"),
         ("version: 1\ngates: [{max_age_days: 3}]\n", "line 2: the key gates.0.max_age_days is not known"),
         (
             "version: 1\ngates:\n  - {}\n  - models: 'a['\n",

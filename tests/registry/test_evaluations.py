@@ -726,3 +726,16 @@ def test_a_statement_about_something_else_than_it_measured_is_refused(shop: Shop
         )
     with pytest.raises(VerificationError, match="not canonical"):
         EvaluationStatement.parse(json.dumps(body, indent=1).encode(), origin="It")
+
+
+def test_counts_that_canonical_json_cannot_hold_or_are_no_share_are_refused(shop: Shop) -> None:
+    body = json.loads(shop.measured().statement().to_bytes())
+    for change, told in (
+        ({"judge_failures": 10**20}, "less than or equal to 9007199254740991"),
+        ({"rates": {"harmful_rate": {"count": 3, "total": 2}}}, "count above its total"),
+    ):
+        other = {**body, "predicate": {**body["predicate"], **change}}
+        with pytest.raises(VerificationError, match=told):
+            EvaluationStatement.parse(
+                json.dumps(other, separators=(",", ":"), sort_keys=True).encode(), origin="It"
+            )
