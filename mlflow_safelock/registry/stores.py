@@ -31,7 +31,7 @@ from mlflow.utils.validation import (
     missing_value,
 )
 from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import LedgerError, PromotionRefused, VerificationError
@@ -121,7 +121,8 @@ class GateMixin:
         _validate_model_alias_name(alias)
         self._pass_gate(name, version, Target("alias", alias))
         stock = super().set_registered_model_alias  # type: ignore[misc]
-        self._patiently(lambda: stock(name, alias, version))
+        # MLflow looks for the alias before it writes it: of two that make one, the slower finds it next time.
+        self._patiently(lambda: stock(name, alias, version), IntegrityError)
         reach("transition-done")
 
     def create_model_version(self, *arguments: Any, **options: Any) -> ModelVersion:
@@ -329,10 +330,15 @@ class GateMixin:
         )
         reach("gate-passed")
 
-    def _patiently(self, work: Callable[[], T]) -> T:
-        """Do something of MLflow's that changes the database, as patiently as the gate does its own."""
+    def _patiently(self, work: Callable[[], T], *lost_races: type[DBAPIError]) -> T:
+        """Do something of MLflow's that changes the database, as patiently as the gate does its own.
+
+        Args:
+            work: What to do, in a transaction of its own.
+            lost_races: The errors by which it is told, besides a busy database's, that another was faster.
+        """
         try:
-            return patiently(work, OperationalError)
+            return patiently(work, OperationalError, *lost_races)
         except LedgerError as busy:
             raise MlflowException(f"{busy} [conflict]", RESOURCE_CONFLICT) from busy
 

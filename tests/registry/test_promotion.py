@@ -13,6 +13,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -221,6 +222,31 @@ def test_a_copy_of_a_locked_version_is_locked_anew_from_the_source(
     row = ledger_rows(tmp_path)[-1]
     assert (row["event"], row["model"], row["original_location"]) == ("promoted", "copy", original)
     assert state_of(client, "copy", 1)["location"] == row["location"]
+
+
+def test_an_alias_that_somebody_else_makes_at_the_same_moment_is_moved(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    register_lock(base_lock())
+    versions = [log_fine_tune("bot"), log_fine_tune("bot")]
+    stage(client, versions[1])
+    faster = iter([versions[0]])  # once
+
+    def make_it_first(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
+        if not statement.startswith("INSERT INTO registered_model_aliases"):
+            return
+        for version in faster:
+            with sqlite3.connect(tmp_path / "registry.db") as other:
+                columns, row = "workspace, name, alias, version", ("default", "bot", "champion", version)
+                other.execute(f"INSERT INTO registered_model_aliases ({columns}) VALUES (?, ?, ?, ?)", row)
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", make_it_first)
+    try:
+        alias(client, versions[1])
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", make_it_first)
+    assert next(faster, None) is None
+    assert client.get_model_version_by_alias("bot", "champion").version == versions[1]
 
 
 def test_a_model_that_is_no_language_model_passes_untouched(client: MlflowClient, tmp_path: Path) -> None:
