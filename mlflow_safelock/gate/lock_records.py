@@ -72,7 +72,7 @@ class LockRecords:
                 _logger.info("%s version %s cannot be read as a lock: %s", name, version.version, error)
                 continue
             if lock_model_name(earlier.base_model) == name:
-                self._put_earlier_one_on_record(earlier, name, version.version, workspace, actor)
+                self._record(earlier, name, version.version, workspace, actor, came_past_the_gate=True)
         known = self.registry.locks_of(workspace, lock.base_model)
         wants_signatures = all(rule.signature.required for rule in self.gate.policy().gates)
         check_moves_forward(lock, f"at {source}", known, self.registry, signed_only=wants_signatures)
@@ -90,28 +90,28 @@ class LockRecords:
 
     def put_on_record(self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor) -> None:
         """Put on record that a lock was registered, unless it was before."""
-        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
-        self._record(lock, applied, workspace, actor, None)
-
-    def _put_earlier_one_on_record(
-        self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor
-    ) -> None:
-        """Put on record a lock that was registered past the gate, before those with higher numbers."""
-        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
-        known = self.registry.locks_of(workspace, lock.base_model)
-        is_earlier = any(entry.lock is not None and applied.is_below(entry.lock) for entry in known)
-        self._record(lock, applied, workspace, actor, EARLIER if is_earlier else None)
+        self._record(lock, name, version, workspace, actor)
 
     def _record(
-        self, lock: SafetyLock, applied: LockInForce, workspace: str, actor: Actor, reason: str | None
+        self,
+        lock: SafetyLock,
+        name: str,
+        version: int,
+        workspace: str,
+        actor: Actor,
+        came_past_the_gate: bool = False,
     ) -> None:
+        """Put a lock on record: last, or where it came if it is found with others after it."""
+        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
         policy, known = self.gate.policy(), self.registry.locks_of(workspace, applied.base_model)
         before = next((entry for entry in known if entry.lock_digest == applied.digest), None)
         if before is not None and before.message != UNSIGNED:
             return
         message = None if self._is_signed(lock, applied, policy) else UNSIGNED
         if before is None or message is None:
-            request = Request(applied.model, applied.version, REGISTERED, actor, workspace)
+            has_later = any(entry.lock is not None and applied.is_below(entry.lock) for entry in known)
+            reason = EARLIER if came_past_the_gate and has_later else None
+            request = Request(name, version, REGISTERED, actor, workspace)
             self.registry.record(registered_entry(request, policy, applied, reason, message))
 
     def _is_signed(self, lock: SafetyLock, applied: LockInForce, policy: Policy) -> bool:
@@ -198,7 +198,7 @@ class LockRecords:
             raise PromotionRefused(
                 "no_lock",
                 f"Names like {name!r} are for locks alone, and what is at {source} is none: {error.cause}",
-                next_step=f"Register it under a name that does not begin with {LOCK_MODEL_PREFIX!r}.",
+                next_step=f"Choose a name that does not begin with {LOCK_MODEL_PREFIX!r}.",
             ) from error
         if lock_model_name(lock.base_model) != name:
             raise PromotionRefused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,12 @@ import requests
 import sqlalchemy as sa
 from mlflow import MlflowClient
 
+from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.flavors.overlay import RECEIPT_FILE
-from mlflow_safelock.gate.ledger import verify_chain
+from mlflow_safelock.gate import ledger
+from mlflow_safelock.gate.ledger import LedgerEntry, verify_chain
 from mlflow_safelock.provenance import LocalArtifacts, Receipt
-from tests.registries import base_lock, log_fine_tune, register_lock
+from tests.registries import base_lock, fine_tune, log_fine_tune, register_lock
 from tests.servers import mlflow_server, postgresql
 
 CLIENTS = 32
@@ -188,6 +191,38 @@ def test_an_alias_that_everybody_wants_for_another_version_is_on_a_locked_one(se
     holder = servers.client.get_model_version_by_alias("aliased", "champion").version
     check_in_force(servers, "aliased", str(holder))
     verify_chain_of(servers)
+
+
+def test_a_revocation_that_a_promotion_waits_for_counts(servers: Servers) -> None:
+    base = "org/revoked-base"
+    version = str(log_fine_tune("waiting", fine_tune(base=base)))
+    lock = base_lock(base=base)
+    register_lock(lock)
+    known = next(row for row in servers.events(lock_model_name(base)) if row["event"] == "registered")
+    entry = LedgerEntry.model_validate_json(json.dumps(known | {"event": "revoked", "message": "leaked"}))
+    with ThreadPoolExecutor(1) as pool, servers.engine.connect() as revoking:
+        ledger.append(revoking, entry)  # its row has the next number, for which the promotion waits
+        path = "model-versions/transition-stage"
+        answer = pool.submit(servers.post, 0, path, transition("waiting", version))
+        wait_for_a_lock(servers.engine)
+        revoking.commit()
+    assert answer.result().status_code == 403
+    assert re.search(r"\[lock_revoked\].*while it was being applied: leaked", answer.result().text)
+    assert servers.client.get_model_version("waiting", version).current_stage == "None"
+    assert [row["event"] for row in servers.events("waiting")] == ["rejected"]
+    verify_chain_of(servers)
+
+
+def wait_for_a_lock(engine: sa.Engine) -> None:
+    """Wait until somebody waits for somebody else's transaction."""
+    waiting = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    deadline = time.monotonic() + ANSWERS_WITHIN
+    while time.monotonic() < deadline:
+        with engine.connect() as connection:
+            if connection.execute(waiting).scalar_one():
+                return
+        time.sleep(0.05)
+    pytest.fail("nobody waited")
 
 
 def check_answers(answers: Sequence[requests.Response]) -> None:
