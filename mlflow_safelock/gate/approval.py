@@ -9,12 +9,24 @@ from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.ledger import Event, LedgerEntry, TokenizerFinding
 from mlflow_safelock.gate.locked_elsewhere import original_by_receipt
 from mlflow_safelock.gate.locks import RegisteredLock, find_lock
+from mlflow_safelock.gate.own_biases import check_own_biases
 from mlflow_safelock.gate.permissions import require
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Registry, Target
 from mlflow_safelock.gate.source import PROMPT_SOURCE, PROMPT_TAG, BaseHint, examine, hub_reference
 from mlflow_safelock.gate.strength import alpha_for
-from mlflow_safelock.provenance import Actor, LockReference, Promotion, SourceFingerprint
+from mlflow_safelock.provenance import (
+    Actor,
+    ArtifactFile,
+    ArtifactReader,
+    LockReference,
+    Promotion,
+    SourceFingerprint,
+)
+from mlflow_safelock.provenance.fingerprint import model_files
+
+Listing = tuple[tuple[ArtifactFile, int | None], ...]
+"""The files of a folder, and when the bytes of each were written last, where the store tells."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,8 @@ class Approved:
         alpha: Its strength.
         hint: Who says what the base is.
         tokenizer: Whether the fine-tune's tokenizer is its base's.
+        reader: The fine-tune's artifacts, as they were examined.
+        listing: How they were listed before that.
         evaluations: Digests of the evaluations that it rests on, once the policy's were found.
         measured: The fine-tune's full fingerprint, where the policy asks for one and it was found to hold.
         is_known: Whether the ledger has seen the lock before, and as signed where it must be.
@@ -88,10 +102,21 @@ class Approved:
     alpha: float
     hint: BaseHint
     tokenizer: TokenizerFinding
+    reader: ArtifactReader
+    listing: Listing
     evaluations: tuple[str, ...] = ()
     measured: SourceFingerprint | None = None
     is_known: bool = True
     first_version: int | None = None
+
+    def check_unchanged(self) -> None:
+        """Refuse what was written over since it was examined, where the store tells when that was.
+
+        Raises:
+            PromotionRefused: It was.
+        """
+        if listing_of(self.reader) != self.listing:
+            raise changed_meanwhile(self.request)
 
     @property
     def uri(self) -> str:
@@ -149,6 +174,7 @@ def approve(
     """
     original = original_of(found, registry, artifacts)
     reader = artifacts.reader(original)
+    listing = () if is_prompt(found) else listing_of(reader)
     if rule.no_weights == "snapshot" and not is_prompt(found):
         reference = hub_reference(reader)
         if reference is not None:
@@ -170,6 +196,8 @@ def approve(
             )
         return None
     chosen = find_lock(request.workspace, found, source, policy, rule, registry, artifacts)
+    alpha = _permitted_alpha(request, policy, rule, found)
+    check_own_biases(source, chosen.registered.lock, alpha)
     return Approved(
         request,
         policy,
@@ -178,9 +206,11 @@ def approve(
         original,
         chosen.registered,
         chosen.kinship,
-        _permitted_alpha(request, policy, rule, found),
+        alpha,
         chosen.hint,
         chosen.tokenizer,
+        reader,
+        listing,
         is_known=chosen.is_known,
         first_version=chosen.first_version,
     )
@@ -193,6 +223,20 @@ def _permitted_alpha(request: Request, policy: Policy, rule: GateRule, found: Mo
         what = f"promote with another alpha than {rule.alpha.default:g} (the version asks for {alpha:g})"
         require(policy.other_alpha, request.actor, "alpha_denied", what, "other_alpha")
     return alpha
+
+
+def listing_of(reader: ArtifactReader) -> Listing:
+    """The files of a fine-tune, with all that tells whether their bytes were written anew."""
+    return tuple((file, file.modified) for file in model_files(reader))
+
+
+def changed_meanwhile(request: Request) -> PromotionRefused:
+    """The refusal of whoever was slower."""
+    return PromotionRefused(
+        "conflict",
+        f"{request.name!r} version {request.version} was changed by another request meanwhile.",
+        next_step="Look at the version, then do it again.",
+    )
 
 
 def is_prompt(found: ModelVersion) -> bool:

@@ -105,7 +105,7 @@ class LockedModels:
     def _overlay_in(self, folder: Path, approved: Approved, signer: Signer | None) -> Receipt:
         return write_overlay(
             folder,
-            self.artifacts.reader(approved.original),
+            approved.reader,
             approved.original,
             approved.lock.lock,
             approved.lock_reference,
@@ -271,7 +271,7 @@ class LockedModels:
             raise VerificationError(
                 f"The locked model at {reader.location} was made of other bytes than were measured."
             )
-        check_fingerprint(stated.source.fingerprint, self.artifacts.reader(approved.original))
+        check_fingerprint(stated.source.fingerprint, approved.reader)
         return receipt
 
     def _on_record_at(self, location: str) -> set[str | None]:

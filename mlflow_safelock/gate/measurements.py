@@ -152,7 +152,7 @@ class Measurements:
                 next_step=prepare,
             )
         try:
-            check_fingerprint(fingerprint, self.artifacts.reader(approved.original))
+            check_fingerprint(fingerprint, approved.reader)
         except VerificationError as error:
             raise PromotionRefused(
                 "source_changed", error.cause, next_step=f"{error.next_step} Measure it before: {prepare}"

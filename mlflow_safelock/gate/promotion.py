@@ -17,7 +17,14 @@ from dataclasses import dataclass, replace
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.standalone import Standalone
-from mlflow_safelock.gate.approval import Approved, Request, approve, is_prompt, original_of
+from mlflow_safelock.gate.approval import (
+    Approved,
+    Request,
+    approve,
+    changed_meanwhile,
+    is_prompt,
+    original_of,
+)
 from mlflow_safelock.gate.asked import asked_of, was_asked_as_much
 from mlflow_safelock.gate.evaluations import file_evaluation, require_evaluations
 from mlflow_safelock.gate.evidence import check_applies, signatories_of, signed_by_rule
@@ -343,6 +350,8 @@ class Gate:
             location, receipt = self.locked_models.write_overlay(approved)
         else:
             location, receipt = self.locked_models.found_prepared(approved)
+        # What the receipt is about is what was examined, and nothing that was put in its place since.
+        approved.check_unchanged()
         promoted = promoted_entry(approved, receipt, location)
         redirection = Redirection(
             name=request.name,
@@ -524,15 +533,6 @@ def registered_entry(
     """The ledger's row for a lock that is seen for the first time."""
     about = replace(request, name=lock.model, version=lock.version, target=REGISTERED)
     return about.row("registered", policy, reason=reason, message=message, lock=lock)
-
-
-def changed_meanwhile(request: Request) -> PromotionRefused:
-    """The refusal of whoever was slower."""
-    return PromotionRefused(
-        "conflict",
-        f"{request.name!r} version {request.version} was changed by another request meanwhile.",
-        next_step="Look at the version, then do it again.",
-    )
 
 
 def _log(event: str, request: Request, why: PromotionRefused) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from mlflow_safelock.apply.architectures import Architecture, architecture_of, geometry_from_config
-from mlflow_safelock.errors import PromotionRefused, SourceError, UnsupportedArchitectureError
+from mlflow_safelock.errors import (
+    PromotionRefused,
+    SourceError,
+    UnreachableError,
+    UnsupportedArchitectureError,
+)
 from mlflow_safelock.flavors import overlay
+from mlflow_safelock.flavors.stock_loading import check_stock_classes, check_stock_loading
 from mlflow_safelock.gate.adapter import Adapter, read_adapter
 from mlflow_safelock.gate.stored_tokenizer import StoredTokenizer, find_tokenizer
 from mlflow_safelock.gate.stored_weights import StoredWeights, read_stored_weights
@@ -143,6 +149,7 @@ def hub_reference(reader: ArtifactReader) -> HubReference | None:
     """What a language model without weights was logged as a reference to; ``None`` for any other model.
 
     Raises:
+        PromotionRefused: It would be loaded by code of its own.
         SourceError: The artifacts cannot be read.
     """
     if "MLmodel" not in {file.path for file in reader.files()}:
@@ -154,7 +161,10 @@ def hub_reference(reader: ArtifactReader) -> HubReference | None:
     if flavor.get("model_binary") is not None or flavor.get("peft_adaptor"):
         return None
     repository, commit = flavor.get("source_model_name"), str(flavor.get("source_model_revision"))
-    return HubReference(str(repository), commit) if is_hub_reference(repository, commit) else None
+    if not is_hub_reference(repository, commit):
+        return None
+    _refuse_loaded_otherwise(check_stock_classes, reader, flavor)
+    return HubReference(str(repository), commit)
 
 
 def is_hub_reference(repository: object, commit: str) -> bool:
@@ -186,6 +196,7 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
             next_step="Log it with its weights: mlflow.transformers.log_model(..., save_pretrained=True).",
         )
     config = _read_config(reader, config_path)
+    _refuse_loaded_otherwise(check_stock_loading, reader, flavor)
     if "safelock" in config:
         raise PromotionRefused(
             "already_locked",
@@ -218,7 +229,8 @@ def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any])
     """A PEFT adapter that names its base: a repository on a hub, at one commit."""
     folder = flavor["peft_adaptor"]
     base, commit = flavor.get("source_model_name"), str(flavor.get("source_model_revision"))
-    if not isinstance(base, str) or not _COMMIT.fullmatch(commit):
+    is_pinned = isinstance(base, str) and _COMMIT.fullmatch(commit) is not None
+    if not is_pinned or "local_base_model_path" in flavor:
         raise PromotionRefused(
             "base_not_pinned",
             "The model was logged as a PEFT adapter whose base is not named by a repository and a commit, so "
@@ -226,6 +238,7 @@ def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any])
             next_step="Log it over a base that was loaded from a hub by its name, or merge it: "
             + MERGE_FIRST,
         )
+    _refuse_loaded_otherwise(check_stock_classes, reader, flavor)
     config_path = f"{folder}/adapter_config.json"
     if config_path not in paths or f"{folder}/adapter_model.safetensors" not in paths:
         raise PromotionRefused(
@@ -240,6 +253,19 @@ def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any])
     }
     adapter = read_adapter(reader, f"{folder}/adapter_model.safetensors")
     return LanguageModel(None, _hints(said), adapter=adapter)
+
+
+def _refuse_loaded_otherwise(
+    check: Callable[[ArtifactReader, Mapping[str, Any]], None],
+    reader: ArtifactReader,
+    flavor: Mapping[str, Any],
+) -> None:
+    try:
+        check(reader, flavor)
+    except UnreachableError:
+        raise
+    except SourceError as error:
+        raise PromotionRefused("loaded_otherwise", error.cause, next_step=error.next_step) from error
 
 
 def _hints(said: Mapping[str, Any]) -> tuple[BaseHint, ...]:

@@ -37,6 +37,9 @@ ITEM_BITS = {
 }
 """Bits of one number, by what safetensors calls its type."""
 
+FEED_FORWARD_OUTPUTS = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "proj_out", "w2", "wo")
+"""Last names of the projections by which the feed-forward part of a layer adds to the residual stream."""
+
 COPY_AGAIN = "Log the fine-tune again from a sound copy, and promote the new version."
 
 
@@ -65,15 +68,63 @@ class StoredWeights:
     tensors: Mapping[str, StoredWeight]
 
     def output_projection(self, architecture: Architecture, layer: int) -> StoredWeight | None:
-        """The weight of a layer's attention output projection; ``None`` where it is stored otherwise."""
+        """The weight of a layer's attention output projection; ``None`` where it is stored otherwise.
+
+        Raises:
+            SourceError: It is stored under several names, of which ``transformers`` takes any.
+        """
+        name = self._output_projection_name(architecture, layer)
+        return None if name is None else self.tensors[name]
+
+    def _output_projection_name(self, architecture: Architecture, layer: int) -> str | None:
         inside = f"{layer}.{architecture.output_projection}.weight"
         # Some checkpoints name their tensors from the bare model on, and some put more before it.
-        for path in _suffixes(architecture.layers):
-            if weight := self.tensors.get(f"{path}.{inside}"):
-                return weight
+        names = [f"{path}.{inside}" for path in _suffixes(architecture.layers)]
+        found = [name for name in names if name in self.tensors]
+        if len(found) > 1:
+            raise SourceError(
+                f"The weights at {self.reader.location} have the attention output projection of layer "
+                f"{layer} under several names, {' and '.join(map(repr, found))}, and one of them is loaded.",
+                next_step=COPY_AGAIN,
+            )
         path = f".{architecture.layers.rsplit('.', 1)[-1]}.{inside}"
-        found = [weight for name, weight in self.tensors.items() if name.endswith(path)]
+        found = found or [name for name in self.tensors if name.endswith(path)]
         return found[0] if len(found) == 1 else None
+
+    def biases(
+        self, architecture: Architecture, geometry: AttentionGeometry, *, further: bool
+    ) -> dict[int, npt.NDArray[np.float64]]:
+        """What each layer's biases add to the residual stream, by layer; layers without any are left out.
+
+        Args:
+            architecture: Where the attention output projections are.
+            geometry: The model's attention shape.
+            further: Whether those of the feed-forward part count besides the attention's.
+
+        Returns:
+            The sum of a layer's biases, float64 of shape ``[hidden]``.
+
+        Raises:
+            SourceError: They cannot be read.
+        """
+        ends = (architecture.output_projection, *(FEED_FORWARD_OUTPUTS if further else ()))
+        named = [name for name in self.tensors if name.endswith(tuple(f".{end}.bias" for end in ends))]
+        found: dict[int, npt.NDArray[np.float64]] = {}
+        for layer in range(geometry.layers if named else 0):
+            within = self._beginnings(architecture, layer)
+            for stored in (self.tensors[name] for name in named if name.startswith(within)):
+                if stored.shape == (geometry.hidden,) and stored.dtype in _DECODERS:
+                    values = _DECODERS[stored.dtype](self.reader.read(stored.file, *stored.span))
+                    found[layer] = found.get(layer, 0.0) + values.astype(np.float64)
+        return found
+
+    def _beginnings(self, architecture: Architecture, layer: int) -> tuple[str, ...]:
+        """What names of a layer's tensors begin with."""
+        usual = tuple(f"{path}.{layer}." for path in _suffixes(architecture.layers))
+        name = self._output_projection_name(architecture, layer)
+        if name is None:
+            return usual
+        return (*usual, name.removesuffix(f"{architecture.output_projection}.weight"))
 
     def check_output_projections(self, architecture: Architecture, geometry: AttentionGeometry) -> None:
         """See that every layer has its attention output projection, in a shape that fits.
@@ -163,7 +214,13 @@ def read_stored_weights(reader: ArtifactReader, folder: str) -> StoredWeights | 
                 f"{index!r} at {reader.location} names the file {shard!r}, and that is not there.",
                 next_step=COPY_AGAIN,
             )
-        tensors.update(_tensors(reader, path, sizes[path]))
+        for name, tensor in _tensors(reader, path, sizes[path]):
+            if name in tensors:
+                raise SourceError(
+                    f"The tensor {name!r} at {reader.location} is in {tensors[name].file!r} and in {path!r}.",
+                    next_step=COPY_AGAIN,
+                )
+            tensors[name] = tensor
     for name, shard in places.items():
         if name not in tensors or tensors[name].file != f"{folder}/{shard}":
             raise SourceError(

@@ -537,8 +537,12 @@ def test_a_model_that_names_a_hub_alone_is_promoted_once_its_weights_were_fetche
     mlmodel.write_text(logged.replace("LlamaForCausalLM", "EvilForCausalLM"))
     with monkeypatch.context() as patched:
         patched.setattr("mlflow.transformers.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+        with pytest.raises(PromotionRefused, match="EvilForCausalLM") as info:
+            client._get_registry_client().store.prepare("bot", version)
+        assert info.value.reason == "loaded_otherwise"
+        assert not mlmodel.with_name("model").exists()
+        mlmodel.write_text(logged)
         made = client._get_registry_client().store.prepare("bot", version)
-    mlmodel.write_text(mlmodel.read_text().replace("EvilForCausalLM", "LlamaForCausalLM"))
     assert made.fetched == f"'{BASE}' at commit {COMMIT}"
     assert client._get_registry_client().store.prepare("bot", version).fetched is None
     stage(client, version)

@@ -1,0 +1,271 @@
+"""What is promoted is what would be loaded: no other weights, no code, no bias that takes the lock back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from safetensors.torch import load_file, save_file
+
+from mlflow_safelock.apply import apply_lock, attention_of
+from mlflow_safelock.errors import SourceError
+from mlflow_safelock.flavors import locked_model
+from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
+from mlflow_safelock.gate import promotion
+from mlflow_safelock.lock import SafetyLock
+from tests.models import random_lock, tiny_model
+from tests.registries import (
+    BASE,
+    base_lock,
+    biases_of,
+    expected_biases,
+    fine_tune,
+    log_fine_tune,
+    register_lock,
+    state_of,
+)
+from tests.registry.test_promotion import ledger_rows, open_with_policy, stage
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
+
+PROJECTION = "model.layers.0.self_attn.o_proj.weight"
+
+
+def enrolled(lock: SafetyLock, model: Any) -> SafetyLock:
+    """A lock that knows its base's weights, which are those of ``model``."""
+    attention = attention_of(model)
+    return replace(lock, sketch=sketch_of(attention), unit_biases=unit_biases_of(attention, lock.heads))
+
+
+def source_of(client: MlflowClient, version: int) -> Path:
+    location = client.get_model_version_download_uri("bot", str(version))
+    return Path(location.removeprefix("file://"))
+
+
+def in_flavor(**more: Any) -> Callable[[Path], None]:
+    def edit(source: Path) -> None:
+        described = yaml.safe_load((source / "MLmodel").read_text())
+        described["flavors"]["transformers"].update(more)
+        (source / "MLmodel").write_text(yaml.safe_dump(described))
+
+    return edit
+
+
+def in_config(**more: Any) -> Callable[[Path], None]:
+    def edit(source: Path) -> None:
+        path = source / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+    return edit
+
+
+def with_an_adapter(source: Path) -> None:
+    (source / "model" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+
+
+LOADED_OTHERWISE = pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        (in_flavor(pipeline_model_type="OpenForCausalLM"), "pipeline_model_type.*'OpenForCausalLM'"),
+        (in_flavor(tokenizer_type="OpenTokenizer"), "tokenizer_type.*'OpenTokenizer'"),
+        (in_flavor(processor_type="OpenProcessor"), "processor_type.*'OpenProcessor'"),
+        (in_flavor(local_base_model_path="elsewhere"), "local_base_model_path"),
+        (in_flavor(source_model_revision="main"), "source_model_revision"),
+        (in_config(transformers_weights="other.safetensors"), "transformers_weights"),
+        (with_an_adapter, "adapter_config.json"),
+    ],
+)
+
+
+@LOADED_OTHERWISE
+def test_what_would_be_loaded_otherwise_than_it_is_stored_is_refused(
+    client: MlflowClient, tmp_path: Path, edit: Callable[[Path], None], why: str
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    source, before = source_of(client, version), state_of(client, "bot", version)
+    edit(source)
+    with pytest.raises(MlflowException, match=rf"\[loaded_otherwise\].*{why}.*Log it|Merge") as info:
+        stage(client, version)
+    assert info.value.error_code == "PERMISSION_DENIED"
+    assert state_of(client, "bot", version) == before
+    assert [row["reason"] for row in ledger_rows(tmp_path)] == ["loaded_otherwise"]
+    # Nor does the loader, whose transformers may be another one, load it so.
+    with pytest.raises(SourceError, match=why):
+        locked_model.save_model(base_lock(), tmp_path / "by hand", str(source))
+    assert not (tmp_path / "by hand").exists()
+
+
+def test_classes_that_transformers_knows_by_another_name_pass(client: MlflowClient) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    in_flavor(tokenizer_type="GPT2TokenizerFast")(source_of(client, version))
+    stage(client, version)
+    assert state_of(client, "bot", version)["stage"] == "Staging"
+
+
+def test_a_projection_under_two_names_is_refused(client: MlflowClient) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    path = source_of(client, version) / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[PROJECTION.removeprefix("model.")] = torch.ones_like(tensors[PROJECTION])
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(MlflowException, match=r"layer 0 under several names"):
+        stage(client, version)
+
+
+def test_a_tensor_in_two_shards_is_refused(client: MlflowClient) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    folder = source_of(client, version) / "model"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    save_file(tensors, folder / first, metadata={"format": "pt"})
+    save_file({PROJECTION: torch.ones_like(tensors[PROJECTION])}, folder / second, metadata={"format": "pt"})
+    places = dict.fromkeys(tensors, first) | {PROJECTION: second}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(MlflowException, match=rf"'{PROJECTION}'.*is in '.*{first}' and in '.*{second}'"):
+        stage(client, version)
+
+
+class TestOwnBiases:
+    @pytest.fixture
+    def lock(self) -> SafetyLock:
+        lock = enrolled(base_lock(), fine_tune()["model"])
+        register_lock(lock)
+        return lock
+
+    @torch.no_grad()
+    def biased(self, **config: Any) -> dict[str, Any]:
+        """The fine-tune with biases of zero."""
+        components = fine_tune(**config)
+        components["model"].load_state_dict(fine_tune()["model"].state_dict(), strict=False)
+        for name, parameter in components["model"].named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+        return components
+
+    @torch.no_grad()
+    def put(self, components: dict[str, Any], lock: SafetyLock, share: float, projection: str) -> None:
+        """Give a part of the lock's biases to a projection of each locked layer."""
+        for layer, bias in expected_biases(components["model"], lock, 6.0).items():
+            module = components["model"].model.layers[layer].get_submodule(projection)
+            module.bias.copy_(torch.tensor(share * bias))
+
+    @pytest.mark.parametrize(
+        ("flag", "projection", "share", "refused"),
+        [
+            ("attention_bias", "self_attn.o_proj", -1.0, r"lock_taken_back.*10\d%"),
+            ("attention_bias", "self_attn.o_proj", -0.2, "lock_taken_back.*20%"),
+            ("mlp_bias", "mlp.down_proj", -1.0, "lock_taken_back"),
+            ("attention_bias", "self_attn.o_proj", 1.0, "already_locked.*saved with a lock"),
+        ],
+    )
+    def test_those_that_take_the_lock_back_or_are_one_are_refused(
+        self,
+        client: MlflowClient,
+        lock: SafetyLock,
+        flag: str,
+        projection: str,
+        share: float,
+        refused: str,
+    ) -> None:
+        components = self.biased(**{flag: True})
+        self.put(components, lock, share, projection)
+        version = log_fine_tune("bot", components)
+        before = state_of(client, "bot", version)
+        with pytest.raises(MlflowException, match=refused):
+            stage(client, version)
+        assert state_of(client, "bot", version) == before
+
+    def test_they_are_held_against_the_strength_that_is_asked_for(
+        self, client: MlflowClient, lock: SafetyLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = open_with_policy(
+            tmp_path, monkeypatch, "version: 1\ngates: [{alpha: {default: 60, min: 1, max: 100}}]\n"
+        )
+        components = self.biased(attention_bias=True)
+        self.put(components, lock, -0.2, "self_attn.o_proj")
+        version = log_fine_tune("bot", components)
+        stage(client, version)  # 2 % of ten times that
+        client.set_model_version_tag("bot", str(version), "safelock.alpha", "3")
+        with pytest.raises(MlflowException, match=r"lock_taken_back.*4\d%.*alpha 3"):
+            stage(client, version)
+
+    def test_others_pass_and_stay(self, client: MlflowClient, lock: SafetyLock) -> None:
+        components = self.biased(attention_bias=True)
+        generator = torch.Generator().manual_seed(0)
+        own = {}
+        with torch.no_grad():
+            for index, layer in enumerate(components["model"].model.layers):
+                bias = layer.self_attn.o_proj.bias
+                bias.copy_(0.01 * torch.randn(bias.shape, generator=generator))
+                own[index] = bias.double().numpy().copy()
+        stage(client, log_fine_tune("bot", components))
+        served = biases_of(mlflow.pyfunc.load_model("models:/bot/Staging").get_raw_model().model)
+        for layer, bias in expected_biases(components["model"], lock, 6.0).items():
+            np.testing.assert_allclose(served[layer], own[layer] + bias, rtol=1e-4, atol=1e-5)
+
+    def test_of_a_base_with_biases_only_half_of_the_lock_and_more_is_taken_back(
+        self, client: MlflowClient
+    ) -> None:
+        components = fine_tune("phi")
+        model = components["model"]
+        geometry = attention_of(model).geometry
+        plain = random_lock(geometry, seed=0, base_model=BASE)
+        metadata = plain.metadata.model_copy(update={"architecture": "phi"})
+        lock = enrolled(SafetyLock(plain.heads, metadata, plain.scores), model)
+        register_lock(lock)
+        stage(client, log_fine_tune("bot", components))
+        apply_lock(model, lock, -6.0)  # what its own biases become is what takes the lock back
+        with torch.no_grad():
+            taken = {
+                layer: model.model.layers[layer].self_attn.dense.bias.detach().clone()
+                for layer in lock.layers
+            }
+        again = fine_tune("phi")
+        with torch.no_grad():
+            for layer, bias in taken.items():
+                again["model"].model.layers[layer].self_attn.dense.bias.copy_(bias)
+        with pytest.raises(MlflowException, match="lock_taken_back"):
+            stage(client, log_fine_tune("bot", again))
+
+
+@pytest.mark.parametrize("carrier", ["overlay", "standalone"])
+def test_what_is_written_over_while_it_is_promoted_is_not(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carrier: str
+) -> None:
+    client = open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{{carrier: {carrier}}}]\n")
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    path = source_of(client, version) / "model" / "model.safetensors"
+    good = path.read_bytes()
+    other = tmp_path / "other"
+    tiny_model("llama", seed=77).save_pretrained(other)
+    if carrier == "standalone":
+        client._get_registry_client().store.prepare("bot", version)
+    before = state_of(client, "bot", version)
+
+    def write_over(place: str) -> None:
+        if place == "approved":
+            path.write_bytes((other / "model.safetensors").read_bytes())
+            if carrier == "standalone":
+                path.write_bytes(good)  # what it was made of is there again once it is looked at
+
+    monkeypatch.setattr(promotion, "reach", write_over)
+    with pytest.raises(MlflowException, match=r"\[conflict\].*changed by another request") as info:
+        stage(client, version)
+    assert info.value.error_code == "RESOURCE_CONFLICT"
+    assert state_of(client, "bot", version) == before
