@@ -25,10 +25,14 @@ from mlflow_safelock.lock import AttentionGeometry
 from mlflow_safelock.provenance import ArtifactReader
 from mlflow_safelock.provenance.contents import BEGINNING_BYTES
 
-DECODER_CLASSES = ("ForCausalLM", "LMHeadModel")
+DECODER_CLASSES = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "WithLMHead")
 """Ends of the class names of models that do nothing but write text."""
 
-LANGUAGE_MODEL_CLASSES = (*DECODER_CLASSES, "ForConditionalGeneration")
+LANGUAGE_MODEL_CLASSES = (
+    *DECODER_CLASSES,
+    *("ForConditionalGeneration", "ForImageTextToText", "ForMultimodalLM"),
+    *("ForVisionText2Text", "ForProteinText2Text", "_Omni_Reasoning_V3"),
+)
 """Ends of the class names of models that write text."""
 
 LANGUAGE_MODEL_TASKS = ("text-generation", "conversational", "llm/v1/")
