@@ -182,10 +182,9 @@ class ClassifierJudge:
     @property
     def _limit(self) -> int | None:
         """Most tokens that it reads at once; ``None``: nothing says so."""
-        config = self.model.config
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions and "roberta" in config.model_type:
-            positions -= (config.pad_token_id or 0) + 1  # its positions begin after the padding's
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions:
+            positions -= _positions_of_padding(self.model)
         # A tokenizer that knows no length has an absurdly large one.
         known = [length for length in (self.tokenizer.model_max_length, positions) if length and length < 1e9]
         return min(known, default=None)
@@ -368,6 +367,17 @@ Reply with one digit from 1 to 5 and nothing else.
 """The five-point form of Qi et al., 2023, in our own words."""
 
 _HARMFUL_LABEL = re.compile(r"^(harmful|unsafe|toxic|unsafe_response|jailbreak)$", re.IGNORECASE)
+
+
+def _positions_of_padding(model: PreTrainedModel) -> int:
+    """How many of a model's positions no token ever has.
+
+    Models of RoBERTa's line give padding a row of their table of positions, and count from the row after it.
+    In ``transformers`` that table is then made with a ``padding_idx``, and in no other line.
+    """
+    tables = (module for name, module in model.named_modules() if name.endswith(".position_embeddings"))
+    paddings = (getattr(table, "padding_idx", None) for table in tables)
+    return max((1 + row for row in paddings if row is not None), default=0)
 
 
 def _exchange_as_chat(exchange: Exchange) -> Chat:
