@@ -13,15 +13,15 @@ import click
 
 from mlflow_safelock.cli.candidates import Forging, forging_options, listed
 from mlflow_safelock.cli.command import Command
+from mlflow_safelock.cli.measuring import Measuring, measuring_options
 from mlflow_safelock.cli.options import (
-    Measuring,
     MlflowAddress,
     format_option,
     in_existing_folder,
-    measuring_options,
     mlflow_options,
     model_options,
     output_file_option,
+    refuse_keys_without,
 )
 from mlflow_safelock.cli.output import counting, new_table, show_json, show_lines, show_table, shown
 from mlflow_safelock.loading import ModelLoading
@@ -169,7 +169,9 @@ def sweep(
             if given is not None:
                 raise click.UsageError(f"{name} is for a lock that is there, and --forge makes its own.")
         write_lock = write_lock or output.with_name(f"{output.stem}-lock.safetensors")
-    suite, pairs = measuring.suite(), measuring.pairs() if forging is None else forging.pairs()
+    data = None if forging is None else forging.data
+    refuse_keys_without({"--forged-from": measuring.forged_from, "--data": data})
+    suite, pairs = measuring.suite(), measuring.pairs() if forging is None else forging.pairs(measuring)
     _refuse_one_place_for_two(output, write_lock, write_policy)
     settings = replace(measuring.settings(output), pairs=pairs)
     measuring.reach(model, mlflow_address)

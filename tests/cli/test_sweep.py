@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,10 @@ def test_warnings_are_shown_once_with_their_points(
     assert [point["judge_failures"] for point in facts["points"]] == [0, 0]
     assert all(point["warnings"] for point in facts["points"])
     pairs = tmp_path / "pairs.json"
-    pairs.write_text(json.dumps([asdict(pair) for pair in toy.world.pairs(100)]))
-    text = run("sweep", *arguments, *few, "--forged-from", pairs).stdout
+    rows = [{"q": pair.question, "yes": pair.safe, "no": pair.unsafe} for pair in toy.world.pairs(100)]
+    pairs.write_text(json.dumps(rows))
+    keys = ("--question-key", "q", "--safe-key", "yes", "--unsafe-key", "no")
+    text = run("sweep", *arguments, *few, "--forged-from", pairs, *keys).stdout
     assert "did not end" in text
     assert "is not known" not in text
 
@@ -160,6 +162,7 @@ def test_a_point_that_the_other_half_does_not_confirm_is_not_recommended(
         (("--alphas", "1,two"), 2, "not a list such as 2,4,6"),
         (("--last-tokens", "3"), 2, "--last-tokens is for locks that are forged"),
         (("--split-seed", "0", "--data", __file__), 2, "name their base, --forge"),
+        (("--safe-key", "yes"), 2, "pairs: give --forged-from or --data"),
         (("--forge", "base"), 2, "--lock is for a lock that is there"),
         (("--split", "pair,token"), 2, "not a list such as pair,row"),
         (("--train-fraction", "0.6", "--train-fraction", "1"), 2, "not a list such as 0.6,0.8"),
@@ -189,7 +192,7 @@ def test_locks_are_forged_from_one_reading_and_the_chosen_one_is_written(
     toy.tokenizer.save_pretrained(tmp_path / "base")
     pairs = toy.world.pairs(16)
     (tmp_path / "pairs.json").write_text(
-        json.dumps([{**asdict(pair), "ask": pair.question} for pair in pairs])
+        json.dumps([{"ask": pair.question, "safe": pair.safe, "unsafe": pair.unsafe} for pair in pairs])
     )
     forge_options = (
         *("--forge", tmp_path / "base", "--base-model", "org/toy", "--data", tmp_path / "pairs.json"),
