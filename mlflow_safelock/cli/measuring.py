@@ -12,6 +12,7 @@ import click
 from mlflow_safelock.cli.options import (
     MlflowAddress,
     batch_size_option,
+    beside,
     pair_keys_options,
     system_prompt_option,
 )
@@ -108,7 +109,7 @@ class Measuring:
             system_prompt=self.system_prompt,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
-            answers=output.with_name(f"{output.stem}-answers"),
+            answers=beside(output, "answers"),
         )
 
 

@@ -290,6 +290,11 @@ def output_folder_option(default: Path, help_text: str) -> Callable[[F], F]:
     )
 
 
+def beside(file: Path, rest: str) -> Path:
+    """The path beside a file that has its name without the suffix, a hyphen, and ``rest``."""
+    return file.with_name(f"{file.stem}-{rest}")
+
+
 def lines_of(file: TextIO | None, option: str) -> list[str]:
     """The lines of a file of texts that are not blank; none where no file is given.
 
