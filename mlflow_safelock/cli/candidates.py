@@ -77,7 +77,7 @@ class Forging:
         """
         import gc
 
-        from mlflow_safelock.forging import Probing
+        from mlflow_safelock.forging import ForgeSettings, Probing
 
         points = product(self.last_tokens, self.splits, self.train_fractions, self.seeds)
         request = ForgeRequest(
@@ -87,13 +87,14 @@ class Forging:
             max_pairs=None,
             heads=tuple(sorted(set(heads))) or USUAL_HEADS,
             probings=tuple(dict.fromkeys(Probing(*point) for point in points)),
-            system_prompt=measuring.system_prompt,
-            default_alpha=6.0,
-            base_model=self.base_model,
-            base_revision=self.base_revision,
+            settings=ForgeSettings(
+                system_prompt=measuring.system_prompt,
+                base_model=self.base_model,
+                base_revision=self.base_revision,
+                batch_size=measuring.batch_size,
+                cache=self.cache,
+            ),
             geometry=None,
-            cache=self.cache,
-            batch_size=measuring.batch_size,
             loading=loading,
         )
         locks = forge_locks(request, address)

@@ -123,7 +123,7 @@ def forge(
             "The newest lock of a base is the one that the gate applies, so --register takes one number of "
             "heads. Forge several, compare them, and register one: safelock lock register."
         )
-    from mlflow_safelock.forging import Probing
+    from mlflow_safelock.forging import ForgeSettings, Probing
 
     locks = forge_locks(
         ForgeRequest(
@@ -133,13 +133,15 @@ def forge(
             max_pairs=None,
             heads=heads,
             probings=(Probing(last_tokens, split, train_fraction, seed),),
-            system_prompt=system_prompt,
-            default_alpha=default_alpha,
-            base_model=base_model,
-            base_revision=base_revision,
+            settings=ForgeSettings(
+                system_prompt=system_prompt,
+                base_model=base_model,
+                base_revision=base_revision,
+                default_alpha=default_alpha,
+                batch_size=batch_size,
+                cache=cache,
+            ),
             geometry=None,
-            cache=cache,
-            batch_size=batch_size,
             loading=loading,
         ),
         mlflow_address,
