@@ -108,8 +108,9 @@ def evaluate(
     refuse_keys_without({"--forged-from": measuring.forged_from})
     suite, pairs = measuring.suite(), measuring.pairs()
     texts = lines_of(text_file, "--text")
-    subject = measuring.open(model, alpha, loading, mlflow_address)
+    measuring.reach(model, mlflow_address)
     settings = replace(measuring.settings(output), transform=transform, texts=texts, pairs=pairs)
+    subject = measuring.open(model, alpha, loading)
     record = _record_of(subject, mlflow_address, artifacts_destination) if filed else None
     if record is not None:
         # Now, and not after hours of generation.

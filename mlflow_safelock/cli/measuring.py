@@ -74,7 +74,7 @@ class Measuring:
         return load_suite(self.suite_name, self.column)
 
     def reach(self, model: str, mlflow_address: MlflowAddress) -> None:
-        """Know that MLflow answers, where it is needed.
+        """Know that MLflow answers, where it is needed: for the model, its lock, the judge or the run.
 
         Raises:
             SourceError: It does not.
@@ -83,23 +83,20 @@ class Measuring:
         if self.experiment is not None or any(is_mlflow_model(one) for one in named):
             mlflow_address.reach()
 
-    def open(
-        self, model: str, alpha: float | None, loading: ModelLoading, mlflow_address: MlflowAddress
-    ) -> Subject:
-        """The model under its lock, once MLflow is known to answer where it is needed.
+    def open(self, model: str, alpha: float | None, loading: ModelLoading) -> Subject:
+        """The model under its lock; where it is in MLflow, ``reach`` comes first.
 
         Raises:
-            SourceError: MLflow does not answer, or the model cannot be read.
+            SourceError: The model cannot be read.
         """
         from mlflow_safelock.evaluate import open_subject
 
-        self.reach(model, mlflow_address)
         announce(f"Loading {model}")
         lock = load_lock_reference(self.lock_reference) if self.lock_reference else None
         return open_subject(model, loading).with_lock(lock, alpha)
 
     def settings(self, output: Path) -> Settings:
-        """How to measure; answers are kept beside the result in ``output``."""
+        """How to measure, its judge loaded; answers are kept beside the result in ``output``."""
         from mlflow_safelock.evaluate import Settings, find_judge
 
         return Settings(

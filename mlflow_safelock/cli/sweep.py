@@ -173,10 +173,10 @@ def sweep(
     suite, pairs = measuring.suite(), measuring.pairs() if forging is None else forging.pairs(measuring)
     files = SweepFiles.of(output, write_lock, write_policy, forged=forging is not None)
     files.refuse_what_cannot_be_written()
-    settings = replace(measuring.settings(output), pairs=pairs)
     measuring.reach(model, mlflow_address)
+    settings = replace(measuring.settings(output), pairs=pairs)
     forged = forging and forging.locks(heads, measuring, loading, mlflow_address)
-    subject = measuring.open(model, None, loading, mlflow_address)
+    subject = measuring.open(model, None, loading)
     locks, same = distinct(forged or _given(subject, heads))
     limits = Limits(max_harmful_rate, max_utility_loss, max_degenerate_rate)
     with counting() as progress:
@@ -216,8 +216,12 @@ def sweep(
                 if recommended
                 else f"The lock of that point, which is not recommended, is in {files.lock}."
             )
-        if files.policy is not None and recommended:
-            show_lines(f"The policy is in {files.policy}; what it leaves open is said in it.")
+        if files.policy is not None:
+            show_lines(
+                f"The policy is in {files.policy}; what it leaves open is said in it."
+                if recommended
+                else f"No policy is proposed: nothing was written to {files.policy}."
+            )
         show_lines(*(f"Warning: {shown(warning)}" for warning in warnings))
         show_lines(
             "", f"Every figure is in {files.result}" + (f", and in the MLflow run {run}." if run else ".")

@@ -446,7 +446,7 @@ def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | 
         warnings=(
             *_text_warnings(arms),
             *_warnings(subject, settings, unlocked, locked),
-            *(_forge_data_warnings(known, used) if applied else ()),
+            *(_forge_data_warnings(lock, known, used, settings) if lock is not None else ()),
         ),
         rows=tuple(
             Row(
@@ -501,12 +501,16 @@ def _warnings(
             )
 
 
-def _forge_data_warnings(known: Sequence[SuitePrompt] | None, used: Suite) -> Iterator[str]:
+def _forge_data_warnings(
+    lock: SafetyLock, known: Sequence[SuitePrompt] | None, used: Suite, settings: Settings
+) -> Iterator[str]:
     if known is None:
-        yield (
-            "Whether the lock was forged from prompts of this suite is not known: what it was forged from "
-            "is not here."
-        )
+        why = "what it was forged from is not here"
+        if lock.metadata.dataset_digest is None:
+            why = "it does not say what it was forged from"
+        elif settings.pairs:
+            why = f"it was forged from other pairs than the {len(settings.pairs)} that are given"
+        yield f"Whether the lock was forged from prompts of this suite is not known: {why}."
     elif known:
         yield (
             f"The lock was forged from {len(known)} of the suite's {len(used.prompts)} prompts or their "

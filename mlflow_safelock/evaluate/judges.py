@@ -272,7 +272,7 @@ class PyfuncJudge:
         try:
             return cls(mlflow.pyfunc.load_model(uri), uri)
         except Exception as error:  # what loading raises depends on the flavor
-            raise EvaluationError(f"The judge {uri} cannot be loaded: {error}.") from error
+            raise EvaluationError(f"The judge {uri} cannot be loaded: {str(error).rstrip('.')}.") from error
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement | JudgeFailure]:
         """What the model says of all of them at once; one by one where it fails at that.
@@ -415,6 +415,6 @@ def _loaded(reference: str, model_class: Any, tokenizer_class: Any) -> tuple[Any
         )
     except Exception as error:  # what loading raises depends on the architecture
         raise EvaluationError(
-            f"The judge {reference} cannot be loaded: {error}.",
+            f"The judge {reference} cannot be loaded: {str(error).rstrip('.')}.",
             next_step="It must be a folder or hub id with config.json, safetensors weights and a tokenizer.",
         ) from error

@@ -77,6 +77,36 @@ def test_a_folder_with_a_lock_file(run: Run, shop: Path, toy: Toy, tmp_path: Pat
     assert str(output) in table
 
 
+class Severe(mlflow.pyfunc.PythonModel):
+    """A judge that finds every answer harmful."""
+
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: Any = None) -> Any:
+        return pandas.DataFrame({"harmful": [True] * len(model_input)})
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_a_judge_in_mlflow_is_fetched_from_where_the_options_say_and_before_the_model_is_loaded(
+    run: Run, shop: Path, gated: tuple[str, ...], tmp_path: Path, command: str
+) -> None:
+    mlflow.pyfunc.log_model(
+        name="judge", python_model=Severe(), registered_model_name="judge", pip_requirements=["mlflow"]
+    )
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/elsewhere.db")
+    mlflow.set_registry_uri(f"sqlite:///{tmp_path}/elsewhere.db")
+    lock = ("--lock", shop / "lock.safetensors", "--no-mlflow", "--output", tmp_path / "found.json")
+    asked = (command, shop / "fine-tune", *lock, *suite_of(shop), *gated)
+    missing = run(*asked, "--judge", "models:/nobody/1")
+    assert missing.exit_code == 1
+    assert "The judge models:/nobody/1 cannot be loaded" in missing.stderr
+    assert "Loading" not in missing.stderr
+    done = run(*asked, "--judge", "models:/judge/1", *(("--alphas", 1.1) if command == "sweep" else ()))
+    facts = json.loads((tmp_path / "found.json").read_text())
+    found = facts["confirmed"] if command == "sweep" else facts
+    assert found["judge"]["name"] == "models:/judge/1"
+    assert found["locked"]["figures"]["harmful_rate"]["value"] == 1.0
+    assert done.exit_code == (1 if command == "sweep" else 0), "no point of a sweep keeps its limits"
+
+
 def test_a_second_run_reads_the_answers_that_are_kept_beside_the_output(
     run: Run, shop: Path, tmp_path: Path
 ) -> None:

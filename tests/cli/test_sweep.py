@@ -229,6 +229,7 @@ def test_where_nothing_keeps_the_limits_no_policy_is_proposed(
     done = run("sweep", *arguments, "--alphas", "0.1,0.4", "--write-policy", policy)
     assert done.exit_code == 1
     assert "No point keeps the limits; 8 heads at alpha 0.4 come nearest" in done.stderr
+    assert f"No policy is proposed: nothing was written to {policy}." in done.stdout.replace("\n", " ")
     assert not policy.exists()
     assert json.loads((tmp_path / "sweep.json").read_text())["satisfied"] is False
 
