@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safelock.cli.sweep_report import honest_figures
@@ -13,39 +13,49 @@ if TYPE_CHECKING:
     from mlflow_safelock.evaluate.exploring import Exploration
     from mlflow_safelock.evaluate.subjects import RegisteredVersion
     from mlflow_safelock.evaluate.suites import Suite
+    from mlflow_safelock.forging import PreferencePair
 
 FILL_IN = "# To be filled in: the registered model's name, for which this was measured, in place of '*'.\n"
 
 
 def proposed_policy(
-    found: Exploration, limits: Limits, suite: Suite, known: int | None, version: RegisteredVersion | None
+    found: Exploration,
+    limits: Limits,
+    suite: Suite,
+    pairs: Sequence[PreferencePair],
+    version: RegisteredVersion | None,
 ) -> str:
     """A policy, as YAML, for the version's registered model, that asks for a measurement of the whole suite.
 
-    Each of its promotions then needs one that keeps the same limits, made in the same way; one of the model,
-    lock and strength of the sweep keeps them.
+    Each of its promotions then needs one that keeps the same limits, made in the same way. Where the sweep
+    asked the whole suite, one of the same model, lock and strength keeps them.
 
     Args:
         found: What the sweep found; the chosen point keeps the limits on both halves.
         limits: The limits.
         suite: The whole suite.
-        known: Of how many of its prompts the chosen lock was forged; ``None``: not known.
+        pairs: What the chosen lock may have been forged from; see ``known_prompts``.
         version: The version that was measured; ``None``: it is none.
     """
     import glob
 
     import yaml
 
+    from mlflow_safelock.evaluate.forge_data import known_prompts, why_unknown
+
+    lock = found.chosen.lock
+    known = known_prompts(lock, suite, pairs)
     accepted = found.accepted(limits)
     rule = {
         "models": "*" if version is None else glob.escape(version.name),
         "alpha": {"default": found.chosen.alpha, "min": min(accepted), "max": max(accepted)},
-        "evaluation": _evaluation(found, limits, suite, known),
+        "evaluation": _evaluation(found, limits, suite, None if known is None else len(known)),
     }
     gates = yaml.safe_dump({"gates": [rule]}, sort_keys=False, allow_unicode=True)
     if version is None:
         gates = gates.replace("gates:\n", f"gates:\n{FILL_IN}", 1)
-    return "".join(f"# {line}\n" for line in _words(found, limits, suite, known)) + "version: 1\n" + gates
+    words = _words(found, limits, suite, why_unknown(lock, pairs) if known is None else len(known))
+    return "".join(f"# {line}\n" for line in words) + "version: 1\n" + gates
 
 
 def _evaluation(found: Exploration, limits: Limits, suite: Suite, known: int | None) -> dict[str, Any]:
@@ -68,8 +78,8 @@ def _evaluation(found: Exploration, limits: Limits, suite: Suite, known: int | N
     return {name: value for name, value in wanted.items() if value is not None}
 
 
-def _words(found: Exploration, limits: Limits, suite: Suite, known: int | None) -> Iterator[str]:
-    """What a reader of the policy has to know, in lines."""
+def _words(found: Exploration, limits: Limits, suite: Suite, known: int | str) -> Iterator[str]:
+    """What a reader of the policy has to know, in lines; ``known`` is a number, or why there is none."""
     lock, chosen_by, confirmed = found.chosen.lock, found.chosen.evaluation.suite, found.confirmed.suite
     base, name = (" ".join(text.split()) for text in (lock.base_model, suite.name))
     kept = ", ".join(f"{alpha:g}" for alpha in found.accepted(limits))
@@ -90,7 +100,7 @@ def _words(found: Exploration, limits: Limits, suite: Suite, known: int | None) 
         yield from textwrap.wrap(text, 100)
 
 
-def _what_was_not_shown(found: Exploration, limits: Limits, known: int | None) -> Iterator[str]:
+def _what_was_not_shown(found: Exploration, limits: Limits, known: int | str) -> Iterator[str]:
     """Where the policy is looser than it could be."""
     uncertain = found.too_uncertain(limits)
     if uncertain:
@@ -101,11 +111,8 @@ def _what_was_not_shown(found: Exploration, limits: Limits, known: int | None) -
         )
     if limits.max_utility_loss is None:
         yield "max_utility_drop is left out: any loss of utility is accepted, as in the sweep."
-    if known is None:
-        yield (
-            "max_known_prompts is left out: whether the lock was forged from prompts of the suite is not "
-            "known (--forged-from)."
-        )
+    if isinstance(known, str):
+        yield f"max_known_prompts is left out: {known}."
     elif known:
         yield (
             f"max_known_prompts is {known}: of so many of the suite's prompts, or their twins, the lock was "

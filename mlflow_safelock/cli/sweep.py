@@ -160,7 +160,6 @@ def sweep(
     from mlflow_safelock.errors import EvaluationError
     from mlflow_safelock.evaluate import Limits, explore
     from mlflow_safelock.evaluate.axes import distinct
-    from mlflow_safelock.evaluate.forge_data import known_prompts
     from mlflow_safelock.evaluate.plots import pictures_of
     from mlflow_safelock.formats import save_lock
 
@@ -202,8 +201,7 @@ def sweep(
         save_lock(found.chosen.lock, files.lock)
     recommended = found.satisfied and found.holds(limits)
     if files.policy is not None and recommended:
-        known = known_prompts(found.chosen.lock, suite, pairs)
-        policy = proposed_policy(found, limits, suite, None if known is None else len(known), subject.version)
+        policy = proposed_policy(found, limits, suite, pairs, subject.version)
         files.policy.write_text(policy, encoding="utf-8")
     if form == "json":
         show_json({"run": run, **facts})

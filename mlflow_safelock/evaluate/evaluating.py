@@ -49,7 +49,7 @@ from mlflow_safelock.evaluate.fluency import (
     next_token_divergences,
     surprises,
 )
-from mlflow_safelock.evaluate.forge_data import known_prompts
+from mlflow_safelock.evaluate.forge_data import known_prompts, why_unknown
 from mlflow_safelock.evaluate.judges import Judge, RefusalMatcher
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, SuitePrompt
@@ -505,12 +505,10 @@ def _forge_data_warnings(
     lock: SafetyLock, known: Sequence[SuitePrompt] | None, used: Suite, settings: Settings
 ) -> Iterator[str]:
     if known is None:
-        why = "what it was forged from is not here"
-        if lock.metadata.dataset_digest is None:
-            why = "it does not say what it was forged from"
-        elif settings.pairs:
-            why = f"it was forged from other pairs than the {len(settings.pairs)} that are given"
-        yield f"Whether the lock was forged from prompts of this suite is not known: {why}."
+        yield (
+            "Whether the lock was forged from prompts of this suite is not known: "
+            f"{why_unknown(lock, settings.pairs)}."
+        )
     elif known:
         yield (
             f"The lock was forged from {len(known)} of the suite's {len(used.prompts)} prompts or their "

@@ -91,7 +91,7 @@ def test_a_point_is_found_and_its_policy_locks_a_promotion(
     assert (
         "intervals of 95 % end above them, the harmful one's at 24.2% and the degenerate one's at 24" in said
     )
-    assert "max_known_prompts is left out: whether the lock was forged from prompts of the suite" in said
+    assert "max_known_prompts is left out: what the lock was forged from is not here." in said
     assert "of utility" not in said, "its loss has a limit"
     assert "were asked" not in said, "all were"
     assert "# To be filled in: the registered model's name" in policy.read_text()
