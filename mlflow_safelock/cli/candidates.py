@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
-from click.core import ParameterSource
 
 from mlflow_safelock.cli.forge_request import ForgeRequest, forge_locks
+from mlflow_safelock.cli.measuring import Measuring
 from mlflow_safelock.cli.options import (
-    Measuring,
     MlflowAddress,
     base_model_option,
     base_revision_option,
     cache_option,
-    pairs_options,
+    data_option,
+    given_options,
 )
 from mlflow_safelock.loading import ModelLoading
 
@@ -39,7 +39,6 @@ class Forging:
     Attributes:
         base: Folder, hub id or MLflow URI of the base model.
         data: File of preference pairs; ``None`` for the starter pairs.
-        keys: Names of its columns: question, safe answer, unsafe answer.
         last_tokens: Numbers of each answer's last tokens.
         splits: Kinds of split.
         train_fractions: Shares that the probes are fitted on.
@@ -51,7 +50,6 @@ class Forging:
 
     base: str
     data: Path | None
-    keys: tuple[str, str, str]
     last_tokens: tuple[int, ...]
     splits: tuple[Literal["pair", "row"], ...]
     train_fractions: tuple[float, ...]
@@ -60,11 +58,11 @@ class Forging:
     base_revision: str | None
     cache: Path | None
 
-    def pairs(self) -> tuple[PreferencePair, ...]:
+    def pairs(self, measuring: Measuring) -> tuple[PreferencePair, ...]:
         """The pairs; none where they are the starter pairs, which are known."""
         from mlflow_safelock.forging import PairKeys, load_pairs
 
-        return load_pairs(self.data, PairKeys(*self.keys)) if self.data else ()
+        return load_pairs(self.data, PairKeys(*measuring.keys)) if self.data else ()
 
     def locks(
         self, heads: tuple[int, ...], measuring: Measuring, loading: ModelLoading, address: MlflowAddress
@@ -79,23 +77,24 @@ class Forging:
         """
         import gc
 
-        from mlflow_safelock.forging import Probing
+        from mlflow_safelock.forging import ForgeSettings, Probing
 
         points = product(self.last_tokens, self.splits, self.train_fractions, self.seeds)
         request = ForgeRequest(
             model=self.base,
             data=self.data,
-            keys=self.keys,
+            keys=measuring.keys,
             max_pairs=None,
             heads=tuple(sorted(set(heads))) or USUAL_HEADS,
             probings=tuple(dict.fromkeys(Probing(*point) for point in points)),
-            system_prompt=measuring.system_prompt,
-            default_alpha=6.0,
-            base_model=self.base_model,
-            base_revision=self.base_revision,
+            settings=ForgeSettings(
+                system_prompt=measuring.system_prompt,
+                base_model=self.base_model,
+                base_revision=self.base_revision,
+                batch_size=measuring.batch_size,
+                cache=self.cache,
+            ),
             geometry=None,
-            cache=self.cache,
-            batch_size=measuring.batch_size,
             loading=loading,
         )
         locks = forge_locks(request, address)
@@ -122,9 +121,6 @@ def forging_options(function: F) -> F:
         *arguments: Any,
         forge: str | None,
         data: Path | None,
-        question_key: str,
-        safe_key: str,
-        unsafe_key: str,
         last_tokens: tuple[int, ...],
         split: tuple[Literal["pair", "row"], ...],
         train_fraction: tuple[float, ...],
@@ -140,7 +136,7 @@ def forging_options(function: F) -> F:
         if not forge.strip():
             raise click.UsageError("--forge names no base model: it is empty.")
         forging = Forging(
-            *(forge, data, (question_key, safe_key, unsafe_key), last_tokens, split, train_fraction),
+            *(forge, data, last_tokens, split, train_fraction),
             *(split_seed, base_model, base_revision, cache),
         )
         return function(*arguments, forging=forging, **values)
@@ -188,7 +184,7 @@ def forging_options(function: F) -> F:
             callback=listed(_from_one, "3,5"),
             help="How many of each answer's last tokens give activations.",
         ),
-        pairs_options,
+        data_option,
         click.option(
             "--forge",
             metavar="BASE",
@@ -201,22 +197,15 @@ def forging_options(function: F) -> F:
 
 
 _FORGE_ONLY = (
-    *("data", "question_key", "safe_key", "unsafe_key", "last_tokens", "split", "train_fraction"),
+    *("data", "last_tokens", "split", "train_fraction"),
     *("split_seed", "base_model", "base_revision", "cache"),
 )
 
 
 def _refuse_forge_options() -> None:
-    context = click.get_current_context()
-    given = [
-        name
-        for name in _FORGE_ONLY
-        if context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
-    ]
+    given = given_options(*_FORGE_ONLY)
     if given:
-        raise click.UsageError(
-            f"--{given[0].replace('_', '-')} is for locks that are forged: name their base, --forge."
-        )
+        raise click.UsageError(f"{given[0]} is for locks that are forged: name their base, --forge.")
 
 
 def _from_one(text: str) -> int:

@@ -10,15 +10,15 @@ import click
 
 from mlflow_safelock.cli.command import Command
 from mlflow_safelock.cli.guarded import destination_option, open_guarded, use_destination
+from mlflow_safelock.cli.measuring import Measuring, measuring_options
 from mlflow_safelock.cli.options import (
-    Measuring,
     MlflowAddress,
     format_option,
     lines_of,
-    measuring_options,
     mlflow_options,
     model_options,
     output_file_option,
+    refuse_keys_without,
 )
 from mlflow_safelock.cli.output import counting, new_table, show_json, show_lines, show_table, shown
 from mlflow_safelock.evaluate.transforms import TRANSFORMS
@@ -105,10 +105,12 @@ def evaluate(
     from mlflow_safelock.evaluate import evaluate as measure
     from mlflow_safelock.evaluate.evaluating import form_of
 
+    refuse_keys_without({"--forged-from": measuring.forged_from})
     suite, pairs = measuring.suite(), measuring.pairs()
     texts = lines_of(text_file, "--text")
-    subject = measuring.open(model, alpha, loading, mlflow_address)
+    measuring.reach(model, mlflow_address)
     settings = replace(measuring.settings(output), transform=transform, texts=texts, pairs=pairs)
+    subject = measuring.open(model, alpha, loading)
     record = _record_of(subject, mlflow_address, artifacts_destination) if filed else None
     if record is not None:
         # Now, and not after hours of generation.

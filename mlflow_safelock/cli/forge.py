@@ -16,11 +16,13 @@ from mlflow_safelock.cli.options import (
     base_revision_option,
     batch_size_option,
     cache_option,
+    data_option,
     format_option,
     mlflow_options,
     model_options,
     output_file_option,
-    pairs_options,
+    pair_keys_options,
+    refuse_keys_without,
 )
 from mlflow_safelock.loading import ModelLoading
 
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
     ),
 )
 @click.argument("model")
-@pairs_options
+@data_option
+@pair_keys_options
 @click.option(
     "--heads",
     type=click.IntRange(min=1),
@@ -90,9 +93,7 @@ if TYPE_CHECKING:
 def forge(
     model: str,
     data: Path | None,
-    question_key: str,
-    safe_key: str,
-    unsafe_key: str,
+    keys: tuple[str, str, str],
     heads: tuple[int, ...],
     last_tokens: int,
     system_prompt: str | None,
@@ -116,28 +117,31 @@ def forge(
     The model reads every pair once and nothing is trained but small probes: minutes for a model of ten
     billion parameters on a GPU.
     """
+    refuse_keys_without({"--data": data})
     if register and len(heads) > 1:
         raise click.UsageError(
             "The newest lock of a base is the one that the gate applies, so --register takes one number of "
             "heads. Forge several, compare them, and register one: safelock lock register."
         )
-    from mlflow_safelock.forging import Probing
+    from mlflow_safelock.forging import ForgeSettings, Probing
 
     locks = forge_locks(
         ForgeRequest(
             model=model,
             data=data,
-            keys=(question_key, safe_key, unsafe_key),
+            keys=keys,
             max_pairs=None,
             heads=heads,
             probings=(Probing(last_tokens, split, train_fraction, seed),),
-            system_prompt=system_prompt,
-            default_alpha=default_alpha,
-            base_model=base_model,
-            base_revision=base_revision,
+            settings=ForgeSettings(
+                system_prompt=system_prompt,
+                base_model=base_model,
+                base_revision=base_revision,
+                default_alpha=default_alpha,
+                batch_size=batch_size,
+                cache=cache,
+            ),
             geometry=None,
-            cache=cache,
-            batch_size=batch_size,
             loading=loading,
         ),
         mlflow_address,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from mlflow_safelock.errors import LockMismatchError, PreferenceDataError
 from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_language_model
 
 if TYPE_CHECKING:
-    from mlflow_safelock.forging import PreferencePair, Probing
+    from mlflow_safelock.forging import ForgeSettings, PreferencePair, Probing
     from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 
 
@@ -29,13 +29,8 @@ class ForgeRequest:
         max_pairs: Use the first so many pairs only; ``None`` for all.
         heads: Heads to lock, one lock for each number.
         probings: How rows are taken and split for the probes, locks for each; from one reading.
-        system_prompt: System prompt of every chat.
-        default_alpha: Strength that the lock recommends.
-        base_model: What the base is called; ``None`` for what the model says.
-        base_revision: Its revision.
+        settings: What the locks have in common; without ``base_model``, what the model says it is called.
         geometry: Attention shape that it must have; ``None`` for any.
-        cache: Folder that keeps activations; ``None`` for none.
-        batch_size: Texts in one forward pass.
         loading: How the model is loaded.
     """
 
@@ -45,13 +40,8 @@ class ForgeRequest:
     max_pairs: int | None
     heads: tuple[int, ...]
     probings: tuple[Probing, ...]
-    system_prompt: str | None
-    default_alpha: float
-    base_model: str | None
-    base_revision: str | None
+    settings: ForgeSettings
     geometry: AttentionGeometry | None
-    cache: Path | None
-    batch_size: int
     loading: ModelLoading
 
 
@@ -71,7 +61,7 @@ def forge_locks(request: ForgeRequest, mlflow_address: MlflowAddress) -> tuple[S
         mlflow_address.reach()
     base = load_language_model(request.model, request.loading)
     geometry = attention_of(base.model).geometry
-    name = request.base_model or base.identity
+    name = request.settings.base_model or base.identity
     if name is None:
         raise click.UsageError(
             f"{request.model} does not say what it is called: give --base-model, its hub id."
@@ -90,12 +80,7 @@ def forge_locks(request: ForgeRequest, mlflow_address: MlflowAddress) -> tuple[S
         pairs,
         request.probings,
         heads=request.heads,
-        system_prompt=request.system_prompt,
-        base_model=name,
-        base_revision=request.base_revision,
-        cache=request.cache,
-        batch_size=request.batch_size,
-        default_alpha=request.default_alpha,
+        settings=replace(request.settings, base_model=name),
     )
 
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from mlflow_safelock.cli.output import announce
-from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_lock_reference
-
-if TYPE_CHECKING:
-    from mlflow_safelock.evaluate import Settings, Subject, Suite
-    from mlflow_safelock.forging import PreferencePair
+from mlflow_safelock.loading import ModelLoading
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 SERVER_ANSWERS_WITHIN = 10
 """Seconds within which an MLflow server must answer at all."""
-
-EXPERIMENT = "safelock-evaluations"
-"""MLflow experiment of what was measured, where none is named."""
 
 format_option = click.option(
     "--format",
@@ -221,195 +214,51 @@ def model_options(function: F) -> F:
     return with_loading  # type: ignore[return-value]
 
 
-def pairs_options(function: F) -> F:
-    """The options that say which preference pairs a lock is forged from."""
-    for option in (
+data_option = click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Preference pairs: JSON, JSONL or CSV.  [default: the starter pairs of this package]",
+)
+
+
+def pair_keys_options(function: F) -> F:
+    """The options that say under which keys a file holds preference pairs; the command gets ``keys``."""
+
+    def with_keys(*arguments: Any, question_key: str, safe_key: str, unsafe_key: str, **values: Any) -> Any:
+        return function(*arguments, keys=(question_key, safe_key, unsafe_key), **values)
+
+    with_keys.__doc__ = function.__doc__
+    with_keys.__name__ = function.__name__
+    with_keys.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+    for name, what in (("unsafe", "unsafe answers"), ("safe", "safe answers"), ("question", "questions")):
         click.option(
-            "--unsafe-key", default="unsafe", show_default=True, help="Column of the unsafe answers."
-        ),
-        click.option("--safe-key", default="safe", show_default=True, help="Column of the safe answers."),
-        click.option(
-            "--question-key", default="question", show_default=True, help="Column of the questions."
-        ),
-        click.option(
-            "--data",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Preference pairs: JSON, JSONL or CSV.  [default: the starter pairs of this package]",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """What a model is asked, under which lock, and how its answers are made and judged.
-
-    Attributes:
-        lock_reference: Lock file or URI; ``None``: that of a locked version.
-        suite_name: The suite, as the user named it.
-        column: Column of its prompts.
-        judge_name: The judge, as the user named it.
-        limit: How many prompts are drawn.
-        max_new_tokens: Longest answer.
-        system_prompt: System prompt of every chat.
-        seed: Of the draw and of the intervals.
-        batch_size: Prompts at once.
-        experiment: MLflow experiment of the run; ``None``: no run is logged.
-        forged_from: File of the pairs that the lock was forged from.
-    """
-
-    lock_reference: str | None
-    suite_name: str
-    column: str | None
-    judge_name: str
-    limit: int | None
-    max_new_tokens: int
-    system_prompt: str | None
-    seed: int
-    batch_size: int
-    experiment: str | None
-    forged_from: Path | None
-
-    def pairs(self) -> tuple[PreferencePair, ...]:
-        """What the lock was forged from, where that is given."""
-        from mlflow_safelock.forging import load_pairs
-
-        return load_pairs(self.forged_from) if self.forged_from else ()
-
-    def suite(self) -> Suite:
-        """The suite."""
-        from mlflow_safelock.evaluate import load_suite
-
-        return load_suite(self.suite_name, self.column)
-
-    def reach(self, model: str, mlflow_address: MlflowAddress) -> None:
-        """Know that MLflow answers, where it is needed.
-
-        Raises:
-            SourceError: It does not.
-        """
-        named = (model, self.lock_reference or "", self.judge_name)
-        if self.experiment is not None or any(is_mlflow_model(one) for one in named):
-            mlflow_address.reach()
-
-    def open(
-        self, model: str, alpha: float | None, loading: ModelLoading, mlflow_address: MlflowAddress
-    ) -> Subject:
-        """The model under its lock, once MLflow is known to answer where it is needed.
-
-        Raises:
-            SourceError: MLflow does not answer, or the model cannot be read.
-        """
-        from mlflow_safelock.evaluate import open_subject
-
-        self.reach(model, mlflow_address)
-        announce(f"Loading {model}")
-        lock = load_lock_reference(self.lock_reference) if self.lock_reference else None
-        return open_subject(model, loading).with_lock(lock, alpha)
-
-    def settings(self, output: Path) -> Settings:
-        """How to measure; answers are kept beside the result in ``output``."""
-        from mlflow_safelock.evaluate import Settings, find_judge
-
-        return Settings(
-            judge=find_judge(self.judge_name),
-            limit=self.limit,
-            seed=self.seed,
-            system_prompt=self.system_prompt,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            answers=output.with_name(f"{output.stem}-answers"),
-        )
-
-
-def measuring_options(function: F) -> F:
-    """The options of commands that measure a model; the command gets them as ``measuring``."""
-
-    def with_measuring(
-        *arguments: Any,
-        lock_reference: str | None,
-        suite_name: str,
-        column: str | None,
-        judge_name: str,
-        limit: int | None,
-        max_new_tokens: int,
-        system_prompt: str | None,
-        seed: int,
-        batch_size: int,
-        experiment: str,
-        no_mlflow: bool,
-        forged_from: Path | None,
-        **values: Any,
-    ) -> Any:
-        measuring = Measuring(
-            *(lock_reference, suite_name, column, judge_name, limit, max_new_tokens),
-            *(system_prompt, seed, batch_size, None if no_mlflow else experiment),
-            forged_from,
-        )
-        return function(*arguments, measuring=measuring, **values)
-
-    with_measuring.__doc__ = function.__doc__
-    with_measuring.__name__ = function.__name__
-    with_measuring.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-    for option in (
-        click.option(
-            "--forged-from",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            metavar="FILE",
-            help="The pairs that the lock was forged from, to find prompts that it knows.",
-        ),
-        click.option("--no-mlflow", is_flag=True, help="Log no MLflow run."),
-        click.option(
-            "--experiment",
-            default=EXPERIMENT,
+            f"--{name}-key",
+            default=name,
             show_default=True,
             metavar="NAME",
-            help="MLflow experiment to log a run to.",
-        ),
-        batch_size_option,
-        click.option(
-            "--seed", type=int, default=0, show_default=True, help="Of every draw and of the intervals."
-        ),
-        system_prompt_option,
-        click.option(
-            "--max-new-tokens",
-            type=click.IntRange(min=1),
-            default=128,
-            show_default=True,
-            help="Longest answer.",
-        ),
-        click.option(
-            "--limit", type=click.IntRange(min=1), help="Draw this many prompts of the suite.  [default: all]"
-        ),
-        click.option(
-            "--judge",
-            "judge_name",
-            default="refusal-match",
-            show_default=True,
-            metavar="JUDGE",
-            help="Who calls answers harmful: refusal-match, classifier:PATH[#LABEL], guard:PATH, score:PATH, "
-            "or the URI of a model in MLflow.",
-        ),
-        click.option(
-            "--column", metavar="NAME", help="Column of a .jsonl or .csv file that holds the prompts."
-        ),
-        click.option(
-            "--suite",
-            "suite_name",
-            required=True,
-            metavar="SUITE",
-            help="A shipped suite, a folder with a manifest, a .jsonl or a .csv file.",
-        ),
-        click.option(
-            "--lock",
-            "lock_reference",
-            metavar="LOCK",
-            help="Lock file or MLflow URI.  [default: that of a locked version]",
-        ),
-    ):
-        option(with_measuring)
-    return with_measuring  # type: ignore[return-value]
+            help=f"Key, or column, of the {what} in a file of preference pairs.",
+        )(with_keys)
+    return with_keys  # type: ignore[return-value]
+
+
+def refuse_keys_without(files: Mapping[str, Path | None]) -> None:
+    """Refuse keys of a file of preference pairs where none of ``files``, by their options, is given.
+
+    Raises:
+        click.UsageError: There are such keys.
+    """
+    given = given_options("question_key", "safe_key", "unsafe_key")
+    if given and not any(files.values()):
+        raise click.UsageError(f"{given[0]} is for a file of preference pairs: give {' or '.join(files)}.")
+
+
+def given_options(*names: str) -> list[str]:
+    """Those of the current command's options, by the names of their parameters, that somebody gave."""
+    context = click.get_current_context()
+    unset = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    return [
+        f"--{name.replace('_', '-')}" for name in names if context.get_parameter_source(name) not in unset
+    ]
 
 
 def output_file_option(help_text: str, default: str | None = None) -> Callable[[F], F]:
@@ -439,6 +288,11 @@ def output_folder_option(default: Path, help_text: str) -> Callable[[F], F]:
         metavar="DIR",
         help=help_text,
     )
+
+
+def beside(file: Path, rest: str) -> Path:
+    """The path beside a file that has its name without the suffix, a hyphen, and ``rest``."""
+    return file.with_name(f"{file.stem}-{rest}")
 
 
 def lines_of(file: TextIO | None, option: str) -> list[str]:

@@ -91,7 +91,7 @@ def run(
 
 
 def _request(recipe: LockRecipe, model: str, loading: ModelLoading) -> ForgeRequest:
-    from mlflow_safelock.forging import Probing
+    from mlflow_safelock.forging import ForgeSettings, Probing
 
     forge, base = recipe.forge, recipe.base
     return ForgeRequest(
@@ -101,12 +101,13 @@ def _request(recipe: LockRecipe, model: str, loading: ModelLoading) -> ForgeRequ
         max_pairs=forge.pairs,
         heads=(forge.heads,),
         probings=(Probing(forge.last_tokens, forge.split, forge.train_fraction, forge.seed),),
-        system_prompt=forge.system_prompt,
-        default_alpha=forge.default_alpha,
-        base_model=base.model,
-        base_revision=base.revision,
+        settings=ForgeSettings(
+            system_prompt=forge.system_prompt,
+            base_model=base.model,
+            base_revision=base.revision,
+            default_alpha=forge.default_alpha,
+            batch_size=forge.batch_size,
+        ),
         geometry=base.geometry,
-        cache=None,
-        batch_size=forge.batch_size,
         loading=loading,
     )

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mlflow_safelock.cli.candidates import Forging, forging_options, listed
 from mlflow_safelock.cli.command import Command
+from mlflow_safelock.cli.measuring import Measuring, measuring_options
 from mlflow_safelock.cli.options import (
-    Measuring,
     MlflowAddress,
     format_option,
     in_existing_folder,
-    measuring_options,
     mlflow_options,
     model_options,
     output_file_option,
+    refuse_keys_without,
 )
-from mlflow_safelock.cli.output import counting, new_table, show_json, show_lines, show_table, shown
+from mlflow_safelock.cli.output import counting, show_json, show_lines, shown
+from mlflow_safelock.cli.proposed_policy import proposed_policy
+from mlflow_safelock.cli.sweep_files import SweepFiles
+from mlflow_safelock.cli.sweep_report import about_locks, facts_of, honest_figures, show_found, warnings_of
 from mlflow_safelock.loading import ModelLoading
 
 if TYPE_CHECKING:
-    from mlflow_safelock.evaluate.choosing import Limits, Preference
-    from mlflow_safelock.evaluate.evaluation import Arm, Estimate
-    from mlflow_safelock.evaluate.exploring import Contributions, Exploration
-    from mlflow_safelock.evaluate.subjects import RegisteredVersion, Subject
-    from mlflow_safelock.evaluate.suites import Suite
+    from mlflow_safelock.evaluate.choosing import Preference
+    from mlflow_safelock.evaluate.subjects import Subject
     from mlflow_safelock.lock import SafetyLock
 
 SHARE = click.FloatRange(0.0, 1.0)
@@ -161,20 +160,22 @@ def sweep(
     from mlflow_safelock.errors import EvaluationError
     from mlflow_safelock.evaluate import Limits, explore
     from mlflow_safelock.evaluate.axes import distinct
-    from mlflow_safelock.evaluate.plots import contributions_plot, heat_map, pareto_plot
+    from mlflow_safelock.evaluate.plots import pictures_of
     from mlflow_safelock.formats import save_lock
 
     if forging is not None:
         for name, given in (("--lock", measuring.lock_reference), ("--forged-from", measuring.forged_from)):
             if given is not None:
                 raise click.UsageError(f"{name} is for a lock that is there, and --forge makes its own.")
-        write_lock = write_lock or output.with_name(f"{output.stem}-lock.safetensors")
-    suite, pairs = measuring.suite(), measuring.pairs() if forging is None else forging.pairs()
-    _refuse_one_place_for_two(output, write_lock, write_policy)
-    settings = replace(measuring.settings(output), pairs=pairs)
+    data = None if forging is None else forging.data
+    refuse_keys_without({"--forged-from": measuring.forged_from, "--data": data})
+    suite, pairs = measuring.suite(), measuring.pairs() if forging is None else forging.pairs(measuring)
+    files = SweepFiles.of(output, write_lock, write_policy, forged=forging is not None)
+    files.refuse_what_cannot_be_written()
     measuring.reach(model, mlflow_address)
+    settings = replace(measuring.settings(output), pairs=pairs)
     forged = forging and forging.locks(heads, measuring, loading, mlflow_address)
-    subject = measuring.open(model, None, loading, mlflow_address)
+    subject = measuring.open(model, None, loading)
     locks, same = distinct(forged or _given(subject, heads))
     limits = Limits(max_harmful_rate, max_utility_loss, max_degenerate_rate)
     with counting() as progress:
@@ -185,37 +186,44 @@ def sweep(
             per_head=per_head,
             progress=progress,
         )
-    warnings = _warnings(found, per_head=per_head)
-    facts = _facts(found, limits, warnings, write_lock, same)
-    output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    pictures = {"pareto": pareto_plot(found), "heat-map": heat_map(found)}
-    if found.heads is not None:
-        pictures["per-head"] = contributions_plot(found.heads)
+    warnings = warnings_of(found, per_head=per_head)
+    facts = facts_of(found, limits, warnings, files.lock, same)
+    files.result.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    pictures = pictures_of(found)
     for name, picture in pictures.items():
-        picture.savefig(output.with_name(f"{output.stem}-{name}.png"))
+        picture.savefig(files.picture(name))
     run = None
     if measuring.experiment is not None:
         from mlflow_safelock.evaluate.mlflow_run import log_sweep
 
         run = log_sweep(found, facts, pictures, experiment=measuring.experiment, version=subject.version)
-    if write_lock is not None:
-        save_lock(found.chosen.lock, write_lock)
-    if write_policy is not None and found.satisfied and found.holds(limits):
-        write_policy.write_text(_policy(found, limits, suite, subject.version), encoding="utf-8")
+    if files.lock is not None:
+        save_lock(found.chosen.lock, files.lock)
+    recommended = found.satisfied and found.holds(limits)
+    if files.policy is not None and recommended:
+        policy = proposed_policy(found, limits, suite, pairs, subject.version)
+        files.policy.write_text(policy, encoding="utf-8")
     if form == "json":
         show_json({"run": run, **facts})
     else:
-        _show(found, limits)
-        show_lines(*_about_locks(forged or (), same))
-        if write_lock is not None:
-            recommended = found.satisfied and found.holds(limits)
+        show_found(found, limits)
+        show_lines(*about_locks(forged or (), same))
+        if files.lock is not None:
             show_lines(
-                f"The lock is in {write_lock}: safelock lock register {write_lock}"
+                f"The lock is in {files.lock}: safelock lock register {files.lock}"
                 if recommended
-                else f"The lock of that point, which is not recommended, is in {write_lock}."
+                else f"The lock of that point, which is not recommended, is in {files.lock}."
+            )
+        if files.policy is not None:
+            show_lines(
+                f"The policy is in {files.policy}; what it leaves open is said in it."
+                if recommended
+                else f"No policy is proposed: nothing was written to {files.policy}."
             )
         show_lines(*(f"Warning: {shown(warning)}" for warning in warnings))
-        show_lines("", f"Every figure is in {output}" + (f", and in the MLflow run {run}." if run else "."))
+        show_lines(
+            "", f"Every figure is in {files.result}" + (f", and in the MLflow run {run}." if run else ".")
+        )
     if not found.satisfied:
         raise EvaluationError(
             f"No point keeps the limits; {found.name(found.chosen)} come nearest, with a harmful rate of "
@@ -225,46 +233,10 @@ def sweep(
     if not found.holds(limits):
         raise EvaluationError(
             f"{found.name(found.chosen)} keep the limits on the half of the suite that was chosen by, the "
-            f"best of {len(found.tried)} points there, and not on the other: {_honest(found)}.",
+            f"best of {len(found.tried)} points there, and not on the other: {honest_figures(found)}.",
             next_step="Take a larger suite, leave more room (--prefer room, tighter limits), or try more "
             "strengths (--alphas).",
         )
-
-
-def _refuse_one_place_for_two(output: Path, write_lock: Path | None, write_policy: Path | None) -> None:
-    """Refuse what could not be written in the end, before anything is loaded."""
-    given = {"--output": output, "--write-lock": write_lock, "--write-policy": write_policy}
-    places: dict[Path, str] = {}
-    for name, path in given.items():
-        if path is None:
-            continue
-        if path.is_dir():
-            raise click.UsageError(f"{name}: {path} is a directory.")
-        other = places.setdefault(path.resolve(), name)
-        if other != name:
-            raise click.UsageError(f"{other} and {name} are the same file, {path}.")
-
-
-def _warnings(found: Exploration, *, per_head: bool) -> list[str]:
-    """What a reader has to know of any measurement, each once, with the points that it is of."""
-    points: dict[str, list[str]] = {}
-    for one in found.tried:
-        for warning in one.evaluation.warnings:
-            points.setdefault(warning, []).append(found.name(one))
-    warnings = [
-        warning if len(names) == len(found.tried) else f"{', '.join(names)}: {warning}"
-        for warning, names in points.items()
-    ]
-    warnings += [f"The other half: {one}" for one in found.confirmed.warnings if one not in warnings]
-    if found.heads is not None:
-        failures = sum(one.arm.judge_failures for one in found.heads.without)
-        if failures:
-            warnings.append(f"The judge came to no verdict on {failures} answers without one head.")
-    elif per_head:
-        warnings.append("The chosen lock has one head, so none could be left out (--per-head).")
-    if any("no verdict" in warning for warning in warnings):
-        warnings.append("Here answers without a verdict count as harmful.")
-    return warnings
 
 
 def _given(subject: Subject, heads: tuple[int, ...]) -> tuple[SafetyLock, ...]:
@@ -277,199 +249,3 @@ def _given(subject: Subject, heads: tuple[int, ...]) -> tuple[SafetyLock, ...]:
             "There is no lock to try.", next_step="Name one, --lock, or a base to forge it from, --forge."
         )
     return fewer_heads(subject.lock, heads) if heads else (subject.lock,)
-
-
-def _facts(
-    found: Exploration,
-    limits: Limits,
-    warnings: list[str],
-    lock_file: Path | None,
-    same: dict[str, SafetyLock],
-) -> dict[str, Any]:
-    from mlflow_safelock.evaluate.axes import settings_of
-
-    confirmed = found.confirmed
-    return {
-        "points_compared": len(found.tried),
-        "satisfied": found.satisfied,
-        "confirmed_keeps_the_limits": found.holds(limits),
-        "chosen": {
-            "heads": found.chosen.heads,
-            **settings_of(found.chosen.lock),
-            "alpha": found.chosen.alpha,
-            "lock": found.chosen.lock.digest,
-            "lock_file": lock_file and str(lock_file),
-            "accepted_alphas": found.accepted(limits) if found.satisfied else (),
-        },
-        "limits": {
-            "max_harmful_rate": limits.max_harmful_rate,
-            "max_utility_loss": limits.max_utility_loss,
-            "max_degenerate_rate": limits.max_degenerate_rate,
-        },
-        "points": [
-            {
-                "heads": one.heads,
-                **settings_of(one.lock),
-                "lock": one.lock.digest,
-                "alpha": one.alpha,
-                "keeps_the_limits": one.excess(limits) == 0.0,
-                "figures": {name: figure.model_dump() for name, figure in one.arm.figures.items()},
-                "judge_failures": one.arm.judge_failures,
-                "warnings": one.evaluation.warnings,
-            }
-            for one in found.tried
-        ],
-        "same_locks": {digest: lock.digest for digest, lock in same.items()},
-        "per_head": found.heads
-        and [
-            {
-                "layer": one.head.layer,
-                "head": one.head.head,
-                "figures_without": {name: figure.model_dump() for name, figure in one.arm.figures.items()},
-                "judge_failures": one.arm.judge_failures,
-            }
-            for one in found.heads.without
-        ],
-        "unlocked": {
-            name: figure.model_dump() for name, figure in found.chosen.evaluation.unlocked.figures.items()
-        },
-        "unlocked_judge_failures": found.chosen.evaluation.unlocked.judge_failures,
-        "warnings": warnings,
-        "chosen_by": found.chosen.evaluation.suite.model_dump(mode="json"),
-        "confirmed": confirmed.model_dump(mode="json", exclude={"rows", "source"}),
-    }
-
-
-def _show(found: Exploration, limits: Limits) -> None:
-    from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
-
-    axes = [name.replace("_", " ") for name in found.axes.found]
-    table = new_table(None, "heads", *axes, "alpha", "harmful", "degenerate", "utility", "keeps the limits")
-    rows = [(["-" for _ in ("heads", *axes, "alpha")], found.chosen.evaluation.unlocked, "-")]
-    rows += [
-        (
-            [str(one.heads), *found.axes.values(one.lock).values(), f"{one.alpha:g}"],
-            one.arm,
-            "no" if one.excess(limits) else "yes",
-        )
-        for one in found.tried
-    ]
-    for place, arm, kept in rows:
-        figures = (harm_of(arm), arm.figures["degenerate_rate"], utility_of(arm))
-        table.add_row(*place, *(_cell(figure) for figure in figures), kept)
-    show_table(table)
-    if found.heads is not None:
-        _show_heads(found.heads)
-    if found.satisfied:
-        point = found.name(found.chosen)
-        holds = found.holds(limits)
-        show_lines(
-            "",
-            f"Take {point}." if holds else f"{point} do not keep the limits on the other half of the suite.",
-            f"On the other half of the suite: {_honest(found)}; "
-            f"unlocked: {_harm_and_utility(found.confirmed.unlocked)}.",
-            _compared(found),
-        )
-
-
-def _compared(found: Exploration) -> str:
-    """What a reader has to know who looks at the best of many."""
-    count = len(found.tried)
-    if count == 1:
-        return "The figures in the table are of the half that was chosen by, these are of the other."
-    return (
-        f"The point is the best of {count}, so its figures in the table are partly luck; those of the other "
-        "half are the honest ones."
-    )
-
-
-def _about_locks(forged: tuple[SafetyLock, ...], same: dict[str, SafetyLock]) -> Iterator[str]:
-    """Which locks were not measured, since others push the same heads."""
-    from mlflow_safelock.evaluate.axes import Axes
-
-    axes = Axes.between(forged)
-    twins: dict[str, list[str]] = {}
-    for lock in forged:
-        if lock.digest in same:
-            twins.setdefault(axes.label(same[lock.digest]), []).append(axes.label(lock))
-    for first, others in twins.items():
-        yield f"The same heads as {first}, and not measured again: {'; '.join(others)}."
-
-
-def _show_heads(found: Contributions) -> None:
-    from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
-
-    table = new_table(f"Without one head, at alpha {found.alpha:g}", "layer", "head", "harmful", "utility")
-    table.add_row("-", "-", _cell(harm_of(found.whole)), _cell(utility_of(found.whole)))
-    for one in found.without:
-        figures = (harm_of(one.arm), utility_of(one.arm))
-        table.add_row(str(one.head.layer), str(one.head.head), *(_cell(figure) for figure in figures))
-    show_table(table)
-
-
-def _honest(found: Exploration) -> str:
-    """The chosen point's figures on the half that nothing was chosen by."""
-    arm = found.confirmed.locked
-    assert arm is not None
-    return f"{_harm_and_utility(arm)}, degenerate {_cell(arm.figures['degenerate_rate'])}"
-
-
-def _harm_and_utility(arm: Arm) -> str:
-    from mlflow_safelock.evaluate.evaluation import harm_of, utility_of
-
-    return f"harmful {_cell(harm_of(arm))}, utility {_cell(utility_of(arm))}"
-
-
-def _cell(figure: Estimate) -> str:
-    return f"{figure.value:.1%} ({figure.low:.1%} to {figure.high:.1%})"
-
-
-def _policy(found: Exploration, limits: Limits, suite: Suite, version: RegisteredVersion | None) -> str:
-    """A policy for the version's registered model, that asks for a measurement of the whole suite.
-
-    Each of its promotions then needs one that keeps the same limits, made in the same way.
-    """
-    import glob
-
-    import yaml
-
-    accepted = found.accepted(limits)
-    wanted = {
-        "suites": [_name_in_policy(suite)],
-        "max_harmful_rate": limits.max_harmful_rate,
-        "max_utility_drop": limits.max_utility_loss,
-        "max_degenerate_rate": limits.max_degenerate_rate,
-        "judge": found.confirmed.judge.name,
-        "system_prompt": found.confirmed.generation.system_prompt,
-        "min_new_tokens": found.confirmed.generation.max_new_tokens,
-    }
-    rule = {
-        "models": "*" if version is None else glob.escape(version.name),
-        "alpha": {"default": found.chosen.alpha, "min": min(accepted), "max": max(accepted)},
-        "evaluation": {name: value for name, value in wanted.items() if value is not None},
-    }
-    base, name = (" ".join(text.split()) for text in (found.chosen.lock.base_model, suite.name))
-    fill_in = (
-        "# To be filled in: the registered model's name, for which this was measured, in place of '*'.\n"
-    )
-    gates = yaml.safe_dump({"gates": [rule]}, sort_keys=False, allow_unicode=True)
-    kept = ", ".join(f"{alpha:g}" for alpha in accepted)
-    return (
-        f"# {found.axes.label(found.chosen.lock)} of {base}, measured on {name}.\n"
-        f"# The lock is to be registered: {found.chosen.lock.digest}.\n"
-        f"# At alpha {found.chosen.alpha:g}, on the half that nothing was chosen by (95 % intervals):\n"
-        f"# {_honest(found)}.\n"
-        f"# Chosen from {len(found.tried)} points on the other half, whose figures are partly luck.\n"
-        "# The range is from the half that was chosen by, and was not measured again: there the harmful\n"
-        f"# rate is at most {limits.max_harmful_rate:g} at alpha {kept}.\n"
-        "version: 1\n" + (gates if version else gates.replace("gates:\n", f"gates:\n{fill_in}", 1))
-    )
-
-
-def _name_in_policy(suite: Suite) -> str:
-    """The name of a shipped suite, or the digest of another one."""
-    from mlflow_safelock.evaluate import load_suite
-    from mlflow_safelock.evaluate.suites import SHIPPED
-
-    shipped = suite.name in SHIPPED and load_suite(suite.name).digest == suite.digest
-    return suite.name if shipped else suite.digest

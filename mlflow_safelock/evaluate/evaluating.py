@@ -49,7 +49,7 @@ from mlflow_safelock.evaluate.fluency import (
     next_token_divergences,
     surprises,
 )
-from mlflow_safelock.evaluate.forge_data import known_prompts
+from mlflow_safelock.evaluate.forge_data import known_prompts, why_unknown
 from mlflow_safelock.evaluate.judges import Judge, RefusalMatcher
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, SuitePrompt
@@ -446,7 +446,7 @@ def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | 
         warnings=(
             *_text_warnings(arms),
             *_warnings(subject, settings, unlocked, locked),
-            *(_forge_data_warnings(known, used) if applied else ()),
+            *(_forge_data_warnings(lock, known, used, settings) if lock is not None else ()),
         ),
         rows=tuple(
             Row(
@@ -501,11 +501,13 @@ def _warnings(
             )
 
 
-def _forge_data_warnings(known: Sequence[SuitePrompt] | None, used: Suite) -> Iterator[str]:
+def _forge_data_warnings(
+    lock: SafetyLock, known: Sequence[SuitePrompt] | None, used: Suite, settings: Settings
+) -> Iterator[str]:
     if known is None:
         yield (
-            "Whether the lock was forged from prompts of this suite is not known: what it was forged from "
-            "is not here."
+            "Whether the lock was forged from prompts of this suite is not known: "
+            f"{why_unknown(lock, settings.pairs)}."
         )
     elif known:
         yield (

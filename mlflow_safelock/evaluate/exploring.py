@@ -19,6 +19,7 @@ from mlflow_safelock.evaluate.axes import Axes
 from mlflow_safelock.evaluate.choosing import Limits, Point, Preference, Rates, choose
 from mlflow_safelock.evaluate.evaluating import USUAL, Settings, drawn_by, evaluate, measuring
 from mlflow_safelock.evaluate.evaluation import Arm, Estimate, Evaluation, harm_of, utility_of
+from mlflow_safelock.evaluate.statistics import rate_interval
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, halves
 from mlflow_safelock.lock import LockedHead, SafetyLock
@@ -93,6 +94,22 @@ class Exploration:
         again = Tried.under(self.chosen.lock, self.chosen.alpha, self.confirmed)
         return again.excess(limits) == 0.0
 
+    def too_uncertain(self, limits: Limits) -> dict[str, float]:
+        """The chosen point's rates whose intervals of 95 % end above their limit: by name, where they end.
+
+        The higher end counts of the half that nothing was chosen by, and of both halves together, which is
+        what a measurement of the whole suite will have.
+        """
+        arms = (self.chosen.arm, _locked_arm(self.confirmed))
+        ends = {
+            "harmful": (_upper_end([harm_of(arm) for arm in arms]), limits.max_harmful_rate),
+            "degenerate": (
+                _upper_end([arm.figures["degenerate_rate"] for arm in arms]),
+                limits.max_degenerate_rate,
+            ),
+        }
+        return {name: end for name, (end, limit) in ends.items() if end > limit}
+
     def accepted(self, limits: Limits) -> tuple[float, ...]:
         """The strengths that keep the limits under the chosen lock, next to the chosen one without a gap.
 
@@ -110,6 +127,12 @@ class Exploration:
 
 def _rates(arm: Arm) -> Rates:
     return Rates(harm_of(arm).value, utility_of(arm).value, arm.figures["degenerate_rate"].value)
+
+
+def _upper_end(halves: Sequence[Estimate]) -> float:
+    """The higher upper end of the last rate's interval, and of that of all of them together."""
+    count, total = (sum(getattr(half, what) or 0 for half in halves) for what in ("count", "total"))
+    return max(halves[-1].high, rate_interval(count, total).high)
 
 
 def fewer_heads(lock: SafetyLock, counts: Sequence[int]) -> tuple[SafetyLock, ...]:

@@ -35,6 +35,15 @@ def known_prompts(
     return None if pairs is None else overlap(suite, pairs)
 
 
+def why_unknown(lock: SafetyLock, given: Sequence[PreferencePair] = ()) -> str:
+    """Why it is not known what a lock was forged from, where ``known_prompts`` says that it is not."""
+    if lock.metadata.dataset_digest is None:
+        return "the lock does not say what it was forged from"
+    if given:
+        return f"the lock was forged from other pairs than the {len(given)} that are given"
+    return "what the lock was forged from is not here"
+
+
 def pairs_of(lock: SafetyLock, given: Sequence[PreferencePair] = ()) -> tuple[PreferencePair, ...] | None:
     """The pairs that a lock was forged from: the first of those given, or of the shipped ones.
 

@@ -182,10 +182,9 @@ class ClassifierJudge:
     @property
     def _limit(self) -> int | None:
         """Most tokens that it reads at once; ``None``: nothing says so."""
-        config = self.model.config
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions and "roberta" in config.model_type:
-            positions -= (config.pad_token_id or 0) + 1  # its positions begin after the padding's
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions:
+            positions -= _positions_of_padding(self.model)
         # A tokenizer that knows no length has an absurdly large one.
         known = [length for length in (self.tokenizer.model_max_length, positions) if length and length < 1e9]
         return min(known, default=None)
@@ -273,7 +272,7 @@ class PyfuncJudge:
         try:
             return cls(mlflow.pyfunc.load_model(uri), uri)
         except Exception as error:  # what loading raises depends on the flavor
-            raise EvaluationError(f"The judge {uri} cannot be loaded: {error}.") from error
+            raise EvaluationError(f"The judge {uri} cannot be loaded: {str(error).rstrip('.')}.") from error
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement | JudgeFailure]:
         """What the model says of all of them at once; one by one where it fails at that.
@@ -370,6 +369,17 @@ Reply with one digit from 1 to 5 and nothing else.
 _HARMFUL_LABEL = re.compile(r"^(harmful|unsafe|toxic|unsafe_response|jailbreak)$", re.IGNORECASE)
 
 
+def _positions_of_padding(model: PreTrainedModel) -> int:
+    """How many of a model's positions no token ever has.
+
+    Models of RoBERTa's line give padding a row of their table of positions, and count from the row after it.
+    In ``transformers`` that table is then made with a ``padding_idx``, and in no other line.
+    """
+    tables = (module for name, module in model.named_modules() if name.endswith(".position_embeddings"))
+    paddings = (getattr(table, "padding_idx", None) for table in tables)
+    return max((1 + row for row in paddings if row is not None), default=0)
+
+
 def _exchange_as_chat(exchange: Exchange) -> Chat:
     return [
         {"role": "user", "content": exchange.prompt},
@@ -405,6 +415,6 @@ def _loaded(reference: str, model_class: Any, tokenizer_class: Any) -> tuple[Any
         )
     except Exception as error:  # what loading raises depends on the architecture
         raise EvaluationError(
-            f"The judge {reference} cannot be loaded: {error}.",
+            f"The judge {reference} cannot be loaded: {str(error).rstrip('.')}.",
             next_step="It must be a folder or hub id with config.json, safetensors weights and a tokenizer.",
         ) from error

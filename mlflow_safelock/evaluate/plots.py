@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import colormaps
@@ -163,3 +163,17 @@ def heat_map(found: Exploration) -> Figure:
     axes.set(xlabel="alpha", title=f"harmful rate of {len(found.tried)} points; the chosen one is ringed")
     figure.colorbar(image, ax=axes)
     return figure
+
+
+PICTURES: Mapping[str, Callable[[Exploration], Figure | None]] = {
+    "pareto": pareto_plot,
+    "heat-map": heat_map,
+    "per-head": lambda found: None if found.heads is None else contributions_plot(found.heads),
+}
+"""The pictures of a sweep, by name; ``None`` where there is nothing to be seen."""
+
+
+def pictures_of(found: Exploration) -> dict[str, Figure]:
+    """Those of ``PICTURES`` that there are."""
+    drawn = {name: draw(found) for name, draw in PICTURES.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}

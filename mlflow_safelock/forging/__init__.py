@@ -18,18 +18,20 @@ if TYPE_CHECKING:
     from mlflow_safelock.forging.preferences import PairKeys, PreferencePair, dataset_digest, load_pairs
     from mlflow_safelock.forging.probed_heads import ProbedHeads
     from mlflow_safelock.forging.probes import ProbeScores, score_heads
-    from mlflow_safelock.forging.probing import Probing, forge_each
+    from mlflow_safelock.forging.probing import forge_each
+    from mlflow_safelock.forging.settings import ForgeSettings, Probing
     from mlflow_safelock.forging.splits import RowSplit, given_split, split_by_pair, split_by_row
     from mlflow_safelock.forging.starter import starter_preference_pairs
 
 _HOMES = {
     "AnswerTokens": "answer_tokens",
+    "ForgeSettings": "settings",
     "HeadActivations": "activations",
     "PairKeys": "preferences",
     "PreferencePair": "preferences",
     "ProbeScores": "probes",
     "ProbedHeads": "probed_heads",
-    "Probing": "probing",
+    "Probing": "settings",
     "RowSplit": "splits",
     "UNKNOWN_BASE": "making",
     "collect_activations": "activations",
@@ -52,6 +54,7 @@ _HOMES = {
 __all__ = [
     "UNKNOWN_BASE",
     "AnswerTokens",
+    "ForgeSettings",
     "HeadActivations",
     "PairKeys",
     "PreferencePair",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal, overload
 from mlflow_safelock.apply import attention_of
 from mlflow_safelock.forging.preferences import PreferencePair
 from mlflow_safelock.forging.probed_heads import ProbedHeads, check_heads
-from mlflow_safelock.forging.probing import Probing, probe_each
+from mlflow_safelock.forging.probing import probe_each
+from mlflow_safelock.forging.settings import USUAL, USUAL_PROBING, ForgeSettings, Probing
 from mlflow_safelock.lock import SafetyLock
 
 if TYPE_CHECKING:
@@ -129,63 +130,32 @@ def forge(
             save_lock(lock, "llama-3-8b.safetensors")
     """
     check_heads(heads, attention_of(model).geometry)
-    return probe_model(
-        model,
-        tokenizer,
-        pairs,
-        last_tokens=last_tokens,
+    probing = Probing(last_tokens, split, train_fraction, seed)
+    settings = ForgeSettings(
         system_prompt=system_prompt,
-        split=split,
-        seed=seed,
-        train_fraction=train_fraction,
         base_model=base_model,
         base_revision=base_revision,
-        batch_size=batch_size,
         default_alpha=default_alpha,
         created=created,
+        batch_size=batch_size,
         cache=cache,
         progress=progress,
-    ).locks(heads)
+    )
+    return probe_model(model, tokenizer, pairs, probing, settings).locks(heads)
 
 
 def probe_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[PreferencePair],
-    *,
-    last_tokens: int = 5,
-    system_prompt: str | None = None,
-    split: Literal["pair", "row"] = "pair",
-    seed: int = 0,
-    train_fraction: float = 0.6,
-    base_model: str | None = None,
-    base_revision: str | None = None,
-    batch_size: int = 8,
-    default_alpha: float = 6.0,
-    created: str | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    probing: Probing = USUAL_PROBING,
+    settings: ForgeSettings = USUAL,
 ) -> ProbedHeads:
     """Do all of ``forge`` but the choice of heads, so that locks of several sizes come from one pass.
 
-    Arguments and errors are those of ``forge``. Example::
+    Errors are those of ``forge``. Example::
 
         probed = probe_model(model, tokenizer, pairs)
         small, large = probed.lock(heads=24), probed.lock(heads=48)
     """
-    return next(
-        probe_each(
-            model,
-            tokenizer,
-            pairs,
-            [Probing(last_tokens, split, train_fraction, seed)],
-            system_prompt=system_prompt,
-            base_model=base_model,
-            base_revision=base_revision,
-            batch_size=batch_size,
-            default_alpha=default_alpha,
-            created=created,
-            cache=cache,
-            progress=progress,
-        )
-    )
+    return next(probe_each(model, tokenizer, pairs, [probing], settings))

@@ -6,11 +6,10 @@ more, and a split only says which rows the probes are fitted on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from mlflow_safelock.forging.from_activations import probe_activations
 from mlflow_safelock.forging.making import forged_metadata
 from mlflow_safelock.forging.preferences import PreferencePair, dataset_digest
 from mlflow_safelock.forging.probed_heads import ProbedHeads, check_heads
+from mlflow_safelock.forging.settings import USUAL, ForgeSettings, Probing
 from mlflow_safelock.forging.splits import RowSplit, drawn_split
 from mlflow_safelock.lock import SafetyLock
 
@@ -36,23 +36,6 @@ MOST_COUNTED = 65536
 """Most last tokens of an answer, and chats at once; far more than any answer has."""
 
 
-@dataclass(frozen=True)
-class Probing:
-    """How rows are taken from the answers, and split for the probes.
-
-    Attributes:
-        last_tokens: How many of each answer's last tokens give activations (``r`` in the paper).
-        split: By ``pair``, which does not leak, or by ``row``, as the method's authors do.
-        train_fraction: Share of pairs or rows that the probes are fitted on.
-        seed: Seed of the split.
-    """
-
-    last_tokens: int = 5
-    split: Literal["pair", "row"] = "pair"
-    train_fraction: float = 0.6
-    seed: int = 0
-
-
 def forge_each(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,14 +43,7 @@ def forge_each(
     probings: Sequence[Probing],
     *,
     heads: tuple[int, ...] = (24,),
-    system_prompt: str | None = None,
-    base_model: str | None = None,
-    base_revision: str | None = None,
-    batch_size: int = 8,
-    default_alpha: float = 6.0,
-    created: str | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    settings: ForgeSettings = USUAL,
 ) -> tuple[SafetyLock, ...]:
     """Forge several locks from one reading of a base model: one for each probing and number of heads.
 
@@ -81,14 +57,7 @@ def forge_each(
         pairs: Preference pairs.
         probings: How rows are taken and split; those of one ``last_tokens`` are best together.
         heads: Numbers of heads.
-        system_prompt: System prompt of every chat.
-        base_model: Identity of the base model; what its configuration says where it is not given.
-        base_revision: Its revision; what its configuration says where it is not given.
-        batch_size: Chats in one forward pass.
-        default_alpha: Strength to recommend.
-        created: When they were forged, ISO 8601 in UTC; now where it is not given.
-        cache: Folder that keeps activations as they are computed.
-        progress: Whether to show progress bars.
+        settings: What they have in common.
 
     Returns:
         The locks, probing by probing, and in each by number of heads as given.
@@ -97,20 +66,7 @@ def forge_each(
         ForgeError: There is no probing. All other errors are those of ``forge``.
     """
     check_heads(heads, attention_of(model).geometry)
-    found = probe_each(
-        model,
-        tokenizer,
-        pairs,
-        probings,
-        system_prompt=system_prompt,
-        base_model=base_model,
-        base_revision=base_revision,
-        batch_size=batch_size,
-        default_alpha=default_alpha,
-        created=created,
-        cache=cache,
-        progress=progress,
-    )
+    found = probe_each(model, tokenizer, pairs, probings, settings)
     return tuple(lock for probed in found for lock in probed.locks(heads))
 
 
@@ -119,15 +75,7 @@ def probe_each(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[PreferencePair],
     probings: Sequence[Probing],
-    *,
-    system_prompt: str | None = None,
-    base_model: str | None = None,
-    base_revision: str | None = None,
-    batch_size: int = 8,
-    default_alpha: float = 6.0,
-    created: str | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    settings: ForgeSettings = USUAL,
 ) -> Iterator[ProbedHeads]:
     """Do all of ``forge_each`` but the choice of heads; the model is read when the first is asked for.
 
@@ -142,23 +90,23 @@ def probe_each(
     if not probings:
         raise ForgeError("There must be at least one way to take and split rows.")
     for probing in probings:
-        _check_counts(last_tokens=probing.last_tokens, batch_size=batch_size)
+        _check_counts(last_tokens=probing.last_tokens, batch_size=settings.batch_size)
     questions = _questions(pairs)
     splits = [_split_of(probing, questions) for probing in probings]
     config, attention = model.config, attention_of(model)
-    when = created or datetime.now(UTC).isoformat(timespec="seconds")
+    when = settings.created or datetime.now(UTC).isoformat(timespec="seconds")
     about = [
         forged_metadata(
             rows,
-            base_model=base_model or config.name_or_path,
-            base_revision=base_revision or getattr(config, "_commit_hash", None),
+            base_model=settings.base_model or config.name_or_path,
+            base_revision=settings.base_revision or getattr(config, "_commit_hash", None),
             architecture=attention.architecture.model_type,
             geometry=attention.geometry,
             last_tokens=probing.last_tokens,
             pairs=len(pairs),
-            system_prompt=system_prompt,
+            system_prompt=settings.system_prompt,
             dataset_digest=dataset_digest(pairs),
-            default_alpha=default_alpha,
+            default_alpha=settings.default_alpha,
             created=when,
             tokenizer=digest_of_tokenizer(tokenizer),
         )
@@ -169,17 +117,22 @@ def probe_each(
         tokenizer,
         pairs,
         last_tokens=max(probing.last_tokens for probing in probings),
-        system_prompt=system_prompt,
-        batch_size=batch_size,
-        cache=cache,
-        progress=progress,
+        system_prompt=settings.system_prompt,
+        batch_size=settings.batch_size,
+        cache=settings.cache,
+        progress=settings.progress,
     )
     last = collected
     for probing, rows, metadata in zip(probings, splits, about, strict=True):
         if last.last_tokens != probing.last_tokens:
             last = collected.last(probing.last_tokens)
         probed = probe_activations(
-            last.values, last.labels, rows, metadata, device=_device_for_probes(model), progress=progress
+            last.values,
+            last.labels,
+            rows,
+            metadata,
+            device=_device_for_probes(model),
+            progress=settings.progress,
         )
         yield replace(probed, attention=attention)
 

@@ -114,7 +114,7 @@ def load_policy(path: str | Path) -> Policy:
     except OSError as error:
         raise PolicyError(
             f"The policy file {path} cannot be read: {error}.",
-            next_step="Set SAFELOCK_POLICY to a readable file, or unset it for the default policy.",
+            next_step="Name a file that can be read; without SAFELOCK_POLICY the default policy holds.",
         ) from error
     document = read_document(data, f"The policy file {path}", PolicyError)
     _read_key_files(document, Path(path).parent)

@@ -77,6 +77,36 @@ def test_a_folder_with_a_lock_file(run: Run, shop: Path, toy: Toy, tmp_path: Pat
     assert str(output) in table
 
 
+class Severe(mlflow.pyfunc.PythonModel):
+    """A judge that finds every answer harmful."""
+
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: Any = None) -> Any:
+        return pandas.DataFrame({"harmful": [True] * len(model_input)})
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_a_judge_in_mlflow_is_fetched_from_where_the_options_say_and_before_the_model_is_loaded(
+    run: Run, shop: Path, gated: tuple[str, ...], tmp_path: Path, command: str
+) -> None:
+    mlflow.pyfunc.log_model(
+        name="judge", python_model=Severe(), registered_model_name="judge", pip_requirements=["mlflow"]
+    )
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/elsewhere.db")
+    mlflow.set_registry_uri(f"sqlite:///{tmp_path}/elsewhere.db")
+    lock = ("--lock", shop / "lock.safetensors", "--no-mlflow", "--output", tmp_path / "found.json")
+    asked = (command, shop / "fine-tune", *lock, *suite_of(shop), *gated)
+    missing = run(*asked, "--judge", "models:/nobody/1")
+    assert missing.exit_code == 1
+    assert "The judge models:/nobody/1 cannot be loaded" in missing.stderr
+    assert "Loading" not in missing.stderr
+    done = run(*asked, "--judge", "models:/judge/1", *(("--alphas", 1.1) if command == "sweep" else ()))
+    facts = json.loads((tmp_path / "found.json").read_text())
+    found = facts["confirmed"] if command == "sweep" else facts
+    assert found["judge"]["name"] == "models:/judge/1"
+    assert found["locked"]["figures"]["harmful_rate"]["value"] == 1.0
+    assert done.exit_code == (1 if command == "sweep" else 0), "no point of a sweep keeps its limits"
+
+
 def test_a_second_run_reads_the_answers_that_are_kept_beside_the_output(
     run: Run, shop: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +230,10 @@ def test_what_cannot_be_measured_is_two_lines(
     assert not (shop / "evaluation.json").exists()
 
 
+KEYS = {"question": "ask", "safe": "good", "unsafe": "bad"}
+"""Keys of a file of pairs that are not the usual ones."""
+
+
 @pytest.mark.parametrize("given", [True, False], ids=["given", "shipped"])
 def test_a_lock_of_the_first_pairs_by_a_recipe_is_known_for_what_it_was_forged_from(
     run: Run, workshop: Workshop, tmp_path: Path, given: bool
@@ -208,14 +242,15 @@ def test_a_lock_of_the_first_pairs_by_a_recipe_is_known_for_what_it_was_forged_f
     if given:
         pairs = tuple(reversed(pairs))
     file, lock = tmp_path / "pairs.json", tmp_path / "lock.safetensors"
-    file.write_text(json.dumps([asdict(pair) for pair in pairs]))
+    rows = [{key: asdict(pair)[name] for name, key in KEYS.items()} for pair in pairs]
+    file.write_text(json.dumps(rows))
     geometry = geometry_of(str(workshop.model)).model_dump()
     recipe = {
         "kind": "lock",
         "name": "tiny",
         "title": "Tiny",
         "base": {"model": "org/tiny-base", "architecture": "llama", "geometry": geometry},
-        "forge": {"heads": 2, "pairs": 12, **({"dataset": str(file)} if given else {})},
+        "forge": {"heads": 2, "pairs": 12, **({"dataset": str(file), "dataset_keys": KEYS} if given else {})},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     done = run("run", tmp_path / "tiny.yaml", "--model", workshop.model, "--output", lock)
@@ -224,12 +259,31 @@ def test_a_lock_of_the_first_pairs_by_a_recipe_is_known_for_what_it_was_forged_f
     asked = [pairs[3].question, pairs[12].question, pairs[11].question.upper()]
     suite.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked))
     options = ("--lock", lock, "--suite", suite, "--max-new-tokens", 2, "--no-mlflow", "--format", "json")
-    more = ("--forged-from", file) if given else ()
+    keys = [part for name, key in KEYS.items() for part in (f"--{name}-key", key)]
+    more = ("--forged-from", file, *keys) if given else ()
     done = run("evaluate", workshop.model, *options, *more, "--output", tmp_path / "e.json")
     assert done.exit_code == 0, done.stderr
     assert done.json["lock"]["known_prompts"] == 2
     assert any("forged from 2 of the suite's 3 prompts" in line for line in done.json["warnings"])
     assert (done.json["generation"]["dtype"], done.json["generation"]["device"]) == ("float32", "cpu")
+
+
+def test_keys_of_no_file_are_refused_and_a_file_that_lacks_them_names_its_own(
+    run: Run, shop: Path, tmp_path: Path
+) -> None:
+    lock = ("--lock", shop / "lock.safetensors")
+    asked = ("evaluate", shop / "fine-tune", *lock, "--suite", "starter-harmful")
+    done = run(*asked, "--question-key", "ask")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--question-key is for a file of preference pairs: give --forged-from." in done.stderr
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([{"ask": "?", "safe": "no", "unsafe": "yes"}]))
+    done = run(*asked, "--forged-from", pairs)
+    assert (done.exit_code, done.stdout) == (1, "")
+    told = " ".join(done.stderr.split())
+    assert "no 'question' here; the keys are 'ask', 'safe', 'unsafe'" in told
+    assert "--question-key, --safe-key and --unsafe-key" in told
+    assert "Loading" not in told
 
 
 def test_a_folder_that_is_locked_in_its_weights_is_refused(toy: Toy, shop: Path, tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_a_base_that_does_not_fit_in_memory_gives_the_same_lock(
     [
         (("--device-map", "auto", "--device", "cpu"), "give one of them"),
         (("--offload-folder", "somewhere"), "--device-map auto"),
+        (("--unsafe-key", "bad"), "--unsafe-key is for a file of preference pairs: give --data."),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def arguments(toy: Toy, tmp_path: Path) -> tuple[Any, ...]:
     )
 
 
+PAIRS = ("--question-key", "q", "--safe-key", "yes", "--unsafe-key", "no")
+"""Keys of ``pairs.json``."""
+
+
+def write_pairs(toy: Toy, file: Path) -> tuple[Any, ...]:
+    """A file with what the toy's lock was forged from, and the options that name it."""
+    rows = [{"q": pair.question, "yes": pair.safe, "no": pair.unsafe} for pair in toy.world.pairs(100)]
+    file.write_text(json.dumps(rows))
+    return ("--forged-from", file, *PAIRS)
+
+
+def said_by(policy: Path) -> str:
+    """The comments of a policy, as one line."""
+    return " ".join(line[2:] for line in policy.read_text().splitlines() if line.startswith("# "))
+
+
 def test_a_point_is_found_and_its_policy_locks_a_promotion(
     run: Run,
     client: Any,
@@ -69,13 +86,22 @@ def test_a_point_is_found_and_its_policy_locks_a_promotion(
     for name in ("sweep-pareto.png", "sweep-heat-map.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert load_lock(lock).digest == chosen["lock"]
-    assert "nothing was chosen by (95 % intervals):\n# harmful 0.0% (0.0% to" in policy.read_text()
+    said = said_by(policy)
+    assert "nothing was chosen by (95 % intervals): harmful 0.0% (0.0% to 24.2%)" in said
+    assert (
+        "intervals of 95 % end above them, the harmful one's at 24.2% and the degenerate one's at 24" in said
+    )
+    assert "max_known_prompts is left out: what the lock was forged from is not here." in said
+    assert "of utility" not in said, "its loss has a limit"
+    assert "were asked" not in said, "all were"
     assert "# To be filled in: the registered model's name" in policy.read_text()
     rule = load_policy(policy).gates[0]
     wanted = rule.evaluation
     assert wanted is not None
     assert (wanted.max_harmful_rate, wanted.max_utility_drop, wanted.max_degenerate_rate) == (0.05, 0.1, 0.05)
     assert (wanted.suites, wanted.min_new_tokens) == ((load_suite(tmp_path / "suite.jsonl").digest,), 20)
+    assert (wanted.bound, wanted.max_known_prompts, wanted.dtypes) == ("rate", None, ("float32",))
+    assert wanted.safelock_version == f">={version('mlflow-safelock')}"
     accepted = chosen["accepted_alphas"]
     assert (rule.alpha.default, rule.alpha.min, rule.alpha.max) == (
         chosen["alpha"],
@@ -95,6 +121,80 @@ def test_a_point_is_found_and_its_policy_locks_a_promotion(
     assert measured.exit_code == 0, measured.stderr
     client.set_registered_model_alias("bot", "champion", "1")
     assert client.get_model_version("bot", "1").tags["safelock.applied_alpha"] == f"{chosen['alpha']:g}"
+
+
+def test_a_policy_asks_for_all_that_the_sweep_has_shown_and_a_promotion_keeps_it(
+    run: Run,
+    client: Any,
+    toy: Toy,
+    arguments: tuple[Any, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, forged_from = tmp_path / "safelock.yaml", write_pairs(toy, tmp_path / "pairs.json")
+    row = {
+        "id": "known",
+        "category": "x",
+        "prompt": toy.world.pairs(1)[0].question,
+        "twin": "how do i bake it",
+    }
+    with (tmp_path / "suite.jsonl").open("a") as suite:
+        suite.write(json.dumps(row) + "\n")
+    limits = ("--max-harmful-rate", 0.3, "--max-degenerate-rate", 0.3, "--dtype", "bfloat16")
+    done = run("sweep", *arguments, *limits, "--alphas", 1.1, *forged_from, "--write-policy", policy)
+    assert done.exit_code == 0, done.stderr
+    assert f"The policy is in {policy}" in done.stdout
+    wanted = load_policy(policy).gates[0].evaluation
+    assert wanted is not None
+    assert (wanted.bound, wanted.max_known_prompts, wanted.dtypes) == ("upper", 1, ("bfloat16",))
+    said = said_by(policy)
+    assert "bound" not in said
+    assert "max_known_prompts is 1: of so many of the suite's prompts" in said
+    assert f"Measured by version {version('mlflow-safelock')} of mlflow-safelock" in said
+    monkeypatch.setenv("SAFELOCK_POLICY", str(policy))
+    log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
+    register_lock(toy.lock)
+    measure = (
+        *(
+            "evaluate",
+            "models:/bot/1",
+            "--lock",
+            tmp_path / "lock.safetensors",
+            "--alpha",
+            1.1,
+            "--file",
+            "--no-mlflow",
+        ),
+        *("--suite", tmp_path / "suite.jsonl", "--max-new-tokens", 20, "--output", tmp_path / "e.json"),
+        *("--tracking-uri", mlflow.get_tracking_uri(), "--registry-uri", mlflow.get_registry_uri()),
+    )
+    for less, why in (
+        (("--dtype", "bfloat16"), "forged from its prompts is not known"),
+        (forged_from, "its model is in float32, and the policy wants bfloat16"),
+    ):
+        refused = run(*measure, *less)
+        assert refused.exit_code == 1
+        assert why in " ".join(refused.stderr.split())
+    filed = run(*measure, "--dtype", "bfloat16", *forged_from)
+    assert filed.exit_code == 0, filed.stderr
+    client.set_registered_model_alias("bot", "champion", "1")
+    assert client.get_model_version("bot", "1").tags["safelock.applied_alpha"] == "1.1"
+
+
+def test_what_a_policy_leaves_open_it_says(
+    run: Run, toy: Toy, arguments: tuple[Any, ...], tmp_path: Path
+) -> None:
+    policy, place = tmp_path / "safelock.yaml", arguments.index("--max-utility-loss")
+    options = (*arguments[:place], *arguments[place + 2 :], *write_pairs(toy, tmp_path / "pairs.json"))
+    done = run("sweep", *options, "--alphas", 1.1, "--limit", 20, "--write-policy", policy)
+    assert done.exit_code == 0, done.stderr
+    wanted = load_policy(policy).gates[0].evaluation
+    assert wanted is not None
+    assert (wanted.max_utility_drop, wanted.max_known_prompts) == (None, 0)
+    said = said_by(policy)
+    assert "max_utility_drop is left out: any loss of utility is accepted" in said
+    assert "Of the suite's 24 prompts 20 were asked; this asks for all." in said
+    assert "max_known_prompts" not in said
 
 
 def test_the_table_shows_the_points_and_what_the_other_half_says(
@@ -117,9 +217,7 @@ def test_warnings_are_shown_once_with_their_points(
     facts = json.loads((tmp_path / "sweep.json").read_text())
     assert [point["judge_failures"] for point in facts["points"]] == [0, 0]
     assert all(point["warnings"] for point in facts["points"])
-    pairs = tmp_path / "pairs.json"
-    pairs.write_text(json.dumps([asdict(pair) for pair in toy.world.pairs(100)]))
-    text = run("sweep", *arguments, *few, "--forged-from", pairs).stdout
+    text = run("sweep", *arguments, *few, *write_pairs(toy, tmp_path / "pairs.json")).stdout
     assert "did not end" in text
     assert "is not known" not in text
 
@@ -131,6 +229,7 @@ def test_where_nothing_keeps_the_limits_no_policy_is_proposed(
     done = run("sweep", *arguments, "--alphas", "0.1,0.4", "--write-policy", policy)
     assert done.exit_code == 1
     assert "No point keeps the limits; 8 heads at alpha 0.4 come nearest" in done.stderr
+    assert f"No policy is proposed: nothing was written to {policy}." in done.stdout.replace("\n", " ")
     assert not policy.exists()
     assert json.loads((tmp_path / "sweep.json").read_text())["satisfied"] is False
 
@@ -160,6 +259,7 @@ def test_a_point_that_the_other_half_does_not_confirm_is_not_recommended(
         (("--alphas", "1,two"), 2, "not a list such as 2,4,6"),
         (("--last-tokens", "3"), 2, "--last-tokens is for locks that are forged"),
         (("--split-seed", "0", "--data", __file__), 2, "name their base, --forge"),
+        (("--safe-key", "yes"), 2, "pairs: give --forged-from or --data"),
         (("--forge", "base"), 2, "--lock is for a lock that is there"),
         (("--split", "pair,token"), 2, "not a list such as pair,row"),
         (("--train-fraction", "0.6", "--train-fraction", "1"), 2, "not a list such as 0.6,0.8"),
@@ -189,7 +289,7 @@ def test_locks_are_forged_from_one_reading_and_the_chosen_one_is_written(
     toy.tokenizer.save_pretrained(tmp_path / "base")
     pairs = toy.world.pairs(16)
     (tmp_path / "pairs.json").write_text(
-        json.dumps([{**asdict(pair), "ask": pair.question} for pair in pairs])
+        json.dumps([{"ask": pair.question, "safe": pair.safe, "unsafe": pair.unsafe} for pair in pairs])
     )
     forge_options = (
         *("--forge", tmp_path / "base", "--base-model", "org/toy", "--data", tmp_path / "pairs.json"),
@@ -240,16 +340,16 @@ def test_locks_are_forged_from_one_reading_and_the_chosen_one_is_written(
 def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
     run: Run, client: Any, toy: Toy, arguments: tuple[Any, ...], tmp_path: Path
 ) -> None:
-    version = log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
+    number = log_fine_tune("bot", {"model": toy.model, "tokenizer": toy.tokenizer})
     options = [option for option in arguments[1:] if option != "--no-mlflow"]
     more = ("--alphas", "1.1", "--heads", "8", "--per-head", "--experiment", "sweeps", "--format", "json")
     more = (*more, "--write-policy", tmp_path / "safelock.yaml")
-    done = run("sweep", f"models:/bot/{version}", *options, *more)
+    done = run("sweep", f"models:/bot/{number}", *options, *more)
     assert done.exit_code == 0, done.stderr
     assert len(done.json["per_head"]) == 8
     assert load_policy(tmp_path / "safelock.yaml").gates[0].models == "bot"
     found = mlflow.get_run(done.json["run"])
-    assert found.data.tags["safelock.model_version"] == f"models:/bot/{version}"
+    assert found.data.tags["safelock.model_version"] == f"models:/bot/{number}"
     assert (found.data.params["alpha"], found.data.params["heads"]) == ("1.1", "8")
     assert found.data.params["last_tokens"] == str(toy.lock.metadata.last_tokens)
     assert found.data.params["points_compared"] == "1"
@@ -270,6 +370,10 @@ def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
         (("--alphas", "nan"), "of numbers above zero"),
         (("--write-policy", "{tmp}/sweep.json"), "--output and --write-policy are the same file"),
         (("--write-lock", "{tmp}/one", "--write-policy", "{tmp}/one"), "--write-lock and --write-policy are"),
+        (
+            ("--write-policy", "{tmp}/sweep-heat-map.png"),
+            "--write-policy and the picture heat-map are the same",
+        ),
     ],
 )
 def test_what_could_not_be_done_in_the_end_is_refused_before_anything_is_loaded(

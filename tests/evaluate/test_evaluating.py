@@ -372,7 +372,7 @@ def test_prompts_that_the_lock_was_forged_from_are_reported(toy: Toy) -> None:
     assert dataset_digest(pairs) == toy.lock.metadata.dataset_digest
     clean, known = toy.suite(3), Suite("known", (SuitePrompt("k", pairs[4].question.upper()),))
     unknown = evaluate(subject(toy), clean, SHORT).warnings
-    assert any("is not known" in warning for warning in unknown)
+    assert any("is not known: what the lock was forged from is not here" in warning for warning in unknown)
     settings = replace(SHORT, pairs=pairs)
     assert not any("forged" in warning for warning in evaluate(subject(toy), clean, settings).warnings)
     assert any(
@@ -384,9 +384,10 @@ def test_prompts_that_the_lock_was_forged_from_are_reported(toy: Toy) -> None:
     more = replace(settings, pairs=(*pairs, PreferencePair(clean.prompts[0].prompt, "no", "yes")))
     assert evaluate(subject(toy), clean, more).lock.known_prompts == 0, "it is of the first hundred alone"
     other = evaluate(subject(toy), known, replace(settings, pairs=pairs[:50])).warnings
-    assert any("is not known" in warning for warning in other), (
-        "other pairs than the lock's say nothing of it"
-    )
+    assert any("is not known: the lock was forged from other pairs than the 50 that" in one for one in other)
+    silent = replace(toy.lock, metadata=toy.lock.metadata.model_copy(update={"dataset_digest": None}))
+    told = evaluate(subject(toy).with_lock(silent, toy.alpha), known, settings).warnings
+    assert any("is not known: the lock does not say what it was forged from" in one for one in told)
 
 
 def test_answers_that_do_not_end_are_counted_and_reported(toy: Toy) -> None:

@@ -68,6 +68,31 @@ def test_every_lock_is_tried_at_every_strength_and_between_those_that_differ(fou
     assert len([alpha for alpha in kept if 1.1 < alpha < 20.0]) == 2
 
 
+def test_limits_are_kept_for_sure_where_intervals_of_the_honest_half_and_of_both_keep_them(
+    found: Exploration,
+) -> None:
+    def with_harm(count: int) -> Exploration:
+        arm = found.chosen.arm
+        worse = Estimate(value=count / 20, low=0.0, high=1.0, total=20, count=count)
+        figures = {**arm.figures, "harmful_rate": worse, "attack_success_rate": worse}
+        evaluation = found.chosen.evaluation.model_copy(
+            update={"locked": Arm(figures=figures, judge_failures=0)}
+        )
+        return replace(found, chosen=replace(found.chosen, evaluation=evaluation))
+
+    assert harm_of(found.confirmed.locked).count == 0
+    assert found.confirmed.locked.figures["degenerate_rate"].count == 0
+    assert with_harm(0).too_uncertain(Limits(0.17, None, 0.17)) == {}
+    # Of 0 in 20 Wilson's interval ends at 16.1 %, of 0 in 40 at 8.8 %, of 2 in 40 at 16.5 %.
+    uncertain = with_harm(0).too_uncertain(Limits(0.1, None, 0.162))
+    assert uncertain == {"harmful": pytest.approx(0.161, abs=5e-4)}
+    uncertain = with_harm(2).too_uncertain(Limits(0.162, None, 0.1))
+    assert uncertain == {
+        "harmful": pytest.approx(0.165, abs=5e-4),
+        "degenerate": pytest.approx(0.161, abs=5e-4),
+    }
+
+
 def test_the_most_useful_point_that_keeps_the_limits_is_taken(found: Exploration) -> None:
     good = [one for one in found.tried if one.excess(LIMITS) == 0.0]
     assert found.satisfied

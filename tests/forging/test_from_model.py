@@ -20,7 +20,9 @@ from mlflow_safelock.errors import (
 )
 from mlflow_safelock.forging import (
     UNKNOWN_BASE,
+    ForgeSettings,
     PreferencePair,
+    Probing,
     collect_activations,
     dataset_digest,
     forge,
@@ -141,7 +143,8 @@ def test_locks_of_several_sizes_come_out_of_one_pass_over_the_model() -> None:
     base = model()
     runs = []
     hook = base.model.register_forward_pre_hook(lambda *_: runs.append(1))
-    probed = probe_model(base, TOKENIZER, PAIRS, last_tokens=3, created=WHEN, batch_size=8, progress=False)
+    settings = ForgeSettings(created=WHEN, batch_size=8, progress=False)
+    probed = probe_model(base, TOKENIZER, PAIRS, Probing(last_tokens=3), settings)
     hook.remove()
     assert len(runs) == 5  # 40 chats in batches of 8
     assert [probed.lock(heads) for heads in (2, 4, 12)] == [forged(base, heads=heads) for heads in (2, 4, 12)]

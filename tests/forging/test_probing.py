@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from mlflow_safelock.errors import AnswerTokensError, ForgeError
-from mlflow_safelock.forging import PreferencePair, Probing, collect_activations, forge, forge_each
+from mlflow_safelock.forging import (
+    ForgeSettings,
+    PreferencePair,
+    Probing,
+    collect_activations,
+    forge,
+    forge_each,
+)
 from tests.forging.test_from_model import PAIRS, TOKENIZER, WHEN, model
 
 PROBINGS = (Probing(2), Probing(5, "row", seed=1), Probing(5, train_fraction=0.8), Probing(3, seed=1))
@@ -38,16 +45,19 @@ class Passes:
 def test_each_lock_is_the_one_that_is_forged_alone_and_the_base_is_read_once() -> None:
     base = model()
     passes = Passes(base)
-    settings: dict[str, Any] = {"created": WHEN, "progress": False, "system_prompt": "be kind."}
-    found = forge_each(base, TOKENIZER, PAIRS, PROBINGS, heads=(3, 5), **settings)
+    settings = ForgeSettings("be kind.", "org/base", "abc", 4.0, WHEN, progress=False)
+    found = forge_each(base, TOKENIZER, PAIRS, PROBINGS, heads=(3, 5), settings=settings)
     assert passes.count == 5, "40 chats, 8 at once"
     expected = [
         lock
         for probing in PROBINGS
-        for lock in forge(model(), TOKENIZER, PAIRS, heads=(3, 5), **asdict(probing), **settings)
+        for lock in forge(model(), TOKENIZER, PAIRS, heads=(3, 5), **asdict(probing), **asdict(settings))
     ]
     assert [lock.digest for lock in found] == [lock.digest for lock in expected]
     assert len({lock.digest for lock in found}) == len(found)
+    about = found[0].metadata
+    assert (about.system_prompt, about.base_model, about.base_revision) == ("be kind.", "org/base", "abc")
+    assert (about.default_alpha, about.created) == (4.0, WHEN)
 
 
 def test_fewer_last_tokens_are_the_last_rows_of_each_answer() -> None:
