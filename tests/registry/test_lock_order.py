@@ -484,3 +484,31 @@ def test_reconciling_puts_no_lock_back_in_force_that_was_revoked_meanwhile(
     assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted", "revoked"]
     with pytest.raises(MlflowException, match="not_locked"):
         download_uri(client, version)
+
+
+def test_tags_come_back_to_what_runs_a_lock_that_was_revoked(client: MlflowClient, tmp_path: Path) -> None:
+    version, _ = locked_version(client)
+    store_of(client).revoke_lock(NAME, 1, "leaked")
+    client.set_model_version_tag("bot", str(version), "safelock.applied_alpha", "99")
+    reconciling, actor = store_of(client).reconciling, Actor(name="ops", verified=False)
+    found = reconciling.examine("bot", version, "default", actor)
+    repaired = reconciling.repair(found, ("lock",))
+    assert (repaired.done, repaired.refusal) == ("restored", None)
+    assert client.get_model_version("bot", str(version)).tags["safelock.applied_alpha"] == "6"
+    assert ledger_rows(tmp_path)[-1]["event"] == "reconciled"
+    assert loaded_biases(), "it goes on running what it ran"
+
+
+def test_what_ran_a_lock_that_was_revoked_goes_back_to_its_own_fine_tune(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    """The gate refuses to lock it, and nobody is handed out what somebody wrote into its row."""
+    version, original = locked_version(client)
+    elsewhere = download_uri(client, log_fine_tune("stranger"), "stranger")
+    store_of(client).revoke_lock(NAME, 1, "leaked")
+    edit_row(tmp_path, "UPDATE model_versions SET storage_location = ? WHERE name = 'bot'", elsewhere)
+    reconciling, actor = store_of(client).reconciling, Actor(name="ops", verified=False)
+    repaired = reconciling.repair(reconciling.examine("bot", version, "default", actor), ("lock",))
+    assert repaired.refusal.reason == "lock_revoked"
+    assert store_of(client)._gate.registry.model_version("bot", version).location == original
+    assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted", "revoked", "reconciled"]

@@ -51,6 +51,13 @@ def register_signed(lock: SafetyLock, signature: bytes) -> int:
         return int(meta_safetylock.register(lock, signature).registered_model_version)
 
 
+def lock_rows(folder: Path) -> list[int]:
+    """The versions of locks that rows say were registered, in the order of the rows."""
+    with sqlite3.connect(folder / "registry.db") as connection:
+        query = "SELECT version FROM safelock_ledger WHERE event = 'registered' ORDER BY sequence"
+        return [version for (version,) in connection.execute(query)]
+
+
 class TestLocks:
     @pytest.fixture
     def strict(
@@ -157,6 +164,36 @@ class TestLocks:
         client.delete_registered_model(name)
         with pytest.raises(MlflowException, match="lock_gone"):
             stage(client, log_fine_tune("bot"))
+
+    def test_one_that_a_promotion_finds_applied_already_counts_as_signed_too(
+        self,
+        client: MlflowClient,
+        tmp_path: Path,
+        keys: KeyPair,
+        others: KeyPair,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def under(*names: str) -> MlflowClient:
+            signature = f"signature: {{required: true, public_keys: [{', '.join(names)}]}}" if names else ""
+            return open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{{{signature}}}]\n")
+
+        client, version = under(keys.public.name), log_fine_tune("bot")
+        register_signed(base_lock(seed=0), sign_lock(base_lock(seed=0), load_signing_key(keys.private)))
+        newer = register_signed(
+            base_lock(seed=1), sign_lock(base_lock(seed=1), load_signing_key(others.private))
+        )
+        client = under()
+        stage(client, version)
+        client = under(keys.public.name, others.public.name)
+        for _ in range(2):
+            stage(client, version)
+        assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted"], "there was nothing to do"
+        assert lock_rows(tmp_path) == [1, 2, 2], "its row as a signed one is written once"
+        client.delete_model_version(lock_model_name(BASE), str(newer))
+        client.transition_model_version_stage("bot", str(version), "None")
+        for which in (version, log_fine_tune("bot")):
+            with pytest.raises(MlflowException, match="lock_superseded"):
+                stage(client, which)
 
     def test_a_signature_is_not_asked_for_where_the_policy_does_not(self, client: MlflowClient) -> None:
         log_fine_tune("bot")
