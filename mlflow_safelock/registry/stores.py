@@ -41,7 +41,7 @@ from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import Guard, policy_entry
 from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
-from mlflow_safelock.gate.lock_records import LockRecords
+from mlflow_safelock.gate.lock_records import FoundLock, LockRecords
 from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.policy_file import PolicySource
 from mlflow_safelock.gate.ports import Registry, Target
@@ -50,7 +50,6 @@ from mlflow_safelock.gate.reconciling import Reconciling
 from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
 from mlflow_safelock.gate.transient import AGAIN, is_transient
-from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import EvaluationStatement, MeasuredForm, check_signing, check_sigstore
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
@@ -136,7 +135,7 @@ class GateMixin:
                 self._put_on_record(lock, created)
         return created
 
-    def _put_on_record(self, lock: SafetyLock, created: ModelVersion) -> None:
+    def _put_on_record(self, lock: FoundLock, created: ModelVersion) -> None:
         """Put a lock on record that is registered by now; failing that, it is when it is first applied."""
         try:
             number = int(created.version)
@@ -147,7 +146,7 @@ class GateMixin:
     @contextmanager
     def _registering(
         self, name: str | None = None, source: str | None = None, *_: Any, **__: Any
-    ) -> Iterator[SafetyLock | None]:
+    ) -> Iterator[FoundLock | None]:
         """Gives the lock that is about to be registered, if it is one, to one client after another.
 
         What goes on record at once would not be in the order of its numbers.

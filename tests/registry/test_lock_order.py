@@ -19,7 +19,7 @@ from mlflow_safelock.errors import PromotionRefused, UnreachableError
 from mlflow_safelock.flavors import meta_safetylock
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.gate.explanation import explain
-from mlflow_safelock.gate.lock_records import LockRecords
+from mlflow_safelock.gate.lock_records import FoundLock, LockRecords
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import Actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
@@ -276,7 +276,7 @@ def test_two_that_are_registered_at_once_are_on_record_as_they_are_numbered(
     check, put = LockRecords.check_new, store._put_on_record
     second_is_looked_at, third_is_on_record = threading.Event(), threading.Event()
 
-    def checked(*arguments: Any) -> SafetyLock:
+    def checked(*arguments: Any) -> FoundLock:
         lock = check(*arguments)
         if next(looked_at) == 1:
             second_is_looked_at.wait(4.0)
@@ -284,7 +284,7 @@ def test_two_that_are_registered_at_once_are_on_record_as_they_are_numbered(
             second_is_looked_at.set()
         return lock
 
-    def put_slowly(self: Any, lock: SafetyLock, created: ModelVersion) -> None:
+    def put_slowly(self: Any, lock: FoundLock, created: ModelVersion) -> None:
         if int(created.version) == 2:
             third_is_on_record.wait(1.0)
         put(self, lock, created)
