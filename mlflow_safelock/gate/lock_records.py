@@ -27,6 +27,11 @@ REVOKE = Target("lock", "revoked")
 _REGISTERED_VERSION = re.compile(r"models:/([^/@]+)/(\d+)")
 
 
+def is_for_locks(name: str) -> bool:
+    """Whether a registered model's name is one that locks alone have."""
+    return name.startswith(LOCK_MODEL_PREFIX)
+
+
 @dataclass(frozen=True)
 class FoundLock:
     """A lock that is to go on record.
@@ -107,15 +112,17 @@ class LockRecords:
             else None
         )
 
-    def check_renamed(self, name: str, new_name: str) -> None:
-        """Refuse to give a registered model a lock's name unless its versions are locks of that base.
+    def refusal_under(self, new_name: str, version: ModelVersion) -> PromotionRefused | None:
+        """Why a version may not have another registered model's name; ``None`` where it may.
 
-        Raises:
-            PromotionRefused: One is not.
+        A name for locks is given to locks of its base alone.
         """
-        if new_name.startswith(LOCK_MODEL_PREFIX):
-            for version in self.registry.model_versions(name):
+        try:
+            if is_for_locks(new_name):
                 self._only_a_lock(new_name, version.location)
+        except PromotionRefused as refusal:
+            return refusal
+        return None
 
     def put_on_record(self, found: FoundLock, name: str, version: int, workspace: str, actor: Actor) -> None:
         """Put on record that a lock was registered, unless it was before."""

@@ -19,9 +19,12 @@ from mlflow_safelock.errors import PromotionRefused, UnreachableError
 from mlflow_safelock.flavors import meta_safetylock
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.gate.explanation import explain
+from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.lock_records import FoundLock, LockRecords
+from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import Actor
+from mlflow_safelock.registry import sql_ledger
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from tests.registries import BASE, base_lock, log_fine_tune, register_lock, state_of
 from tests.registry.test_guard import (
@@ -439,11 +442,62 @@ def test_a_tag_that_comes_back_brings_the_floor_by_the_first_number(
         download_uri(client, version)
 
 
-def test_a_model_of_something_else_gets_no_locks_name(client: MlflowClient) -> None:
+@pytest.fixture
+def mixed(client: MlflowClient, tmp_path: Path) -> MlflowClient:
+    """A registry with a lock and something else in one registered model, ``mixed``."""
     log_prices()
-    with pytest.raises(MlflowException, match=r"rename 'prices'.*no_lock"):
-        client.rename_registered_model("prices", NAME)
-    assert client.get_registered_model("prices").name == "prices"
+    register_lock(base_lock())
+    with stock_registry(tmp_path):
+        MlflowClient().rename_registered_model(NAME, "mixed")
+        MlflowClient().copy_model_version("models:/prices/1", "mixed")
+    return client
+
+
+@pytest.mark.parametrize("name", ["mixed", "prices"])
+def test_a_model_of_something_else_gets_no_locks_name(mixed: MlflowClient, tmp_path: Path, name: str) -> None:
+    with pytest.raises(MlflowException, match=rf"rename '{name}'.*no_lock") as info:
+        mixed.rename_registered_model(name, NAME)
+    assert info.value.error_code == "PERMISSION_DENIED"
+    assert mixed.get_registered_model(name).name == name
+    row = ledger_rows(tmp_path)[-1]
+    assert (row["event"], row["reason"], row["target"]) == ("rejected", "no_lock", f"rename:{NAME}")
+    assert (row["model"], row["version"]) == (name, 2 if name == "mixed" else 1)
+
+
+def test_nor_does_one_that_came_while_it_was_looked_at(
+    mixed: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed.delete_model_version("mixed", "2")
+    check = Renaming.check
+
+    def checked(*arguments: Any) -> None:
+        check(*arguments)
+        mixed.copy_model_version("models:/prices/1", "mixed")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Renaming, "check", checked)
+        with pytest.raises(MlflowException, match=r"rename 'mixed'.*no_lock"):
+            mixed.rename_registered_model("mixed", NAME)
+    assert mixed.get_registered_model("mixed").latest_versions
+    assert [(row["event"], row["version"]) for row in ledger_rows(tmp_path)] == [("rejected", 3)]
+    mixed.delete_model_version("mixed", "3")
+    mixed.rename_registered_model("mixed", NAME)
+    stage(mixed, log_fine_tune("bot"))
+
+
+def test_a_model_gets_no_locks_name_while_somebody_registers_one_there(
+    mixed: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_ledger, "LONGEST_WAIT", 0.2)
+    mixed.delete_model_version("mixed", "2")
+    registry = store_of(mixed)._gate.registry
+    with (
+        registry.lease(Work("default", NAME, 0, "register")),
+        pytest.raises(MlflowException, match=r"rename 'mixed'.*\[conflict\].*A new version of"),
+    ):
+        mixed.rename_registered_model("mixed", NAME)
+    mixed.rename_registered_model("mixed", NAME)
+    assert registry.works_held() == []
 
 
 def test_one_whose_store_is_gone_stands_in_nobodys_way_once_it_is_on_record(
