@@ -500,6 +500,15 @@ def test_a_model_gets_no_locks_name_while_somebody_registers_one_there(
     assert registry.works_held() == []
 
 
+def test_what_came_past_the_gate_and_is_no_lock_stands_in_nobodys_way(
+    mixed: MlflowClient, tmp_path: Path
+) -> None:
+    with stock_registry(tmp_path):
+        MlflowClient().rename_registered_model("mixed", NAME)
+    register_lock(base_lock(seed=1))
+    assert digests_on_record(mixed) == digests(0, 1)
+
+
 def test_one_whose_store_is_gone_stands_in_nobodys_way_once_it_is_on_record(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,35 @@ class TestLocks:
         with pytest.raises(MlflowException, match="lock_gone"):
             stage(client, log_fine_tune("bot"))
 
+    def test_one_that_nobody_signed_is_done_away_with_where_one_gate_wants_signatures_and_another_does_not(
+        self, client: MlflowClient, tmp_path: Path, keys: KeyPair, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        strict = f"{{models: 'strict-*', signature: {{required: true, public_keys: [{keys.public.name}]}}}}"
+        client = open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{strict}, {{}}]\n")
+        name, older, newer = lock_model_name(BASE), base_lock(seed=0), base_lock(seed=1)
+        signature = sign_lock(older, load_signing_key(keys.private))
+        register_signed(older, signature)
+        register_lock(newer)
+        for bot in ("strict-bot", "lax-bot"):
+            log_fine_tune(bot)
+        revoke = f"safelock lock revoke models:/{name}/2 --digest {newer.digest} --reason"
+        with pytest.raises(MlflowException, match=rf"unsigned_lock.*{revoke} .*then delete that version"):
+            stage(client, 1, "strict-bot")
+        with pytest.raises(MlflowException, match=rf"register a lock.*lock_superseded.*{revoke}"):
+            register_signed(older, signature)
+        client.delete_model_version(name, "2")
+        stage(client, 1, "strict-bot")
+        with pytest.raises(MlflowException, match=rf"lock_superseded.*{revoke}"):
+            stage(client, 1, "lax-bot")
+        with pytest.raises(MlflowException, match="lock_superseded"):
+            register_signed(older, signature)
+        store_of(client).revoke_lock(name, 2, "nobody's", newer.digest)
+        stage(client, 1, "lax-bot")
+        assert register_signed(older, signature) == 3
+        for bot in ("strict-bot", "lax-bot"):
+            stage(client, log_fine_tune(bot), bot)
+        assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == older.digest
+
     def test_one_that_a_promotion_finds_applied_already_counts_as_signed_too(
         self,
         client: MlflowClient,
