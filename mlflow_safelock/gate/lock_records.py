@@ -125,7 +125,7 @@ class LockRecords:
         return None
 
     def put_on_record(self, found: FoundLock, name: str, version: int, workspace: str, actor: Actor) -> None:
-        """Put on record that a lock was registered, unless it was before."""
+        """Put on record that a lock was registered, unless that is already."""
         self._record(found, name, version, workspace, actor)
 
     def _record(
@@ -137,19 +137,23 @@ class LockRecords:
         actor: Actor,
         came_past_the_gate: bool = False,
     ) -> None:
-        """Put a lock on record: last, or where it came if it is found with others after it."""
+        """Put a lock on record: last, or where it came if it is found with others after it.
+
+        One that is on record gets another row where it was signed since, and for another version of it.
+        """
         lock = found.lock
         applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
         known = self.registry.locks_of(workspace, applied.base_model)
         before = next((entry for entry in known if entry.lock_digest == applied.digest), None)
-        if before is not None and before.message != UNSIGNED:
+        here = self.registry.known_lock(workspace, name, version)
+        was_signed_since = before is not None and before.message == UNSIGNED and found.is_signed
+        if here is not None and here.lock_digest == applied.digest and not was_signed_since:
             return
+        has_later = any(entry.lock is not None and applied.is_below(entry.lock) for entry in known)
+        reason = EARLIER if came_past_the_gate and has_later and before is None else None
         message = None if found.is_signed else UNSIGNED
-        if before is None or message is None:
-            has_later = any(entry.lock is not None and applied.is_below(entry.lock) for entry in known)
-            reason = EARLIER if came_past_the_gate and has_later else None
-            request = Request(name, version, REGISTERED, actor, workspace)
-            self.registry.record(registered_entry(request, self.gate.policy(), applied, reason, message))
+        request = Request(name, version, REGISTERED, actor, workspace)
+        self.registry.record(registered_entry(request, self.gate.policy(), applied, reason, message))
 
     def _found(self, lock: SafetyLock, location: str, workspace: str) -> FoundLock:
         """A lock, and whether it counts as signed: by its signature, unless it is on record as such.

@@ -194,9 +194,8 @@ def _check_the_floor(found: RegisteredLock, first: int, rule: GateRule) -> None:
 
 def _first_version(found: RegisteredLock, known: Sequence[LedgerEntry]) -> int:
     """The version that a lock was registered as first, as far as the ledger tells."""
-    locks = [entry.lock for entry in known if entry.lock is not None]
-    same = [one for one in locks if (one.model, one.digest) == (found.model, found.lock.digest)]
-    return min([found.version, *(one.version for one in same)])
+    same = (entry for entry in known if entry.lock_digest == found.lock.digest)
+    return min([found.version, *(entry.version for entry in same)])
 
 
 _ANOTHER_BASE = "It does not descend from that base: correct its base, or register a lock for its own."

@@ -65,7 +65,8 @@ def test_a_deleted_lock_does_not_bring_the_older_one_back(client: MlflowClient, 
     stage(client, version)
     with sqlite3.connect(tmp_path / "registry.db") as connection:
         rows = connection.execute("SELECT version FROM safelock_ledger WHERE event = 'registered'")
-        assert [version for (version,) in rows] == [1, 2], "each is on record once"
+        assert [version for (version,) in rows] == [1, 2, 3], "each is on record by each of its numbers"
+    assert digests_on_record(client) == digests(0, 1), "and once among those of its base"
 
 
 def test_an_older_lock_is_not_registered_anew(client: MlflowClient, tmp_path: Path) -> None:
@@ -531,6 +532,43 @@ def test_one_whose_store_is_gone_stands_in_nobodys_way_once_it_is_on_record(
     client.delete_model_version(NAME, "3")
     register_lock(base_lock(seed=4))
     assert digests_on_record(client) == digests(0, 2, 4)
+
+
+def test_nor_does_another_version_of_one_that_is_on_record(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        register_lock(base_lock(seed=0))
+    gone, stock = client.get_model_version_download_uri(NAME, "2"), LockRecords._lock_at
+
+    def lock_at(self: LockRecords, location: str, origin: str) -> SafetyLock:
+        if location == gone:
+            raise UnreachableError(f"{location} cannot be reached: it does not answer now.")
+        return stock(self, location, origin)
+
+    monkeypatch.setattr(LockRecords, "_lock_at", lock_at)
+    register_lock(base_lock(seed=1))
+    assert digests_on_record(client) == digests(0, 1)
+
+
+def test_the_lowest_number_of_a_lock_is_its_first_whichever_was_on_record_first(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = log_fine_tune("bot")
+    with stock_registry(tmp_path):
+        for _ in range(2):
+            register_lock(base_lock())
+    client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{lock: {min_version: 2}}]\n")
+    stage(client, version)
+    assert ledger_rows(tmp_path)[-1]["first_version"] == 2, "as far as the ledger tells"
+    client.delete_model_version(NAME, "2")
+    with pytest.raises(MlflowException, match=r"lock_too_old.*version 1, and"):
+        stage(client, version)
+    register_lock(base_lock())
+    with pytest.raises(MlflowException, match=r"lock_too_old.*version 3, which was .* version 1 first"):
+        stage(client, version)
+    told = [fault for row in audit(f"sqlite:///{tmp_path}/registry.db") for fault in row.lock_faults]
+    assert any("registered as version 1 first" in fault for fault in told), told
 
 
 def test_reconciling_puts_no_lock_back_in_force_that_was_revoked_meanwhile(
