@@ -82,7 +82,7 @@ class LockRecords:
         lock = self._only_a_lock(name, source)
         for version in self.registry.model_versions(name):
             try:
-                earlier = self._earlier_lock(version, workspace)
+                earlier = self._earlier_lock(version)
             except SafelockError as error:
                 on_record = self.registry.known_lock(workspace, name, version.version) is not None
                 if is_transient(error) and not on_record:
@@ -95,22 +95,20 @@ class LockRecords:
         wants_signatures = all(rule.signature.required for rule in self.gate.policy().gates)
         check_moves_forward(lock, f"at {source}", known, self.registry, signed_only=wants_signatures)
         try:
-            return self._found(lock, self._location_of(source), workspace)
+            return FoundLock(lock, self._is_signed(lock, self._location_of(source)))
         except SafelockError as error:
             raise unreadable(error) from error
 
-    def _earlier_lock(self, version: ModelVersion, workspace: str) -> FoundLock | None:
+    def _earlier_lock(self, version: ModelVersion) -> FoundLock | None:
         """A registered lock; ``None`` where it is one of another base than its registered model's.
 
         Raises:
-            SafelockError: It is none, or cannot be read.
+            SafelockError: It is none, or cannot be read, or whether it is signed cannot be told now.
         """
         lock = self._lock_at(version.location, version.name)
-        return (
-            self._found(lock, version.location, workspace)
-            if lock_model_name(lock.base_model) == version.name
-            else None
-        )
+        if lock_model_name(lock.base_model) != version.name:
+            return None
+        return FoundLock(lock, self._is_signed(lock, version.location))
 
     def refusal_under(self, new_name: str, version: ModelVersion) -> PromotionRefused | None:
         """Why a version may not have another registered model's name; ``None`` where it may.
@@ -150,23 +148,17 @@ class LockRecords:
         if here is not None and here.lock_digest == applied.digest and not was_signed_since:
             return
         has_later = any(entry.lock is not None and applied.is_below(entry.lock) for entry in known)
-        reason = EARLIER if came_past_the_gate and has_later and before is None else None
+        reason = EARLIER if came_past_the_gate and has_later else None
         message = None if found.is_signed else UNSIGNED
         request = Request(name, version, REGISTERED, actor, workspace)
         self.registry.record(registered_entry(request, self.gate.policy(), applied, reason, message))
 
-    def _found(self, lock: SafetyLock, location: str, workspace: str) -> FoundLock:
-        """A lock, and whether it counts as signed: by its signature, unless it is on record as such.
+    def _is_signed(self, lock: SafetyLock, location: str) -> bool:
+        """Whether somebody signed a lock whom a gate names that wants locks signed; also where none does.
 
         Raises:
             SafelockError: That cannot be told now.
         """
-        known = self.registry.locks_of(workspace, lock.base_model)
-        seen_signed = any(entry.lock_digest == lock.digest and entry.message != UNSIGNED for entry in known)
-        return FoundLock(lock, seen_signed or self._is_signed(lock, location))
-
-    def _is_signed(self, lock: SafetyLock, location: str) -> bool:
-        """Whether somebody signed a lock whom a gate names that wants locks signed; also where none does."""
         rules = [rule.signature for rule in self.gate.policy().gates if rule.signature.required]
         if not rules:
             return True

@@ -456,10 +456,11 @@ def mixed(client: MlflowClient, tmp_path: Path) -> MlflowClient:
 
 @pytest.mark.parametrize("name", ["mixed", "prices"])
 def test_a_model_of_something_else_gets_no_locks_name(mixed: MlflowClient, tmp_path: Path, name: str) -> None:
+    before = mixed.get_registered_model(name).last_updated_timestamp
     with pytest.raises(MlflowException, match=rf"rename '{name}'.*no_lock") as info:
         mixed.rename_registered_model(name, NAME)
     assert info.value.error_code == "PERMISSION_DENIED"
-    assert mixed.get_registered_model(name).name == name
+    assert mixed.get_registered_model(name).last_updated_timestamp == before, "not for a moment"
     row = ledger_rows(tmp_path)[-1]
     assert (row["event"], row["reason"], row["target"]) == ("rejected", "no_lock", f"rename:{NAME}")
     assert (row["model"], row["version"]) == (name, 2 if name == "mixed" else 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,20 @@ def lock_rows(folder: Path) -> list[int]:
 
 
 class TestLocks:
+    @pytest.fixture
+    def under(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> Callable[..., MlflowClient]:
+        """Opens the registry with a gate that wants locks signed by one of some keys; by nobody with none."""
+
+        def opened(*pairs: KeyPair) -> MlflowClient:
+            names = ", ".join(pair.public.name for pair in pairs)
+            signature = f"signature: {{required: true, public_keys: [{names}]}}, " if pairs else ""
+            gate = f"{{{signature}missing_lock: allow}}"
+            return open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{gate}]\n")
+
+        return opened
+
     @pytest.fixture
     def strict(
         self, client: MlflowClient, tmp_path: Path, keys: KeyPair, monkeypatch: pytest.MonkeyPatch
@@ -133,28 +148,24 @@ class TestLocks:
         with pytest.raises(MlflowException, match=r"lock_superseded.*version 2"):
             stage(strict, log_fine_tune("bot"))
 
-    def test_one_that_was_applied_counts_as_signed_though_its_key_came_later(
-        self,
-        client: MlflowClient,
-        tmp_path: Path,
-        keys: KeyPair,
-        others: KeyPair,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        def under(*names: str) -> MlflowClient:
-            signature = f"{{required: true, public_keys: [{', '.join(names)}]}}"
-            gate = f"{{signature: {signature}, missing_lock: allow}}"
-            return open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{gate}]\n")
+    def test_one_that_nobody_signed_is_none_that_is_gone(self, strict: MlflowClient) -> None:
+        register_lock(base_lock())
+        strict.delete_model_version(lock_model_name(BASE), "1")
+        with pytest.raises(MlflowException, match=r"\[missing_lock\]"):
+            stage(strict, 1)
 
+    def test_one_that_was_applied_counts_as_signed_though_its_key_came_later(
+        self, under: Callable[..., MlflowClient], tmp_path: Path, keys: KeyPair, others: KeyPair
+    ) -> None:
         name, first = lock_model_name(BASE), log_fine_tune("bot")
-        client = under(keys.public.name)
+        client = under(keys)
         register_signed(base_lock(seed=0), sign_lock(base_lock(seed=0), load_signing_key(keys.private)))
         newer = register_signed(
             base_lock(seed=1), sign_lock(base_lock(seed=1), load_signing_key(others.private))
         )
         with pytest.raises(MlflowException, match="bad_signature"):
             stage(client, first)
-        client = under(keys.public.name, others.public.name)
+        client = under(keys, others)
         stage(client, first)
         assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=1).digest
         client.delete_model_version(name, str(newer))
@@ -194,26 +205,32 @@ class TestLocks:
             stage(client, log_fine_tune(bot), bot)
         assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == older.digest
 
-    def test_one_that_a_promotion_finds_applied_already_counts_as_signed_too(
-        self,
-        client: MlflowClient,
-        tmp_path: Path,
-        keys: KeyPair,
-        others: KeyPair,
-        monkeypatch: pytest.MonkeyPatch,
+    def test_one_that_another_registration_finds_signed_is_on_record_as_such(
+        self, under: Callable[..., MlflowClient], keys: KeyPair, others: KeyPair
     ) -> None:
-        def under(*names: str) -> MlflowClient:
-            signature = f"signature: {{required: true, public_keys: [{', '.join(names)}]}}" if names else ""
-            return open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{{{signature}}}]\n")
+        locks = base_lock(seed=0), base_lock(seed=1)
+        signatures = [
+            sign_lock(lock, load_signing_key(pair.private))
+            for lock, pair in zip(locks, (keys, others), strict=True)
+        ]
+        under(keys)
+        for lock, signature in zip(locks, signatures, strict=True):
+            register_signed(lock, signature)
+        under(keys, others)
+        with pytest.raises(MlflowException, match=r"lock_superseded.*version 2"):
+            register_signed(locks[0], signatures[0])
 
-        client, version = under(keys.public.name), log_fine_tune("bot")
+    def test_one_that_a_promotion_finds_applied_already_counts_as_signed_too(
+        self, under: Callable[..., MlflowClient], tmp_path: Path, keys: KeyPair, others: KeyPair
+    ) -> None:
+        client, version = under(keys), log_fine_tune("bot")
         register_signed(base_lock(seed=0), sign_lock(base_lock(seed=0), load_signing_key(keys.private)))
         newer = register_signed(
             base_lock(seed=1), sign_lock(base_lock(seed=1), load_signing_key(others.private))
         )
         client = under()
         stage(client, version)
-        client = under(keys.public.name, others.public.name)
+        client = under(keys, others)
         for _ in range(2):
             stage(client, version)
         assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted"], "there was nothing to do"
