@@ -97,7 +97,8 @@ class LedgerEntry(BaseModel):
         event: ``promoted`` (locked), ``rejected``, ``passed`` (let through unlocked, as the policy says),
             ``unlocked`` (the lock was taken off), ``renamed`` (a promotion goes on under another name),
             ``evaluated`` (it was measured; the receipt is the digest of the statement at the location),
-            ``registered`` (a lock was seen for the first time; model and version are the lock's), ``revoked``
+            ``registered`` (a lock was seen, for the first time, as another version, or as signed since; model
+            and version are the lock's), ``revoked``
             (a lock may not be applied any more; model and version are the lock's), ``prepared`` (every byte
             of its fine-tune was read; the full fingerprint is at ``location``), ``written`` (a standalone
             model was written at ``location``, ahead of the promotion that is to serve it), ``policy``
@@ -247,7 +248,8 @@ def locks_of(session: Session, workspace: str, base: str) -> list[LedgerEntry]:
     """Every lock of a base model that was seen in a workspace, once each, in the order of their coming.
 
     That is the order of their rows; one that was found later than it came stands before those of its
-    registered model with higher numbers. One that was signed later keeps its place, and is unsigned no more.
+    registered model with higher numbers. One that was signed later keeps its place, and is unsigned no more;
+    one of several versions has the lowest of them.
     """
     rows = session.execute(
         sa.select(TABLE)
@@ -261,9 +263,14 @@ def locks_of(session: Session, workspace: str, base: str) -> list[LedgerEntry]:
         known = next((place for place, one in enumerate(found) if one.lock_digest == entry.lock_digest), None)
         if known is None:
             found.insert(_place_of(entry.lock, entry.reason, found), entry)
-        elif entry.message != UNSIGNED:
-            found[known] = found[known].model_copy(update={"message": entry.message})
+        else:
+            found[known] = _with_another_row(found[known], entry)
     return found
+
+
+def _with_another_row(known: LedgerEntry, entry: LedgerEntry) -> LedgerEntry:
+    message = known.message if entry.message == UNSIGNED else entry.message
+    return known.model_copy(update={"message": message, "version": min(known.version, entry.version)})
 
 
 def _place_of(lock: LockInForce, reason: str | None, known: list[LedgerEntry]) -> int:
@@ -302,15 +309,16 @@ def locks_not_on_record(session: Session) -> Iterator[LedgerEntry]:
 def known_lock(
     session: Session, workspace: str, model: str, version: int, digest: str | None = None
 ) -> LedgerEntry | None:
-    """The last row by which the lock of a version became known; with a digest that of the lock that has it.
+    """The last row by which the lock of a version became known.
 
-    A lock is on record once, by its first number, whatever others it had afterwards.
+    With a digest, the row of the lock that has it with its lowest number, whatever others it had.
     """
     if digest is None:
         return _last(session, *_of_version(workspace, model, version), TABLE.c.event == "registered")
     of_model = TABLE.c.model == model, TABLE.c.workspace == workspace, TABLE.c.event == "registered"
     found = (_entry(row) for row in session.execute(_newest_first(*of_model)))
-    return next((entry for entry in found if entry.lock_digest == digest), None)
+    same = (entry for entry in found if entry.lock_digest == digest)
+    return min(same, key=lambda entry: entry.version, default=None)
 
 
 def revocation_of(session: Session, digest: str) -> LedgerEntry | None:

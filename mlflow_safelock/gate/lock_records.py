@@ -6,14 +6,13 @@ import logging
 import re
 from dataclasses import dataclass
 
-from mlflow_safelock.errors import PromotionRefused, SafelockError, SigstoreError, VerificationError
+from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, LOCK_MODEL_PREFIX, lock_model_name
 from mlflow_safelock.formats import lock_from_bytes
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.ledger import EARLIER, UNSIGNED, LockInForce
 from mlflow_safelock.gate.locks import check_moves_forward
 from mlflow_safelock.gate.permissions import require
-from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.ports import ModelVersion, Registry, Target
 from mlflow_safelock.gate.promotion import REGISTERED, Gate, registered_entry
 from mlflow_safelock.gate.transient import is_transient, unreadable
@@ -26,6 +25,25 @@ REVOKE = Target("lock", "revoked")
 """What the ledger says a row was for that revoked a lock, or was to."""
 
 _REGISTERED_VERSION = re.compile(r"models:/([^/@]+)/(\d+)")
+
+
+def is_for_locks(name: str) -> bool:
+    """Whether a registered model's name is one that locks alone have."""
+    return name.startswith(LOCK_MODEL_PREFIX)
+
+
+@dataclass(frozen=True)
+class FoundLock:
+    """A lock that is to go on record.
+
+    Attributes:
+        lock: The lock.
+        is_signed: Whether it counts as signed by somebody whom a gate names that wants locks signed; also
+            where none does.
+    """
+
+    lock: SafetyLock
+    is_signed: bool
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,7 @@ class LockRecords:
         """The registry."""
         return self.gate.registry
 
-    def check_new(self, name: str, source: str, workspace: str, actor: Actor) -> SafetyLock:
+    def check_new(self, name: str, source: str, workspace: str, actor: Actor) -> FoundLock:
         """Refuse to have anything registered but a lock, and one that another of its base superseded.
 
         Those that were registered past the gate, and are there, go on record before it: where they came.
@@ -58,76 +76,102 @@ class LockRecords:
             The lock.
 
         Raises:
-            PromotionRefused: It was superseded, or is none, or one of another base, or its store does not
-                answer now.
+            PromotionRefused: It was superseded, or is none, or one of another base, or its store, or whatever
+                tells whether it is signed, does not answer now.
         """
         lock = self._only_a_lock(name, source)
         for version in self.registry.model_versions(name):
             try:
-                earlier = self._lock_at(version.location, version.name)
+                earlier = self._earlier_lock(version)
             except SafelockError as error:
                 on_record = self.registry.known_lock(workspace, name, version.version) is not None
                 if is_transient(error) and not on_record:
                     raise _earlier_unreadable(name, version.version, error) from error
                 _logger.info("%s version %s cannot be read as a lock: %s", name, version.version, error)
                 continue
-            if lock_model_name(earlier.base_model) == name:
+            if earlier is not None:
                 self._record(earlier, name, version.version, workspace, actor, came_past_the_gate=True)
         known = self.registry.locks_of(workspace, lock.base_model)
         wants_signatures = all(rule.signature.required for rule in self.gate.policy().gates)
         check_moves_forward(lock, f"at {source}", known, self.registry, signed_only=wants_signatures)
-        return lock
+        try:
+            return FoundLock(lock, self._is_signed(lock, self._location_of(source)))
+        except SafelockError as error:
+            raise unreadable(error) from error
 
-    def check_renamed(self, name: str, new_name: str) -> None:
-        """Refuse to give a registered model a lock's name unless its versions are locks of that base.
+    def _earlier_lock(self, version: ModelVersion) -> FoundLock | None:
+        """A registered lock; ``None`` where it is one of another base than its registered model's.
 
         Raises:
-            PromotionRefused: One is not.
+            SafelockError: It is none, or cannot be read, or whether it is signed cannot be told now.
         """
-        if new_name.startswith(LOCK_MODEL_PREFIX):
-            for version in self.registry.model_versions(name):
-                self._only_a_lock(new_name, version.location)
+        lock = self._lock_at(version.location, version.name)
+        if lock_model_name(lock.base_model) != version.name:
+            return None
+        return FoundLock(lock, self._is_signed(lock, version.location))
 
-    def put_on_record(self, lock: SafetyLock, name: str, version: int, workspace: str, actor: Actor) -> None:
-        """Put on record that a lock was registered, unless it was before."""
-        self._record(lock, name, version, workspace, actor)
+    def refusal_under(self, new_name: str, version: ModelVersion) -> PromotionRefused | None:
+        """Why a version may not have another registered model's name; ``None`` where it may.
+
+        A name for locks is given to locks of its base alone.
+        """
+        try:
+            if is_for_locks(new_name):
+                self._only_a_lock(new_name, version.location)
+        except PromotionRefused as refusal:
+            return refusal
+        return None
+
+    def put_on_record(self, found: FoundLock, name: str, version: int, workspace: str, actor: Actor) -> None:
+        """Put on record that a lock was registered, unless that is already."""
+        self._record(found, name, version, workspace, actor)
 
     def _record(
         self,
-        lock: SafetyLock,
+        found: FoundLock,
         name: str,
         version: int,
         workspace: str,
         actor: Actor,
         came_past_the_gate: bool = False,
     ) -> None:
-        """Put a lock on record: last, or where it came if it is found with others after it."""
-        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
-        policy, known = self.gate.policy(), self.registry.locks_of(workspace, applied.base_model)
-        before = next((entry for entry in known if entry.lock_digest == applied.digest), None)
-        if before is not None and before.message != UNSIGNED:
-            return
-        message = None if self._is_signed(lock, applied, policy) else UNSIGNED
-        if before is None or message is None:
-            has_later = any(entry.lock is not None and applied.is_below(entry.lock) for entry in known)
-            reason = EARLIER if came_past_the_gate and has_later else None
-            request = Request(name, version, REGISTERED, actor, workspace)
-            self.registry.record(registered_entry(request, policy, applied, reason, message))
+        """Put a lock on record: last, or where it came if it is found with others after it.
 
-    def _is_signed(self, lock: SafetyLock, applied: LockInForce, policy: Policy) -> bool:
-        """Whether somebody signed a lock whom a gate names that wants locks signed; also where none does."""
-        rules = [rule.signature for rule in policy.gates if rule.signature.required]
+        One that is on record gets another row where it was signed since, and for another version of it.
+        """
+        lock = found.lock
+        applied = LockInForce(model=name, version=version, digest=lock.digest, base_model=lock.base_model)
+        known = self.registry.locks_of(workspace, applied.base_model)
+        before = next((entry for entry in known if entry.lock_digest == applied.digest), None)
+        here = self.registry.known_lock(workspace, name, version)
+        was_signed_since = before is not None and before.message == UNSIGNED and found.is_signed
+        if here is not None and here.lock_digest == applied.digest and not was_signed_since:
+            return
+        has_later = any(entry.lock is not None and applied.is_below(entry.lock) for entry in known)
+        reason = EARLIER if came_past_the_gate and has_later else None
+        message = None if found.is_signed else UNSIGNED
+        request = Request(name, version, REGISTERED, actor, workspace)
+        self.registry.record(registered_entry(request, self.gate.policy(), applied, reason, message))
+
+    def _is_signed(self, lock: SafetyLock, location: str) -> bool:
+        """Whether somebody signed a lock whom a gate names that wants locks signed; also where none does.
+
+        Raises:
+            SafelockError: That cannot be told now.
+        """
+        rules = [rule.signature for rule in self.gate.policy().gates if rule.signature.required]
         if not rules:
             return True
-        found = self.registry.model_version(applied.model, applied.version)
-        reader = self.gate.artifacts.reader(self.gate.artifacts.resolve(found.location))
-        if LOCK_SIGNATURE_FILE not in {file.path for file in reader.files()}:
-            return False
         signatories = tuple(one for rule in rules for one in rule.signatories)
+        reader = self.gate.artifacts.reader(self.gate.artifacts.resolve(location))
         try:
-            check_lock_signature(reader.read(LOCK_SIGNATURE_FILE), lock, signatories, origin=found.location)
-        except (VerificationError, SigstoreError) as error:
-            _logger.info("The lock at %s counts as unsigned: %s", found.location, error)
+            if LOCK_SIGNATURE_FILE not in {file.path for file in reader.files()}:
+                return False
+            check_lock_signature(reader.read(LOCK_SIGNATURE_FILE), lock, signatories, origin=location)
+        except SafelockError as error:
+            if is_transient(error):
+                raise
+            _logger.info("The lock at %s counts as unsigned: %s", location, error)
             return False
         return True
 
@@ -225,6 +269,7 @@ class LockRecords:
 def _earlier_unreadable(name: str, version: int, error: SafelockError) -> PromotionRefused:
     return PromotionRefused(
         "unreachable",
-        f"Whether version {version} of {name!r} is a lock, and which, cannot be told now: {error.cause}",
+        f"Which lock version {version} of {name!r} is, and whether it is signed, cannot be told now: "
+        f"{error.cause}",
         next_step="Do it again in a while; if its store is gone for good, delete that version.",
     )

@@ -194,9 +194,8 @@ def _check_the_floor(found: RegisteredLock, first: int, rule: GateRule) -> None:
 
 def _first_version(found: RegisteredLock, known: Sequence[LedgerEntry]) -> int:
     """The version that a lock was registered as first, as far as the ledger tells."""
-    locks = [entry.lock for entry in known if entry.lock is not None]
-    same = [one for one in locks if (one.model, one.digest) == (found.model, found.lock.digest)]
-    return min([found.version, *(one.version for one in same)])
+    same = (entry for entry in known if entry.lock_digest == found.lock.digest)
+    return min([found.version, *(entry.version for entry in same)])
 
 
 _ANOTHER_BASE = "It does not descend from that base: correct its base, or register a lock for its own."
@@ -244,9 +243,13 @@ def check_moves_forward(
             f"The lock {title} was superseded by {later.model} version {later.version} at {entry.time}, and "
             "an older one does not take its place.",
             next_step="Register the newer one, or a new one (safelock lock register); or put on record that "
-            f"the newer one is no good: safelock lock revoke models:/{later.model}/{later.version} --digest "
-            f"{later.digest} --reason '…'.",
+            f"the newer one is no good: {_revoking(later)}.",
         )
+
+
+def _revoking(lock: LockInForce) -> str:
+    """The command that puts on record that a lock is not to be applied."""
+    return f"safelock lock revoke models:/{lock.model}/{lock.version} --digest {lock.digest} --reason '…'"
 
 
 def _check_that_none_was_newer(
@@ -290,8 +293,7 @@ def _check_that_none_is_gone(base: str, workspace: str, rule: GateRule, registry
             f"No lock is registered for {base!r} any more, and {gone.model} version {gone.version}, which "
             f"came at {entry.time}, was not revoked.",
             next_step="Register it again, or a new one (safelock lock register); or put on record that it is "
-            f"no good: safelock lock revoke models:/{gone.model}/{gone.version} --digest {gone.digest} "
-            "--reason '…'.",
+            f"no good: {_revoking(gone)}.",
         )
 
 
@@ -334,7 +336,10 @@ def _check_signature(found: RegisteredLock, rule: GateRule, artifacts: Artifacts
     """
     reader = artifacts.reader(found.location)
     how = "--key …" if rule.signature.keys else "--sigstore"
-    sign = f"Sign it, which registers it anew: safelock lock sign models:/{found.model}/{found.version} {how}"
+    sign = (
+        f"Sign it, which registers it anew: safelock lock sign models:/{found.model}/{found.version} {how}. "
+        f"If it is not to be applied: {_revoking(found.in_force)}; then delete that version."
+    )
     if LOCK_SIGNATURE_FILE not in {file.path for file in reader.files()}:
         raise PromotionRefused(
             "unsigned_lock",

@@ -344,6 +344,9 @@ class Gate:
         approved = require_evaluations(weighed, self.registry, self.artifacts)
         reach("approved")
         if self.is_done(approved):
+            seen = _first_seen(approved)
+            if seen:  # though nothing is written beside it, this promotion counts as one that applied it
+                self.registry.record(*seen)
             return
         approved = self.measurements.required(approved)
         if rule.carrier == "overlay":

@@ -275,8 +275,6 @@ class Reconciling:
             if self._is_another_by_now(difference):
                 raise _changed(request)
             message = _message(difference, f"It was {_going_back(found, back)}.")
-            decision = self.registry.decision_on(request.workspace, request.name, request.version)
-            in_force_again = decision is not None and back.location == decision.location
             done = self.registry.redirect(
                 Redirection(
                     name=request.name,
@@ -286,7 +284,7 @@ class Reconciling:
                     tags={key: value for key, value in back.tags.items() if found.tags.get(key) != value},
                     entries=(reconciled_entry(request, policy, "restored", message),),
                     lease=lease,
-                    applies=decision.lock_digest if decision is not None and in_force_again else None,
+                    applies=_put_in_force(difference, back),
                 )
             )
         if not done:
@@ -402,6 +400,14 @@ def _going_back(found: ModelVersion, back: ModelVersion) -> str:
     if back.location == found.location:
         return "given its tags back"
     return f"put back to {back.location}, from {found.location}"
+
+
+def _put_in_force(difference: Difference, back: ModelVersion) -> str | None:
+    """Digest of the lock that comes into force again by going back; ``None`` where none does, as by tags."""
+    decision, found = difference.decision, difference.found
+    if decision is None or back.location == found.location or back.location != decision.location:
+        return None
+    return decision.lock_digest
 
 
 def _refused(first: str, refusal: Refusal, back: ModelVersion | None) -> Remedy:

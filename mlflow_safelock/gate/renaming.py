@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import NoReturn
 
 from mlflow_safelock.errors import PromotionRefused, SafelockError
 from mlflow_safelock.gate.approval import Request, approve
@@ -16,6 +17,7 @@ from mlflow_safelock.gate.evaluations import require_evaluations
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import meets, stands
 from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.lock_records import LockRecords, is_for_locks
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Target
 from mlflow_safelock.gate.promotion import Gate, is_in_force
@@ -38,20 +40,53 @@ class Renaming:
     def check(self, name: str, new_name: str, workspace: str, actor: Actor) -> None:
         """Refuse a name under which a version would be in a gated place that its gate would refuse there.
 
+        And one for locks, unless all versions are locks of its base.
+
         Raises:
-            PromotionRefused: It would; the registered model keeps its name, and a row in the ledger says so.
+            PromotionRefused: The registered model keeps its name, and a row in the ledger says so.
         """
         policy = self.gate.policy()
-        if not policy.candidates(new_name):
+        if not policy.candidates(new_name) and not is_for_locks(new_name):
             return
         for version in self.gate.registry.model_versions(name):
-            decision = self.gate.registry.decision_on(workspace, name, version.version)
-            refusal = self.refusal(version, decision, name, new_name, workspace, actor)
+            refusal = self._locks.refusal_under(new_name, version)
+            if refusal is None:
+                decision = self.gate.registry.decision_on(workspace, name, version.version)
+                refusal = self.refusal(version, decision, name, new_name, workspace, actor)
             if refusal is not None:
-                request = Request(name, version.version, Target("rename", new_name), actor, workspace)
-                self.gate.reject(request, policy, refusal)
-                raise refusal
+                self._reject(refusal, version, name, new_name, workspace, actor)
         reach("rename-checked")
+
+    def check_what_came(self, name: str, new_name: str, workspace: str, actor: Actor) -> None:
+        """Refuse a name for locks once more, when the model has it: versions may have come since ``check``.
+
+        More come through the gate alone by then.
+
+        Raises:
+            PromotionRefused: One is no lock of the name's base; a row in the ledger says so.
+        """
+        if is_for_locks(new_name):
+            for version in self.gate.registry.model_versions(new_name):
+                refusal = self._locks.refusal_under(new_name, version)
+                if refusal is not None:
+                    self._reject(refusal, version, name, new_name, workspace, actor)
+
+    @property
+    def _locks(self) -> LockRecords:
+        return LockRecords(self.gate)
+
+    def _reject(
+        self,
+        refusal: PromotionRefused,
+        version: ModelVersion,
+        name: str,
+        new_name: str,
+        workspace: str,
+        actor: Actor,
+    ) -> NoReturn:
+        request = Request(name, version.version, Target("rename", new_name), actor, workspace)
+        self.gate.reject(request, self.gate.policy(), refusal)
+        raise refusal
 
     def refusal(
         self,

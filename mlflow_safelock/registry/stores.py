@@ -35,13 +35,12 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import LedgerError, PromotionRefused, VerificationError
-from mlflow_safelock.flavors.meta_safetylock import LOCK_MODEL_PREFIX
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.guard import Guard, policy_entry
 from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
-from mlflow_safelock.gate.lock_records import LockRecords
+from mlflow_safelock.gate.lock_records import FoundLock, LockRecords, is_for_locks
 from mlflow_safelock.gate.policy import Policy
 from mlflow_safelock.gate.policy_file import PolicySource
 from mlflow_safelock.gate.ports import Registry, Target
@@ -50,7 +49,6 @@ from mlflow_safelock.gate.reconciling import Reconciling
 from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.gate.schema import bring_up_to_date
 from mlflow_safelock.gate.transient import AGAIN, is_transient
-from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import EvaluationStatement, MeasuredForm, check_signing, check_sigstore
 from mlflow_safelock.registry.actor import current_actor, process_actor
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
@@ -136,7 +134,7 @@ class GateMixin:
                 self._put_on_record(lock, created)
         return created
 
-    def _put_on_record(self, lock: SafetyLock, created: ModelVersion) -> None:
+    def _put_on_record(self, lock: FoundLock, created: ModelVersion) -> None:
         """Put a lock on record that is registered by now; failing that, it is when it is first applied."""
         try:
             number = int(created.version)
@@ -147,21 +145,28 @@ class GateMixin:
     @contextmanager
     def _registering(
         self, name: str | None = None, source: str | None = None, *_: Any, **__: Any
-    ) -> Iterator[SafetyLock | None]:
+    ) -> Iterator[FoundLock | None]:
         """Gives the lock that is about to be registered, if it is one, to one client after another.
 
         What goes on record at once would not be in the order of its numbers.
         """
-        if name is None or source is None or not name.startswith(LOCK_MODEL_PREFIX):
+        if name is None or source is None or not is_for_locks(name):
             yield None
             return
         what, known_as = f"register a lock as a version of {name!r}", self._name(name)
-        work = Work(self._workspace, known_as, 0, "register")
-        with ExitStack() as until_done:
-            self._refusing(what, lambda: until_done.enter_context(self._gate.registry.lease(work)))
+        with self._alone_with_locks(what, known_as):
             yield self._refusing(
                 what, lambda: self._locks.check_new(known_as, source, self._workspace, current_actor())
             )
+
+    @contextmanager
+    def _alone_with_locks(self, what: str, name: str) -> Iterator[None]:
+        """Hold back who else registers locks under a registered model's name, if it is one for locks."""
+        with ExitStack() as until_done:
+            if is_for_locks(name):
+                work = Work(self._workspace, name, 0, "register")
+                self._refusing(what, lambda: until_done.enter_context(self._gate.registry.lease(work)))
+            yield
 
     def _create(self, *arguments: Any, **options: Any) -> ModelVersion:
         try:
@@ -188,21 +193,29 @@ class GateMixin:
         return self._download_uri(name, version) if checked is None else checked
 
     def rename_registered_model(self, name: str, new_name: str) -> RegisteredModel:
-        """MLflow's own renaming, where no unlocked version comes into a gated place by it."""
+        """MLflow's own renaming, where nothing comes past the gate into a gated place or among locks."""
         _validate_model_renaming(new_name)
         renaming, workspace, name = Renaming(self._gate), self._workspace, self._name(name)
         if not self._patiently(lambda: renaming.is_half_done(name, new_name, workspace)):
-            what = f"rename {name!r} to {new_name!r}"
-            self._refusing(what, lambda: self._locks.check_renamed(name, new_name))
-            self._refusing(what, lambda: renaming.check(name, new_name, workspace, current_actor()))
-            stock = super().rename_registered_model  # type: ignore[misc]
-            self._patiently(lambda: stock(name, new_name))
+            self._rename_checked(renaming, name, new_name)
             reach("renamed")
         self._refusing(
             f"put on record that {name!r} is now {new_name!r}",
             lambda: renaming.put_on_record(name, new_name, workspace, current_actor()),
         )
         return self.get_registered_model(new_name)  # type: ignore[attr-defined]
+
+    def _rename_checked(self, renaming: Renaming, name: str, new_name: str) -> None:
+        what, workspace, actor = f"rename {name!r} to {new_name!r}", self._workspace, current_actor()
+        stock = super().rename_registered_model  # type: ignore[misc]
+        with self._alone_with_locks(what, new_name):
+            self._refusing(what, lambda: renaming.check(name, new_name, workspace, actor))
+            self._patiently(lambda: stock(name, new_name))
+            try:
+                self._refusing(what, lambda: renaming.check_what_came(name, new_name, workspace, actor))
+            except MlflowException:
+                self._patiently(lambda: stock(new_name, name))
+                raise
 
     def prepare(
         self, name: str, version: int, progress: Progress = silent, *, measure_anew: bool = False

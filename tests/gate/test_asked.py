@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mlflow_safelock.gate.asked import asked_of, was_asked_as_much
-from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.guard import meets
+from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
 from mlflow_safelock.gate.policy import DEFAULT_POLICY, EvaluationRule, GateRule, LockRule, SignatureRule
 from mlflow_safelock.provenance import Actor
 from tests.keys import write_keys
@@ -104,3 +105,14 @@ def test_what_another_version_wrote_there_counts_for_nothing() -> None:
 
 def test_a_gate_without_tags_asks_itself() -> None:
     assert was_asked_as_much(GateRule(evaluation=EvaluationRule(), carrier="standalone"), promoted(None))
+
+
+@pytest.mark.parametrize(("first", "floor", "is_met"), [(None, 2, True), (None, 3, False), (1, 2, False)])
+def test_a_row_from_before_first_numbers_were_told_counts_by_the_one_it_has(
+    first: int | None, floor: int, is_met: bool
+) -> None:
+    digest = f"sha256:{'1' * 64}"
+    lock = LockInForce(model="safelock.base", version=2, digest=digest, base_model="base")
+    found = {"lock": lock, "first_version": first, "alpha": 6.0, "kinship": 1.0, "tokenizer": "same"}
+    decision = promoted(None).model_copy(update=found)
+    assert meets(GateRule(tags=HIGH, lock=LockRule(min_version=floor)), decision) is is_met

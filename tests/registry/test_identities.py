@@ -14,6 +14,8 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_safelock.audit.receipts import ReceiptReader
 from mlflow_safelock.errors import SigstoreError, VerificationError
+from mlflow_safelock.flavors.meta_safetylock import lock_model_name
+from mlflow_safelock.gate.ledger import UNSIGNED
 from mlflow_safelock.gate.policy import DEFAULT_POLICY
 from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.lock import SafetyLock
@@ -27,8 +29,8 @@ from mlflow_safelock.provenance import (
 from mlflow_safelock.registry.explaining import explain_promotion
 from mlflow_safelock.registry.stores import open_store
 from tests.keys import write_keys
-from tests.registries import base_lock, log_fine_tune, register_lock, state_of
-from tests.registry.test_guard import download_uri, loaded_biases
+from tests.registries import BASE, base_lock, log_fine_tune, register_lock, state_of
+from tests.registry.test_guard import download_uri, loaded_biases, store_of
 from tests.registry.test_promotion import ledger_rows, open_with_policy, stage
 from tests.registry.test_signatures import register_signed
 from tests.sigstore_instance import ISSUER, SigstoreInstance, running_instance
@@ -163,6 +165,51 @@ class TestLocks:
             # A registry that is opened now says so at once.
             with pytest.raises(SigstoreError):
                 open_store(f"safelock+sqlite:///{tmp_path}/registry.db", None)
+
+    def on_record(self, client: MlflowClient) -> list[tuple[int, str | None]]:
+        """The locks on record, and what their rows say of their signatures."""
+        known = store_of(client)._gate.registry.locks_of("default", BASE)
+        return [(entry.lock.version, entry.message) for entry in known]
+
+    def test_one_is_not_registered_while_nobody_can_tell_whether_it_is_signed(
+        self,
+        strict: MlflowClient,
+        sigstore: SigstoreInstance,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from sigstore.models import ClientTrustConfig
+
+        def away(*_: Any) -> ClientTrustConfig:
+            raise ConnectionError("it does not answer")
+
+        signatures = [signed_by(sigstore, SAFETY, base_lock(seed=seed)) for seed in (0, 1)]
+        register_signed(base_lock(seed=0), signatures[0])
+        with monkeypatch.context() as without:
+            without.setattr(ClientTrustConfig, "from_json", away)
+            # What was read of the same text before is remembered.
+            sigstore.trust_config.write_text(sigstore.trust_config.read_text() + "\n")
+            with pytest.raises(MlflowException, match=r"register a lock.*\[unreachable\]") as caught:
+                register_signed(base_lock(seed=1), signatures[1])
+            assert caught.value.get_http_status_code() == 409
+        assert self.on_record(strict) == [(1, None)]
+        newer = register_signed(base_lock(seed=1), signatures[1])
+        assert self.on_record(strict) == [(1, None), (newer, None)]
+        strict.delete_model_version(lock_model_name(BASE), str(newer))
+        self.refused(strict, tmp_path, "lock_superseded")
+
+    def test_one_that_cannot_be_verified_here_is_on_record_as_unsigned_until_it_can(
+        self, strict: MlflowClient, sigstore: SigstoreInstance
+    ) -> None:
+        signatures = [signed_by(sigstore, SAFETY, base_lock(seed=seed)) for seed in (0, 1)]
+        register_signed(base_lock(seed=0), signatures[0])
+        trusted = sigstore.trust_config.read_text()
+        sigstore.trust_config.write_text("{}")
+        register_signed(base_lock(seed=1), signatures[1])
+        assert self.on_record(strict) == [(1, None), (2, UNSIGNED)]
+        sigstore.trust_config.write_text(trusted)
+        stage(strict, 1)
+        assert self.on_record(strict) == [(1, None), (2, None)]
 
 
 class TestReceipts:

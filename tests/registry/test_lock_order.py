@@ -19,9 +19,12 @@ from mlflow_safelock.errors import PromotionRefused, UnreachableError
 from mlflow_safelock.flavors import meta_safetylock
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.gate.explanation import explain
-from mlflow_safelock.gate.lock_records import LockRecords
+from mlflow_safelock.gate.leases import Work
+from mlflow_safelock.gate.lock_records import FoundLock, LockRecords
+from mlflow_safelock.gate.renaming import Renaming
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import Actor
+from mlflow_safelock.registry import sql_ledger
 from mlflow_safelock.registry.artifacts import RegistryArtifacts
 from tests.registries import BASE, base_lock, log_fine_tune, register_lock, state_of
 from tests.registry.test_guard import (
@@ -62,7 +65,8 @@ def test_a_deleted_lock_does_not_bring_the_older_one_back(client: MlflowClient, 
     stage(client, version)
     with sqlite3.connect(tmp_path / "registry.db") as connection:
         rows = connection.execute("SELECT version FROM safelock_ledger WHERE event = 'registered'")
-        assert [version for (version,) in rows] == [1, 2], "each is on record once"
+        assert [version for (version,) in rows] == [1, 2, 3], "each is on record by each of its numbers"
+    assert digests_on_record(client) == digests(0, 1), "and once among those of its base"
 
 
 def test_an_older_lock_is_not_registered_anew(client: MlflowClient, tmp_path: Path) -> None:
@@ -276,7 +280,7 @@ def test_two_that_are_registered_at_once_are_on_record_as_they_are_numbered(
     check, put = LockRecords.check_new, store._put_on_record
     second_is_looked_at, third_is_on_record = threading.Event(), threading.Event()
 
-    def checked(*arguments: Any) -> SafetyLock:
+    def checked(*arguments: Any) -> FoundLock:
         lock = check(*arguments)
         if next(looked_at) == 1:
             second_is_looked_at.wait(4.0)
@@ -284,7 +288,7 @@ def test_two_that_are_registered_at_once_are_on_record_as_they_are_numbered(
             second_is_looked_at.set()
         return lock
 
-    def put_slowly(self: Any, lock: SafetyLock, created: ModelVersion) -> None:
+    def put_slowly(self: Any, lock: FoundLock, created: ModelVersion) -> None:
         if int(created.version) == 2:
             third_is_on_record.wait(1.0)
         put(self, lock, created)
@@ -439,11 +443,72 @@ def test_a_tag_that_comes_back_brings_the_floor_by_the_first_number(
         download_uri(client, version)
 
 
-def test_a_model_of_something_else_gets_no_locks_name(client: MlflowClient) -> None:
+@pytest.fixture
+def mixed(client: MlflowClient, tmp_path: Path) -> MlflowClient:
+    """A registry with a lock and something else in one registered model, ``mixed``."""
     log_prices()
-    with pytest.raises(MlflowException, match=r"rename 'prices'.*no_lock"):
-        client.rename_registered_model("prices", NAME)
-    assert client.get_registered_model("prices").name == "prices"
+    register_lock(base_lock())
+    with stock_registry(tmp_path):
+        MlflowClient().rename_registered_model(NAME, "mixed")
+        MlflowClient().copy_model_version("models:/prices/1", "mixed")
+    return client
+
+
+@pytest.mark.parametrize("name", ["mixed", "prices"])
+def test_a_model_of_something_else_gets_no_locks_name(mixed: MlflowClient, tmp_path: Path, name: str) -> None:
+    before = mixed.get_registered_model(name).last_updated_timestamp
+    with pytest.raises(MlflowException, match=rf"rename '{name}'.*no_lock") as info:
+        mixed.rename_registered_model(name, NAME)
+    assert info.value.error_code == "PERMISSION_DENIED"
+    assert mixed.get_registered_model(name).last_updated_timestamp == before, "not for a moment"
+    row = ledger_rows(tmp_path)[-1]
+    assert (row["event"], row["reason"], row["target"]) == ("rejected", "no_lock", f"rename:{NAME}")
+    assert (row["model"], row["version"]) == (name, 2 if name == "mixed" else 1)
+
+
+def test_nor_does_one_that_came_while_it_was_looked_at(
+    mixed: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed.delete_model_version("mixed", "2")
+    check = Renaming.check
+
+    def checked(*arguments: Any) -> None:
+        check(*arguments)
+        mixed.copy_model_version("models:/prices/1", "mixed")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Renaming, "check", checked)
+        with pytest.raises(MlflowException, match=r"rename 'mixed'.*no_lock"):
+            mixed.rename_registered_model("mixed", NAME)
+    assert mixed.get_registered_model("mixed").latest_versions
+    assert [(row["event"], row["version"]) for row in ledger_rows(tmp_path)] == [("rejected", 3)]
+    mixed.delete_model_version("mixed", "3")
+    mixed.rename_registered_model("mixed", NAME)
+    stage(mixed, log_fine_tune("bot"))
+
+
+def test_a_model_gets_no_locks_name_while_somebody_registers_one_there(
+    mixed: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_ledger, "LONGEST_WAIT", 0.2)
+    mixed.delete_model_version("mixed", "2")
+    registry = store_of(mixed)._gate.registry
+    with (
+        registry.lease(Work("default", NAME, 0, "register")),
+        pytest.raises(MlflowException, match=r"rename 'mixed'.*\[conflict\].*A new version of"),
+    ):
+        mixed.rename_registered_model("mixed", NAME)
+    mixed.rename_registered_model("mixed", NAME)
+    assert registry.works_held() == []
+
+
+def test_what_came_past_the_gate_and_is_no_lock_stands_in_nobodys_way(
+    mixed: MlflowClient, tmp_path: Path
+) -> None:
+    with stock_registry(tmp_path):
+        MlflowClient().rename_registered_model("mixed", NAME)
+    register_lock(base_lock(seed=1))
+    assert digests_on_record(mixed) == digests(0, 1)
 
 
 def test_one_whose_store_is_gone_stands_in_nobodys_way_once_it_is_on_record(
@@ -470,6 +535,43 @@ def test_one_whose_store_is_gone_stands_in_nobodys_way_once_it_is_on_record(
     assert digests_on_record(client) == digests(0, 2, 4)
 
 
+def test_nor_does_another_version_of_one_that_is_on_record(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        register_lock(base_lock(seed=0))
+    gone, stock = client.get_model_version_download_uri(NAME, "2"), LockRecords._lock_at
+
+    def lock_at(self: LockRecords, location: str, origin: str) -> SafetyLock:
+        if location == gone:
+            raise UnreachableError(f"{location} cannot be reached: it does not answer now.")
+        return stock(self, location, origin)
+
+    monkeypatch.setattr(LockRecords, "_lock_at", lock_at)
+    register_lock(base_lock(seed=1))
+    assert digests_on_record(client) == digests(0, 1)
+
+
+def test_the_lowest_number_of_a_lock_is_its_first_whichever_was_on_record_first(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = log_fine_tune("bot")
+    with stock_registry(tmp_path):
+        for _ in range(2):
+            register_lock(base_lock())
+    client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{lock: {min_version: 2}}]\n")
+    stage(client, version)
+    assert ledger_rows(tmp_path)[-1]["first_version"] == 2, "as far as the ledger tells"
+    client.delete_model_version(NAME, "2")
+    with pytest.raises(MlflowException, match=r"lock_too_old.*version 1, and"):
+        stage(client, version)
+    register_lock(base_lock())
+    with pytest.raises(MlflowException, match=r"lock_too_old.*version 3, which was .* version 1 first"):
+        stage(client, version)
+    told = [fault for row in audit(f"sqlite:///{tmp_path}/registry.db") for fault in row.lock_faults]
+    assert any("registered as version 1 first" in fault for fault in told), told
+
+
 def test_reconciling_puts_no_lock_back_in_force_that_was_revoked_meanwhile(
     client: MlflowClient, tmp_path: Path
 ) -> None:
@@ -484,3 +586,31 @@ def test_reconciling_puts_no_lock_back_in_force_that_was_revoked_meanwhile(
     assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted", "revoked"]
     with pytest.raises(MlflowException, match="not_locked"):
         download_uri(client, version)
+
+
+def test_tags_come_back_to_what_runs_a_lock_that_was_revoked(client: MlflowClient, tmp_path: Path) -> None:
+    version, _ = locked_version(client)
+    store_of(client).revoke_lock(NAME, 1, "leaked")
+    client.set_model_version_tag("bot", str(version), "safelock.applied_alpha", "99")
+    reconciling, actor = store_of(client).reconciling, Actor(name="ops", verified=False)
+    found = reconciling.examine("bot", version, "default", actor)
+    repaired = reconciling.repair(found, ("lock",))
+    assert (repaired.done, repaired.refusal) == ("restored", None)
+    assert client.get_model_version("bot", str(version)).tags["safelock.applied_alpha"] == "6"
+    assert ledger_rows(tmp_path)[-1]["event"] == "reconciled"
+    assert loaded_biases(), "it goes on running what it ran"
+
+
+def test_what_ran_a_lock_that_was_revoked_goes_back_to_its_own_fine_tune(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    """The gate refuses to lock it, and nobody is handed out what somebody wrote into its row."""
+    version, original = locked_version(client)
+    elsewhere = download_uri(client, log_fine_tune("stranger"), "stranger")
+    store_of(client).revoke_lock(NAME, 1, "leaked")
+    edit_row(tmp_path, "UPDATE model_versions SET storage_location = ? WHERE name = 'bot'", elsewhere)
+    reconciling, actor = store_of(client).reconciling, Actor(name="ops", verified=False)
+    repaired = reconciling.repair(reconciling.examine("bot", version, "default", actor), ("lock",))
+    assert repaired.refusal.reason == "lock_revoked"
+    assert store_of(client)._gate.registry.model_version("bot", version).location == original
+    assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted", "revoked", "reconciled"]

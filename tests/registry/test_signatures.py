@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,28 @@ def register_signed(lock: SafetyLock, signature: bytes) -> int:
         return int(meta_safetylock.register(lock, signature).registered_model_version)
 
 
+def lock_rows(folder: Path) -> list[int]:
+    """The versions of locks that rows say were registered, in the order of the rows."""
+    with sqlite3.connect(folder / "registry.db") as connection:
+        query = "SELECT version FROM safelock_ledger WHERE event = 'registered' ORDER BY sequence"
+        return [version for (version,) in connection.execute(query)]
+
+
 class TestLocks:
+    @pytest.fixture
+    def under(
+        self, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> Callable[..., MlflowClient]:
+        """Opens the registry with a gate that wants locks signed by one of some keys; by nobody with none."""
+
+        def opened(*pairs: KeyPair) -> MlflowClient:
+            names = ", ".join(pair.public.name for pair in pairs)
+            signature = f"signature: {{required: true, public_keys: [{names}]}}, " if pairs else ""
+            gate = f"{{{signature}missing_lock: allow}}"
+            return open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{gate}]\n")
+
+        return opened
+
     @pytest.fixture
     def strict(
         self, client: MlflowClient, tmp_path: Path, keys: KeyPair, monkeypatch: pytest.MonkeyPatch
@@ -126,28 +148,24 @@ class TestLocks:
         with pytest.raises(MlflowException, match=r"lock_superseded.*version 2"):
             stage(strict, log_fine_tune("bot"))
 
-    def test_one_that_was_applied_counts_as_signed_though_its_key_came_later(
-        self,
-        client: MlflowClient,
-        tmp_path: Path,
-        keys: KeyPair,
-        others: KeyPair,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        def under(*names: str) -> MlflowClient:
-            signature = f"{{required: true, public_keys: [{', '.join(names)}]}}"
-            gate = f"{{signature: {signature}, missing_lock: allow}}"
-            return open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{gate}]\n")
+    def test_one_that_nobody_signed_is_none_that_is_gone(self, strict: MlflowClient) -> None:
+        register_lock(base_lock())
+        strict.delete_model_version(lock_model_name(BASE), "1")
+        with pytest.raises(MlflowException, match=r"\[missing_lock\]"):
+            stage(strict, 1)
 
+    def test_one_that_was_applied_counts_as_signed_though_its_key_came_later(
+        self, under: Callable[..., MlflowClient], tmp_path: Path, keys: KeyPair, others: KeyPair
+    ) -> None:
         name, first = lock_model_name(BASE), log_fine_tune("bot")
-        client = under(keys.public.name)
+        client = under(keys)
         register_signed(base_lock(seed=0), sign_lock(base_lock(seed=0), load_signing_key(keys.private)))
         newer = register_signed(
             base_lock(seed=1), sign_lock(base_lock(seed=1), load_signing_key(others.private))
         )
         with pytest.raises(MlflowException, match="bad_signature"):
             stage(client, first)
-        client = under(keys.public.name, others.public.name)
+        client = under(keys, others)
         stage(client, first)
         assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == base_lock(seed=1).digest
         client.delete_model_version(name, str(newer))
@@ -157,6 +175,71 @@ class TestLocks:
         client.delete_registered_model(name)
         with pytest.raises(MlflowException, match="lock_gone"):
             stage(client, log_fine_tune("bot"))
+
+    def test_one_that_nobody_signed_is_done_away_with_where_one_gate_wants_signatures_and_another_does_not(
+        self, client: MlflowClient, tmp_path: Path, keys: KeyPair, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        strict = f"{{models: 'strict-*', signature: {{required: true, public_keys: [{keys.public.name}]}}}}"
+        client = open_with_policy(tmp_path, monkeypatch, f"version: 1\ngates: [{strict}, {{}}]\n")
+        name, older, newer = lock_model_name(BASE), base_lock(seed=0), base_lock(seed=1)
+        signature = sign_lock(older, load_signing_key(keys.private))
+        register_signed(older, signature)
+        register_lock(newer)
+        for bot in ("strict-bot", "lax-bot"):
+            log_fine_tune(bot)
+        revoke = f"safelock lock revoke models:/{name}/2 --digest {newer.digest} --reason"
+        with pytest.raises(MlflowException, match=rf"unsigned_lock.*{revoke} .*then delete that version"):
+            stage(client, 1, "strict-bot")
+        with pytest.raises(MlflowException, match=rf"register a lock.*lock_superseded.*{revoke}"):
+            register_signed(older, signature)
+        client.delete_model_version(name, "2")
+        stage(client, 1, "strict-bot")
+        with pytest.raises(MlflowException, match=rf"lock_superseded.*{revoke}"):
+            stage(client, 1, "lax-bot")
+        with pytest.raises(MlflowException, match="lock_superseded"):
+            register_signed(older, signature)
+        store_of(client).revoke_lock(name, 2, "nobody's", newer.digest)
+        stage(client, 1, "lax-bot")
+        assert register_signed(older, signature) == 3
+        for bot in ("strict-bot", "lax-bot"):
+            stage(client, log_fine_tune(bot), bot)
+        assert ledger_rows(tmp_path)[-1]["lock"]["digest"] == older.digest
+
+    def test_one_that_another_registration_finds_signed_is_on_record_as_such(
+        self, under: Callable[..., MlflowClient], keys: KeyPair, others: KeyPair
+    ) -> None:
+        locks = base_lock(seed=0), base_lock(seed=1)
+        signatures = [
+            sign_lock(lock, load_signing_key(pair.private))
+            for lock, pair in zip(locks, (keys, others), strict=True)
+        ]
+        under(keys)
+        for lock, signature in zip(locks, signatures, strict=True):
+            register_signed(lock, signature)
+        under(keys, others)
+        with pytest.raises(MlflowException, match=r"lock_superseded.*version 2"):
+            register_signed(locks[0], signatures[0])
+
+    def test_one_that_a_promotion_finds_applied_already_counts_as_signed_too(
+        self, under: Callable[..., MlflowClient], tmp_path: Path, keys: KeyPair, others: KeyPair
+    ) -> None:
+        client, version = under(keys), log_fine_tune("bot")
+        register_signed(base_lock(seed=0), sign_lock(base_lock(seed=0), load_signing_key(keys.private)))
+        newer = register_signed(
+            base_lock(seed=1), sign_lock(base_lock(seed=1), load_signing_key(others.private))
+        )
+        client = under()
+        stage(client, version)
+        client = under(keys, others)
+        for _ in range(2):
+            stage(client, version)
+        assert [row["event"] for row in ledger_rows(tmp_path)] == ["promoted"], "there was nothing to do"
+        assert lock_rows(tmp_path) == [1, 2, 2], "its row as a signed one is written once"
+        client.delete_model_version(lock_model_name(BASE), str(newer))
+        client.transition_model_version_stage("bot", str(version), "None")
+        for which in (version, log_fine_tune("bot")):
+            with pytest.raises(MlflowException, match="lock_superseded"):
+                stage(client, which)
 
     def test_a_signature_is_not_asked_for_where_the_policy_does_not(self, client: MlflowClient) -> None:
         log_fine_tune("bot")
