@@ -222,6 +222,14 @@ def test_a_file_that_no_policy_can_be_read_from_changes_nothing_and_says_so(
     assert source.fault is None
 
 
+def test_the_largest_whole_numbers_of_a_policy_have_a_digest(write) -> None:
+    most = 2**53 - 1
+    evaluation = f"{{min_new_tokens: {most}, max_known_prompts: {most}, max_age_days: 36525}}"
+    lock = f"{{min_version: {most}, max_age_days: 36525}}"
+    written = f"version: 1\ngates: [{{lock: {lock}, evaluation: {evaluation}}}]\n"
+    assert load_policy(write(written)).digest != DEFAULT_POLICY.digest
+
+
 def test_nothing_is_a_policy_that_has_no_digest() -> None:
     rule = GateRule(evaluation=EvaluationRule(system_prompt="a\ud800"))
     with pytest.raises(ValueError, match="no canonical JSON, and so no digest"):
