@@ -171,7 +171,7 @@ class SqlLedger(ABC):
         return patiently(transaction, sa.exc.IntegrityError, sa.exc.OperationalError)
 
 
-def patiently(work: Callable[[], T], *lost_races: type[sa.exc.DBAPIError]) -> T:
+def patiently(work: Callable[[], T], *lost_races: type[sa.exc.SQLAlchemyError]) -> T:
     """Do something of a store's, again where another writer was in the way.
 
     sqlite gives up when it waits too long for its one writer, and PostgreSQL when two transactions wait for
@@ -179,7 +179,8 @@ def patiently(work: Callable[[], T], *lost_races: type[sa.exc.DBAPIError]) -> T:
 
     Args:
         work: What to do, in a transaction of its own.
-        lost_races: The errors of the database by which it is told that another writer was in the way.
+        lost_races: The errors of the database, or of SQLAlchemy, by which it is told that another writer was
+            in the way.
 
     Raises:
         LedgerError: Others were in the way for longer than ``PATIENCE``.

@@ -31,7 +31,8 @@ from mlflow.utils.validation import (
     missing_value,
 )
 from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.orm.exc import StaleDataError
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import LedgerError, PromotionRefused, VerificationError
@@ -330,15 +331,16 @@ class GateMixin:
         )
         reach("gate-passed")
 
-    def _patiently(self, work: Callable[[], T], *lost_races: type[DBAPIError]) -> T:
+    def _patiently(self, work: Callable[[], T], *lost_races: type[SQLAlchemyError]) -> T:
         """Do something of MLflow's that changes the database, as patiently as the gate does its own.
 
         Args:
             work: What to do, in a transaction of its own.
-            lost_races: The errors by which it is told, besides a busy database's, that another was faster.
+            lost_races: The errors by which it is told that another was faster, besides a busy database's and
+                that a row is gone which it had read.
         """
         try:
-            return patiently(work, OperationalError, *lost_races)
+            return patiently(work, OperationalError, StaleDataError, *lost_races)
         except LedgerError as busy:
             raise MlflowException(f"{busy} [conflict]", RESOURCE_CONFLICT) from busy
 
