@@ -46,6 +46,18 @@ class SqlLedger(ABC):
         """What was decided last about a version, refusals aside."""
         return self._from_ledger(lambda session: ledger.decision_on(session, workspace, name, version))
 
+    def is_unlocked(self, workspace: str, name: str, version: int) -> bool:
+        """Whether the lock of a version was taken off last, or somebody is at that now."""
+
+        def read(session: Any) -> bool:
+            # In this order: what ended between both readings has its row in the ledger.
+            if leases.is_held(session, Work(workspace, name, version, "unlock")):
+                return True
+            decision = ledger.decision_on(session, workspace, name, version)
+            return decision is not None and decision.event == "unlocked"
+
+        return self._from_ledger(read)
+
     def locks_of(self, workspace: str, base: str) -> Sequence[LedgerEntry]:
         """The rows by which the locks of a base model became known, oldest first."""
         return self._from_ledger(lambda session: ledger.locks_of(session, workspace, base))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
-import sqlalchemy as sa
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -35,6 +34,7 @@ from tests.registries import (
     biases_of,
     expected_biases,
     fine_tune,
+    just_before,
     log_fine_tune,
     register_lock,
     state_of,
@@ -225,24 +225,14 @@ def test_a_copy_of_a_locked_version_is_locked_anew_from_the_source(
     assert state_of(client, "copy", 1)["location"] == row["location"]
 
 
-@contextmanager
-def somebody_faster(folder: Path, before: str, what: str) -> Iterator[None]:
+def somebody_faster(folder: Path, before: str, what: str) -> AbstractContextManager[None]:
     """Do something in the registry's database the first time that a statement is about to begin so."""
-    waiting = iter([what])
 
-    def do_it_first(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
-        if not statement.startswith(before):
-            return
-        for theirs in waiting:
-            with sqlite3.connect(folder / "registry.db") as other:
-                other.execute(theirs)
+    def do_it() -> None:
+        with sqlite3.connect(folder / "registry.db") as other:
+            other.execute(what)
 
-    sa.event.listen(sa.Engine, "before_cursor_execute", do_it_first)
-    try:
-        yield
-    finally:
-        sa.event.remove(sa.Engine, "before_cursor_execute", do_it_first)
-    assert next(waiting, None) is None, "there was no such statement"
+    return just_before(before, do_it)
 
 
 def test_an_alias_that_somebody_else_makes_at_the_same_moment_is_moved(
