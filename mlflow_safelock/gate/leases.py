@@ -1,8 +1,8 @@
 """Leases: who is at work on a version, so that nobody does the same work beside them.
 
 A lease only saves work. What decides who changes a version is the condition in the transaction that redirects
-it (``Registry.redirect``), which holds with any lease, an expired one, and none. The one for unlocking is also
-a sign: a promotion that passed the gate before it looks for it at its end (``Registry.is_unlocked``).
+it (``Registry.redirect``), which holds with any lease, an expired one, and none. The one for unlocking is a
+sign as well: a promotion that passed the gate before it looks for it at its end (``Registry.is_unlocked``).
 
 A lease ends with the transaction that its work ends in. One whose holder died is free at once, where whoever
 asks runs on the same machine and can see that; on another machine it is free once it has expired.
