@@ -169,13 +169,25 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
             return tuple(self._value(loader, item, (*place, index)) for index, item in enumerate(node.value))
         if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
+            self._check_text(node)
             return loader.construct_object(node)
         raise self.error(f"{self.origin}, {line}: the tag {node.tag[:80]!r} is not used here.")
 
     def _key(self, node: yaml.Node) -> str:
         if not isinstance(node, yaml.ScalarNode) or node.tag != _PREFIX + "str":
             raise self.error(f"{self.origin}, line {node.start_mark.line + 1}: a key must be text.")
+        self._check_text(node)
         return str(node.value)
+
+    def _check_text(self, node: yaml.ScalarNode) -> None:
+        """Refuse text that no file can hold and that YAML's escapes can spell: half of a surrogate pair."""
+        try:
+            node.value.encode()
+        except UnicodeEncodeError as error:
+            line = f"line {node.start_mark.line + 1}"
+            raise self.error(
+                f"{self.origin}, {line}: {ascii(node.value)[:80]} has half a character in it."
+            ) from error
 
 
 def _fault(document: Document, form: type[BaseModel], fault: dict[str, Any]) -> str:

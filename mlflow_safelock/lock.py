@@ -31,6 +31,8 @@ UNIT_NORM_TOLERANCE = 1e-5
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # indices are stored as int32
+Count = Annotated[int, Field(ge=0, le=2**53 - 1)]  # the whole numbers of canonical JSON (RFC 8785)
+Natural = Annotated[int, Field(gt=0, le=2**53 - 1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
+import sqlalchemy as sa
 import torch
 from mlflow import MlflowClient
 from mlflow.models import ModelSignature, infer_signature
@@ -14,6 +17,25 @@ from mlflow.models import ModelSignature, infer_signature
 from mlflow_safelock.flavors import meta_safetylock
 from mlflow_safelock.lock import SafetyLock
 from tests.models import random_lock, tiny_model, tiny_tokenizer
+
+
+@contextmanager
+def just_before(statement: str, work: Callable[[], object]) -> Iterator[None]:
+    """Do something the first time that a database is about to be sent a statement that begins so."""
+    waiting = iter([work])
+
+    def do_it_first(_connection: Any, _cursor: Any, sent: str, *_more: Any) -> None:
+        if sent.startswith(statement):
+            for do in waiting:
+                do()
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", do_it_first)
+    try:
+        yield
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", do_it_first)
+    assert next(waiting, None) is None, "there was no such statement"
+
 
 BASE = "org/tiny-base"
 REQUIREMENTS = ["mlflow", "torch", "transformers"]

@@ -56,6 +56,8 @@ def test_plain_values_are_read_without_surprises(text, value):
         (b"a: 1\n'a': 1\n", "line 2: the key 'a' is there twice"),
         (b"a: &x [1]\nb: *x\n", "line 2: .*aliases are not used"),
         (b"a: &x {}\nb: {<<: *x}\n", "aliases are not used"),
+        (b'a: 1\nb: "c\\ud800"\n', r"line 2: 'c\\ud800' has half a character in it"),
+        (b'a:\n  - "c\\udfff": 1\n', "line 2: .* has half a character in it"),
         (b"a: !!python/object/apply:os.mkdir [x]\n", "line 1: the tag .*python.* is not used"),
         (b"a: !!set {b}\n", "the tag"),
         (b"a: !!binary aGk=\n", "the tag"),

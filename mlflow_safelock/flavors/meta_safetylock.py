@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlflow
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME, ModelInfo
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.model_utils import (
     _get_flavor_configuration,
@@ -215,7 +215,13 @@ def registered_lock_uri(base_model: str) -> str:
         mlflow.exceptions.MlflowException: No lock is registered for it.
     """
     name = lock_model_name(base_model)
-    versions = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
+    try:
+        # Not by a search, whose filter takes no name with both kinds of quotes.
+        versions = MlflowClient().get_registered_model(name).latest_versions
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        versions = []
     if not versions:
         raise MlflowException(
             f"No lock is registered for the base model {base_model!r}: there is no version of {name!r}.",

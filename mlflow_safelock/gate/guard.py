@@ -189,7 +189,12 @@ class Guard:
                 row in the ledger says so.
         """
         try:
-            with self.gate.registry.lease(Work(workspace, name, version)) as lease:
+            # The second one is for a promotion to see, which had the first before: it has locked the version
+            # and not yet brought it to its place.
+            with (
+                self.gate.registry.lease(Work(workspace, name, version)) as lease,
+                self.gate.registry.lease(Work(workspace, name, version, "unlock")),
+            ):
                 return self._unlock(name, version, workspace, actor, reason, lease)
         except PromotionRefused as refusal:
             request = Request(name, version, UNLOCK, actor, workspace)

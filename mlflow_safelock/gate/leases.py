@@ -1,7 +1,8 @@
 """Leases: who is at work on a version, so that nobody does the same work beside them.
 
 A lease only saves work. What decides who changes a version is the condition in the transaction that redirects
-it (``Registry.redirect``), which holds with any lease, an expired one, and none.
+it (``Registry.redirect``), which holds with any lease, an expired one, and none. The one for unlocking is a
+sign as well: a promotion that passed the gate before it looks for it at its end (``Registry.is_unlocked``).
 
 A lease ends with the transaction that its work ends in. One whose holder died is free at once, where whoever
 asks runs on the same machine and can see that; on another machine it is free once it has expired.
@@ -35,7 +36,7 @@ TABLE = sa.Table(
     sa.Column("expires", sa.Double, nullable=False),
 )
 
-SECONDS = {"promote": 60.0, "register": 60.0, "prepare": 3600.0, "write": 3600.0}
+SECONDS = {"promote": 60.0, "unlock": 60.0, "register": 60.0, "prepare": 3600.0, "write": 3600.0}
 """How long a lease lasts by what it is for; a preparation renews its own while bytes move."""
 
 RENEWED_AFTER = 60.0
@@ -58,7 +59,7 @@ class Work:
     workspace: str
     model: str
     version: int
-    purpose: Literal["promote", "register", "prepare", "write"] = "promote"
+    purpose: Literal["promote", "unlock", "register", "prepare", "write"] = "promote"
     location: str | None = field(default=None, compare=False)
 
     @classmethod
@@ -164,6 +165,13 @@ def held(session: Session) -> list[Work]:
     return [
         Work(row.workspace, row.model, row.version, row.purpose) for row in rows if not is_gone(row.holder)
     ]
+
+
+def is_held(session: Session, work: Work) -> bool:
+    """Whether somebody is at that work now, as far as can be known."""
+    chosen = sa.select(TABLE.c.holder).where(*_is(work), TABLE.c.expires > time.time())
+    holder = session.execute(chosen).scalar_one_or_none()
+    return holder is not None and not is_gone(holder)
 
 
 def _is(work: Work) -> tuple[sa.ColumnElement[bool], ...]:

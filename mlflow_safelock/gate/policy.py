@@ -29,10 +29,10 @@ from mlflow_safelock.gate.ledger import TokenizerFinding
 from mlflow_safelock.gate.permissions import ANYBODY, Permission
 from mlflow_safelock.gate.ports import ModelVersion, Target
 from mlflow_safelock.kinship import MIN_KINSHIP
+from mlflow_safelock.lock import Count, Natural, NonEmpty
 from mlflow_safelock.provenance import Identity, PublicKey, Signatory
 
 Stage = Literal["Staging", "Production", "Archived"]
-NonEmpty = Annotated[str, Field(min_length=1)]
 
 MOST_DAYS = 36525
 """Greatest age that can be asked for: a hundred years."""
@@ -75,7 +75,7 @@ class LockRule(_Section):
             promotions with a revoked lock are always refused.
     """
 
-    min_version: Annotated[int, Field(gt=0)] = 1
+    min_version: Natural = 1
     max_age_days: Annotated[int, Field(gt=0, le=MOST_DAYS)] | None = None
     revoked: Literal["refuse", "warn"] = "warn"
 
@@ -190,12 +190,12 @@ class EvaluationRule(_Section):
     max_over_refusal_rate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     max_degenerate_rate: Annotated[float, Field(ge=0.0, le=1.0)] | None = 0.05
     bound: Literal["rate", "upper"] = "rate"
-    max_known_prompts: Annotated[int, Field(ge=0)] | None = None
+    max_known_prompts: Count | None = None
     max_age_days: Annotated[int, Field(gt=0, le=MOST_DAYS)] | None = None
     judge: NonEmpty = "refusal-match"
     transform: NonEmpty = "plain"
     system_prompt: str | None = None
-    min_new_tokens: Annotated[int, Field(gt=0)] = 64
+    min_new_tokens: Natural = 64
     dtypes: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] | None = None
     safelock_version: NonEmpty | None = None
     signature: SignatureRule = SignatureRule()
@@ -335,6 +335,15 @@ class Policy(_Section):
         if not gates:
             raise ValueError("needs at least one gate")
         return gates
+
+    @model_validator(mode="after")
+    def _has_a_digest(self) -> Self:
+        # Everything that is decided by it names it by that.
+        try:
+            _ = self.digest
+        except rfc8785.CanonicalizationError as error:
+            raise ValueError(f"has no canonical JSON, and so no digest: {error}") from error
+        return self
 
     @property
     def digest(self) -> str:

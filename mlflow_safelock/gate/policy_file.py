@@ -55,8 +55,8 @@ class PolicySource:
             with self._reading:
                 state = self._state_of_file()
                 if state != self._state:
-                    self._state = state
                     self._read_again(self._path)
+                    self._state = state  # not before: whatever nobody foresaw is said to everybody who asks
         if self._untold:
             self._tell()
         return self._policy
@@ -86,12 +86,11 @@ class PolicySource:
                 error,
             )
             return
+        if policy.digest != self._policy.digest:
+            _logger.warning("The policy was changed: %s, and was %s", policy.digest, self._policy.digest)
+            self._policy = policy
+            self._untold.extend((listener, policy) for listener in self._listeners)
         self._fault = None
-        if policy.digest == self._policy.digest:
-            return
-        _logger.warning("The policy was changed: %s, and was %s", policy.digest, self._policy.digest)
-        self._policy = policy
-        self._untold.extend((listener, policy) for listener in self._listeners)
 
     def _state_of_file(self) -> tuple[int, ...] | None:
         if self._path is None:

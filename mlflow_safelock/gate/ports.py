@@ -181,6 +181,9 @@ class Registry(Protocol):
     def decision_on(self, workspace: str, name: str, version: int) -> LedgerEntry | None:
         """What was decided last about a version, refusals aside; ``None`` where nothing was."""
 
+    def is_unlocked(self, workspace: str, name: str, version: int) -> bool:
+        """Whether the lock of a version was taken off last, or somebody is at that now."""
+
     def revocation_of(self, digest: str) -> LedgerEntry | None:
         """The revocation of the lock with a digest; ``None`` where it stands."""
 

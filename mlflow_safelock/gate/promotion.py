@@ -109,15 +109,18 @@ class Gate:
         """The full fingerprints beside the fine-tunes."""
         return Measurements(self.registry, self.artifacts)
 
-    def promote(self, request: Request) -> None:
+    def promote(self, request: Request) -> bool:
         """Lock a version that is about to be promoted, where the policy gates that; otherwise do nothing.
+
+        Returns:
+            Whether the policy gates that.
 
         Raises:
             PromotionRefused: The version may not be promoted; a row in the ledger says so, and the registry
                 is as it was.
         """
         if not any(rule.covers(request.target) for rule in self.policy().candidates(request.name)):
-            return
+            return False
         reach("policy-read")
         with ExitStack() as until_done:
             try:
@@ -132,8 +135,21 @@ class Gate:
             policy = self.policy()
             found = self.registry.model_version(request.name, request.version)
             rule = policy.rule_for(found.name, found.tags, found.model_tags)
-            if rule is not None and rule.covers(request.target):
-                self._decide(request, policy, rule, found, lease)
+            if rule is None or not rule.covers(request.target):
+                return False
+            self._decide(request, policy, rule, found, lease)
+            return True
+
+    def keep_locked(self, request: Request) -> None:
+        """Lock a version again whose lock was taken off between ``promote`` and MLflow's own promotion.
+
+        Until that it was in no gated place, so that anybody could; from now on nobody can.
+
+        Raises:
+            PromotionRefused: It may not be locked again; a row in the ledger says so.
+        """
+        if self.registry.is_unlocked(request.workspace, request.name, request.version):
+            self.promote(request)
 
     def _decide(
         self, request: Request, policy: Policy, rule: GateRule, found: ModelVersion, lease: Lease

@@ -185,7 +185,7 @@ def _read(path: str | Path) -> bytes:
     try:
         with Path(path).open("rb") as stream:
             return stream.read(MAX_KEY_BYTES)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no path has a zero in it, which Python has that error for
         raise KeyFileError(f"The key file {path} cannot be read: {error}.") from error
 
 

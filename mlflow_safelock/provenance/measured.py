@@ -13,21 +13,18 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mlflow_safelock.errors import VerificationError
-from mlflow_safelock.lock import Digest, NonEmpty
+from mlflow_safelock.lock import Count, Digest, Natural, NonEmpty
 from mlflow_safelock.provenance.fingerprint import SourceFingerprint
 from mlflow_safelock.provenance.statement import Form, Grown, Statement
 
 STATEMENT_FILE = "evaluation.json"
-
-Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
-"""What canonical JSON can hold."""
 
 
 class MeasuredRate(Form):
     """How many prompts had an outcome, out of how many."""
 
     count: Count
-    total: Annotated[int, Field(gt=0, le=2**53 - 1)]
+    total: Natural
 
     @model_validator(mode="after")
     def _is_a_share(self) -> Self:
@@ -87,7 +84,7 @@ class MeasuredForm(Grown, Form):
     transform: NonEmpty
     judge: NonEmpty
     system_prompt: str | None
-    max_new_tokens: Annotated[int, Field(gt=0, le=2**53 - 1)]
+    max_new_tokens: Natural
     known_prompts: Count | None = None
     dtype: NonEmpty | None = None
     version: NonEmpty | None = None
@@ -127,7 +124,7 @@ class Measured(Grown, Form):
     rates: dict[str, MeasuredRate]
     utility: MeasuredUtility | None = None
     judge_failures: Count
-    max_new_tokens: Annotated[int, Field(gt=0, le=2**53 - 1)]
+    max_new_tokens: Natural
     system_prompt: str | None
     known_prompts: Count | None = None
     dtype: NonEmpty | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import rfc8785
 from pydantic import (
@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from mlflow_safelock.errors import VerificationError
-from mlflow_safelock.lock import Digest, NonEmpty
+from mlflow_safelock.lock import Digest, Natural, NonEmpty
 from mlflow_safelock.provenance.fingerprint import FileFingerprint, SourceFingerprint
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
@@ -67,7 +67,7 @@ class LockReference(_Part):
     digest: Digest
     base_model: NonEmpty
     model: NonEmpty | None
-    version: Annotated[int, Field(gt=0)] | None
+    version: Natural | None
 
 
 class Promotion(_Part):
@@ -86,7 +86,7 @@ class Promotion(_Part):
     """
 
     model: NonEmpty
-    version: Annotated[int, Field(gt=0)]
+    version: Natural
     target: NonEmpty
     policy: Digest
     actor: Actor

@@ -240,7 +240,9 @@ def physical_uri(uri: str) -> str:
     parsed = urlparse(uri)
     if parsed.scheme != PROXY_SCHEME or destination is None:
         return uri
-    path = unquote(parsed.path).lstrip("/")
-    if ".." in PurePosixPath(path).parts or "\\" in path:
+    path = plain = unquote(parsed.path).lstrip("/")
+    while (unquoted := unquote(plain)) != plain:  # whoever takes the path for a URI unquotes it once more
+        plain = unquoted
+    if ".." in PurePosixPath(plain).parts or "\\" in plain:
         raise SourceError(f"The location {uri} climbs out of the server's artifacts.")
     return posixpath.join(destination, path)

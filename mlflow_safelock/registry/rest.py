@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -126,16 +127,14 @@ class RestRegistry(SqlLedger):
 
     def registered_name(self, name: str) -> str:
         """The name of a registered model as the server has it, whose database may take others for it."""
-        try:
-            return str(self.store.get_registered_model(name).name)
-        except MlflowException as error:
-            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-                return name
-            raise
+        model = _if_there(lambda: self.store.get_registered_model(name))
+        return name if model is None else str(model.name)
 
     def model_version(self, name: str, version: int) -> ModelVersion:
         """One version, at the place that it was last decided to be served from, else at the server's."""
-        found = self._at_the_server(name, version)
+        return self._last_decided(self._at_the_server(name, version))
+
+    def _last_decided(self, found: ModelVersion) -> ModelVersion:
         decision = self.decision_on(active_workspace(), found.name, found.version)
         return found if decision is None else self.as_decided(found, decision)
 
@@ -151,17 +150,22 @@ class RestRegistry(SqlLedger):
         return _as_decided(found, decision, found.location if is_told else self.resolve(found.location))
 
     def model_versions(self, name: str) -> Sequence[ModelVersion]:
-        """All ready versions of a registered model, oldest first; none where there is no such model."""
-        found: list[Any] = []
-        token: str | None = None
-        while True:
-            page = self.store.search_model_versions(f"name='{name}'", page_token=token)
-            found += [version for version in page if version.status == READY]
-            token = page.token
-            if not token:
-                break
+        """All ready versions of a registered model, oldest first; none where there is no such model.
+
+        They are asked for one by one: a search leaves out what somebody tagged as a prompt, and its filter
+        takes no name with both kinds of quotes.
+        """
+        model = _if_there(lambda: self.store.get_registered_model(name))
+        if model is None:
+            return []
+        newest = max((int(version.version) for version in model.latest_versions), default=0)
+        found = (
+            _if_there(partial(self.store.get_model_version, name, number)) for number in range(1, newest + 1)
+        )
         return [
-            self.model_version(name, number) for number in sorted(int(version.version) for version in found)
+            self._last_decided(self._view(version, model))
+            for version in found
+            if version is not None and version.status == READY
         ]
 
     def newest_withdrawn(self, name: str) -> int:
@@ -199,13 +203,14 @@ class RestRegistry(SqlLedger):
         )
 
     def _at_the_server(self, name: str, version: int) -> ModelVersion:
-        found = self.store.get_model_version(name, version)
-        model = self.store.get_registered_model(name)
+        return self._view(self.store.get_model_version(name, version), self.store.get_registered_model(name))
+
+    def _view(self, found: Any, model: Any) -> ModelVersion:
         return ModelVersion(
             name=model.name,
             version=int(found.version),
             source=found.source,
-            location=str(self.store.get_model_version_download_uri(name, version)),
+            location=str(self.store.get_model_version_download_uri(model.name, found.version)),
             tags=dict(found.tags),
             stage=found.current_stage,
             aliases=tuple(
@@ -225,6 +230,16 @@ class RestRegistry(SqlLedger):
                 self.store.delete_model_version_tag(redirection.name, redirection.version, key)
         except MlflowException as error:
             _logger.warning("The server did not take the tags of a promotion: %s", error)
+
+
+def _if_there(ask: Callable[[], Any]) -> Any:
+    """What the server has, or ``None``."""
+    try:
+        return ask()
+    except MlflowException as error:
+        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            return None
+        raise
 
 
 def _as_decided(found: ModelVersion, decision: LedgerEntry, handed_out: str) -> ModelVersion:

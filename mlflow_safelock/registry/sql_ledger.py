@@ -46,6 +46,18 @@ class SqlLedger(ABC):
         """What was decided last about a version, refusals aside."""
         return self._from_ledger(lambda session: ledger.decision_on(session, workspace, name, version))
 
+    def is_unlocked(self, workspace: str, name: str, version: int) -> bool:
+        """Whether the lock of a version was taken off last, or somebody is at that now."""
+
+        def read(session: Any) -> bool:
+            # In this order: what ended between both readings has its row in the ledger.
+            if leases.is_held(session, Work(workspace, name, version, "unlock")):
+                return True
+            decision = ledger.decision_on(session, workspace, name, version)
+            return decision is not None and decision.event == "unlocked"
+
+        return self._from_ledger(read)
+
     def locks_of(self, workspace: str, base: str) -> Sequence[LedgerEntry]:
         """The rows by which the locks of a base model became known, oldest first."""
         return self._from_ledger(lambda session: ledger.locks_of(session, workspace, base))
@@ -171,7 +183,7 @@ class SqlLedger(ABC):
         return patiently(transaction, sa.exc.IntegrityError, sa.exc.OperationalError)
 
 
-def patiently(work: Callable[[], T], *lost_races: type[sa.exc.DBAPIError]) -> T:
+def patiently(work: Callable[[], T], *lost_races: type[sa.exc.SQLAlchemyError]) -> T:
     """Do something of a store's, again where another writer was in the way.
 
     sqlite gives up when it waits too long for its one writer, and PostgreSQL when two transactions wait for
@@ -179,7 +191,8 @@ def patiently(work: Callable[[], T], *lost_races: type[sa.exc.DBAPIError]) -> T:
 
     Args:
         work: What to do, in a transaction of its own.
-        lost_races: The errors of the database by which it is told that another writer was in the way.
+        lost_races: The errors of the database, or of SQLAlchemy, by which it is told that another writer was
+            in the way.
 
     Raises:
         LedgerError: Others were in the way for longer than ``PATIENCE``.

@@ -31,7 +31,8 @@ from mlflow.utils.validation import (
     missing_value,
 )
 from mlflow.utils.workspace_utils import DEFAULT_WORKSPACE_NAME
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.orm.exc import StaleDataError
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
 from mlflow_safelock.errors import LedgerError, PromotionRefused, VerificationError
@@ -106,22 +107,23 @@ class GateMixin:
         self, name: str, version: Any, stage: str, archive_existing_versions: bool
     ) -> ModelVersion:
         """MLflow's own transition, once the gate has locked the version or found nothing to do."""
-        self._pass_gate(name, version, Target("stage", _canonical(stage)))
-        stock = super().transition_model_version_stage  # type: ignore[misc]
+        target, stock = Target("stage", _canonical(stage)), super().transition_model_version_stage  # type: ignore[misc]
         # As a number: MLflow compares it with one, and a newer driver of PostgreSQL takes no text there.
         number = _number(version) or version
-        done: ModelVersion = self._patiently(lambda: stock(name, number, stage, archive_existing_versions))
-        reach("transition-done")
+        with self._gated(name, version, target):
+            done: ModelVersion = self._patiently(
+                lambda: stock(name, number, stage, archive_existing_versions)
+            )
         return done
 
     def set_registered_model_alias(self, name: str, alias: str, version: Any) -> None:
         """MLflow's own alias, once the gate has locked the version or found nothing to do."""
         _validate_model_alias_name(alias)
-        self._pass_gate(name, version, Target("alias", alias))
         stock = super().set_registered_model_alias  # type: ignore[misc]
-        # MLflow looks for the alias before it writes it: of two that make one, the slower finds it next time.
-        self._patiently(lambda: stock(name, alias, version), IntegrityError)
-        reach("transition-done")
+        with self._gated(name, version, Target("alias", alias)):
+            # MLflow looks for the alias before it writes it: of two that make one, the slower finds it next
+            # time.
+            self._patiently(lambda: stock(name, alias, version), IntegrityError)
 
     def create_model_version(self, *arguments: Any, **options: Any) -> ModelVersion:
         """MLflow's own registration, of a lock where no later one superseded it.
@@ -333,25 +335,34 @@ class GateMixin:
     def _download_uri(self, name: str, version: Any) -> str:
         return str(super().get_model_version_download_uri(name, version))  # type: ignore[misc]
 
-    def _pass_gate(self, name: str, version: Any, target: Target) -> None:
+    @contextmanager
+    def _gated(self, name: str, version: Any, target: Target) -> Iterator[None]:
+        """Pass the gate before MLflow's own promotion, and see to it that the version is locked after it."""
         number = _number(version)
         if number is None:
-            return  # MLflow refuses it next, in its own words
-        self._refusing(
-            f"promote {name!r} version {number} to {target}",
-            lambda: self._gate.promote(self._request(name, number, target)),
-        )
+            yield  # MLflow refuses it, in its own words
+            return
+        who, gate = f"{name!r} version {number}", self._gate
+        what = f"promote {who} to {target}"
+        request = self._refusing(what, lambda: self._request(name, number, target))
+        is_gated = self._refusing(what, lambda: gate.promote(request))
         reach("gate-passed")
+        yield
+        reach("transition-done")
+        if is_gated:
+            what = f"lock {who} again, whose lock was taken off while it came to {target}, where it is now,"
+            self._refusing(what, lambda: gate.keep_locked(request))
 
-    def _patiently(self, work: Callable[[], T], *lost_races: type[DBAPIError]) -> T:
+    def _patiently(self, work: Callable[[], T], *lost_races: type[SQLAlchemyError]) -> T:
         """Do something of MLflow's that changes the database, as patiently as the gate does its own.
 
         Args:
             work: What to do, in a transaction of its own.
-            lost_races: The errors by which it is told, besides a busy database's, that another was faster.
+            lost_races: The errors by which it is told that another was faster, besides a busy database's and
+                that a row is gone which it had read.
         """
         try:
-            return patiently(work, OperationalError, *lost_races)
+            return patiently(work, OperationalError, StaleDataError, *lost_races)
         except LedgerError as busy:
             raise MlflowException(f"{busy} [conflict]", RESOURCE_CONFLICT) from busy
 

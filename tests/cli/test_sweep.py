@@ -367,7 +367,7 @@ def test_a_version_is_swept_head_by_head_as_an_mlflow_run(
     [
         (("--forge", ""), "--forge names no base model"),
         (("--alphas=-0.1,1.5",), "is not a list such as 2,4,6 of numbers above zero"),
-        (("--alphas", "nan"), "of numbers above zero"),
+        *((("--alphas", number), "of numbers above zero") for number in ("nan", "inf", "1e999")),
         (("--write-policy", "{tmp}/sweep.json"), "--output and --write-policy are the same file"),
         (("--write-lock", "{tmp}/one", "--write-policy", "{tmp}/one"), "--write-lock and --write-policy are"),
         (

@@ -73,6 +73,16 @@ def test_a_base_without_a_lock_has_no_lock_uri(client: MlflowClient) -> None:
     assert info.value.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
+def test_a_base_without_a_version_of_its_lock_or_with_quotes_in_its_name(client: MlflowClient) -> None:
+    base = """/home/o'brien/"llama\""""
+    client.create_registered_model(lock_model_name(base))
+    with pytest.raises(MlflowException, match="No lock is registered for the base model"):
+        meta_safetylock.registered_lock_uri(base)
+    with mlflow.start_run():
+        meta_safetylock.register(base_lock(base=base))
+    assert meta_safetylock.registered_lock_uri(base) == f"models:/{lock_model_name(base)}/1"
+
+
 def test_a_lock_swapped_in_the_store_is_not_loaded(client: MlflowClient) -> None:
     with mlflow.start_run():
         meta_safetylock.register(base_lock(seed=0))

@@ -9,7 +9,7 @@ import yaml
 
 from mlflow_safelock.errors import PolicyError
 from mlflow_safelock.gate.globs import check_glob, covers
-from mlflow_safelock.gate.policy import DEFAULT_POLICY, EvaluationRule, Policy
+from mlflow_safelock.gate.policy import DEFAULT_POLICY, EvaluationRule, GateRule, Policy
 from mlflow_safelock.gate.policy_file import PolicySource, load_policy
 from mlflow_safelock.gate.ports import Target
 from mlflow_safelock.provenance import Actor, Identity
@@ -106,6 +106,27 @@ def test_the_digest_is_of_what_the_policy_means_not_of_how_it_is_written(write) 
         ("version: 1\ngates: [{lock: {min_version: 0}}]\n", "greater than 0"),
         ("version: 1\ngates: [{missing_lock: ignore}]\n", "missing_lock"),
         ("version: 1\ngates: [{lock: {max_age_days: 9999999999}}]\n", "less than or equal to 36525"),
+        *(
+            (
+                f"version: 1\ngates:\n  - {key}: {{{inner}: {number}}}\n",
+                f"line 3: gates.0.{key}.{inner}: .*{most}",
+            )
+            for key, inner, number, most in (
+                ("lock", "min_version", 2**53, 2**53 - 1),
+                ("evaluation", "min_new_tokens", 2**53, 2**53 - 1),
+                ("evaluation", "max_known_prompts", 2**53, 2**53 - 1),
+                ("evaluation", "max_age_days", 36526, 36525),
+                ("alpha", "max", 10**400, "valid number"),
+            )
+        ),
+        (
+            'version: 1\ngates:\n  - {}\n  - evaluation: {system_prompt: "a\\ud800"}\n',
+            "line 4: .*half a character",
+        ),
+        (
+            'version: 1\ngates:\n  - {}\n  - signature: {public_keys: ["a\\0"]}\n',
+            "line 4: gates.1.signature.public_keys: The key file .* cannot be read",
+        ),
         ("version: 1\ngates: [{max_age_days: 3}]\n", "line 2: the key gates.0.max_age_days is not known"),
         (
             "version: 1\ngates:\n  - {}\n  - models: 'a['\n",
@@ -172,6 +193,47 @@ def test_the_environment_names_the_policy_file(write, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SAFELOCK_POLICY", "/nowhere/safelock.yaml")
     with pytest.raises(PolicyError, match="cannot be read"):
         PolicySource()()
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        "lock: {min_version: 10000000000000000000}",
+        'evaluation: {system_prompt: "a\\ud800"}',
+        'signature: {public_keys: ["a\\0"]}',
+        "stages: Staging",
+    ],
+)
+def test_a_file_that_no_policy_can_be_read_from_changes_nothing_and_says_so(
+    write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, gate: str
+) -> None:
+    path = write(COMPLETE)
+    monkeypatch.setenv("SAFELOCK_POLICY", str(path))
+    source = PolicySource()
+    before, told = source(), []
+    source.when_changed(told.append)
+    path.write_text(f"version: 1\ngates: [{{{gate}}}]\n")
+    for _ in range(2):
+        assert source() is before
+        assert isinstance(source.fault, PolicyError)
+    assert (caplog.text.count("cannot be used"), told) == (1, [])
+    path.write_text("version: 1\ngates: [{models: mended}]\n")
+    assert source() == told[0] != before
+    assert source.fault is None
+
+
+def test_the_largest_whole_numbers_of_a_policy_have_a_digest(write) -> None:
+    most = 2**53 - 1
+    evaluation = f"{{min_new_tokens: {most}, max_known_prompts: {most}, max_age_days: 36525}}"
+    lock = f"{{min_version: {most}, max_age_days: 36525}}"
+    written = f"version: 1\ngates: [{{lock: {lock}, evaluation: {evaluation}}}]\n"
+    assert load_policy(write(written)).digest != DEFAULT_POLICY.digest
+
+
+def test_nothing_is_a_policy_that_has_no_digest() -> None:
+    rule = GateRule(evaluation=EvaluationRule(system_prompt="a\ud800"))
+    with pytest.raises(ValueError, match="no canonical JSON, and so no digest"):
+        Policy(version=1, gates=(rule,))
 
 
 def test_who_could_not_be_told_of_a_policy_is_told_when_it_is_asked_for_next(

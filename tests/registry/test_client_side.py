@@ -222,6 +222,38 @@ def test_what_is_renamed_goes_on_being_served_locked(client: MlflowClient, stock
     assert client.get_model_version_download_uri("last", str(version)) == location
 
 
+@pytest.mark.parametrize("quotes", ["o'brien", """o'brien's "one\""""])
+def test_names_with_quotes_are_gated_and_renamed_as_others(
+    client: MlflowClient, stock: MlflowClient, quotes: str
+) -> None:
+    name, other, base = f"{quotes} bot", f"{quotes} other", f"/home/{quotes}/llama"
+    version = log_fine_tune(name, fine_tune(base=base))
+    with pytest.raises(MlflowException, match="missing_lock"):
+        stage(client, version, name)
+    register_lock(base_lock(base=base))
+    newest = register_lock(base_lock(base=base, seed=1))
+    # By which MLflow's own searches leave out all versions of the model.
+    stock.set_model_version_tag(lock_model_name(base), str(newest), "mlflow.prompt.is_prompt", "true")
+    stage(client, version, name)
+    assert (
+        stock.get_model_version(name, str(version)).tags["safelock.lock"]
+        == f"models:/{lock_model_name(base)}/{newest}"
+    )
+    location = client.get_model_version_download_uri(name, str(version))
+    client.rename_registered_model(name, other)
+    assert client.get_model_version_download_uri(other, str(version)) == location
+    assert "-safelock/" in location
+
+
+def test_deleted_versions_of_a_lock_are_none_at_a_server(client: MlflowClient, stock: MlflowClient) -> None:
+    name = lock_model_name("org/gaps")
+    locks = [register_lock(base_lock(base="org/gaps", seed=seed)) for seed in range(3)]
+    stock.delete_model_version(name, str(locks[1]))
+    found = store_of(client).registry.model_versions(name)
+    assert [one.version for one in found] == [locks[0], locks[2]]
+    assert store_of(client).registry.model_versions("nowhere") == []
+
+
 def reconcile(server: MlflowServer, name: str) -> str:
     """What a companion beside the server's database does, with a ledger in there."""
     registry = ("--registry-uri", f"safelock+{server.registry_uri}", "--tracking-uri", server.url)

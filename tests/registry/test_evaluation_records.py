@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import rfc8785
+from pydantic import ValidationError
 
 from mlflow_safelock.errors import (
     SourceError,
@@ -17,6 +18,7 @@ from mlflow_safelock.errors import (
 from mlflow_safelock.provenance import (
     EvaluationStatement,
     LocalArtifacts,
+    MeasuredForm,
 )
 from tests.registry.evidence import Shop, changed, events, older
 
@@ -136,9 +138,20 @@ def test_a_statement_about_something_else_than_it_measured_is_refused(shop: Shop
 
 
 def test_counts_that_canonical_json_cannot_hold_or_are_no_share_are_refused(shop: Shop) -> None:
-    body = json.loads(shop.measured().statement().to_bytes())
+    statement = shop.measured().statement()
+    asked = statement.predicate.form.model_dump()
+    for key in ("max_new_tokens", "known_prompts"):
+        assert MeasuredForm(**{**asked, key: 2**53 - 1})
+        with pytest.raises(ValidationError, match=f"{key}\n.*less than or equal to 9007199254740991"):
+            MeasuredForm(**{**asked, key: 2**53})
+    body = json.loads(statement.to_bytes())
     for change, told in (
-        ({"judge_failures": 10**20}, "less than or equal to 9007199254740991"),
+        ({"judge_failures": 2**53}, "judge_failures: .* less than or equal to 9007199254740991"),
+        ({"max_new_tokens": 2**53}, "max_new_tokens: .* less than or equal to 9007199254740991"),
+        (
+            {"rates": {"harmful_rate": {"count": 2**53 - 1, "total": 2**53}}},
+            "total: .* less than or equal to 9007199254740991",
+        ),
         ({"rates": {"harmful_rate": {"count": 3, "total": 2}}}, "count above its total"),
     ):
         other = {**body, "predicate": {**body["predicate"], **change}}

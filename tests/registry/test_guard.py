@@ -18,6 +18,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -50,11 +51,12 @@ from tests.registries import (
     biases_of,
     expected_biases,
     fine_tune,
+    just_before,
     log_fine_tune,
     register_lock,
     state_of,
 )
-from tests.registry.test_promotion import ledger_rows, open_with_policy, stage
+from tests.registry.test_promotion import alias, ledger_rows, open_with_policy, stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
 
@@ -630,6 +632,101 @@ class TestUnlocking:
         client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{}]\nunlock: deny\n")
         with pytest.raises(PromotionRefused, match="lets nobody"):
             store_of(client).unlock("bot", version, "why not")
+
+
+class TestUnlockedBetweenTheGateAndThePromotion:
+    """The version is in no gated place yet, so whoever may unlock it can."""
+
+    PLACES = pytest.mark.parametrize(
+        ("promote", "statement"),
+        [(stage, "UPDATE model_versions"), (alias, "INSERT INTO registered_model_aliases")],
+    )
+
+    @staticmethod
+    def locked_in_no_place(client: MlflowClient) -> tuple[int, str]:
+        version, original = locked_version(client)
+        client.transition_model_version_stage("bot", str(version), "None")
+        return version, original
+
+    @PLACES
+    def test_it_is_locked_again_before_the_promotion_is_answered(
+        self, client: MlflowClient, tmp_path: Path, promote: Callable[..., None], statement: str
+    ) -> None:
+        version, original = self.locked_in_no_place(client)
+        with just_before(statement, lambda: store_of(client).unlock("bot", version, "meanwhile")):
+            promote(client, version)
+        assert download_uri(client, version) != original
+        assert loaded_biases(f"models:/bot/{version}")
+        events = [row["event"] for row in ledger_rows(tmp_path)]
+        assert events[-3:] == ["promoted", "unlocked", "promoted"]
+
+    @PLACES
+    def test_where_it_cannot_be_the_client_is_told(
+        self, client: MlflowClient, promote: Callable[..., None], statement: str
+    ) -> None:
+        version, _ = self.locked_in_no_place(client)
+
+        def unlock_and_revoke() -> None:
+            store_of(client).unlock("bot", version, "meanwhile")
+            store_of(client).revoke_lock(lock_model_name(BASE), 1, "meanwhile")
+
+        with (
+            just_before(statement, unlock_and_revoke),
+            pytest.raises(
+                MlflowException, match=r"taken off while it came to .*, where it is now, \[lock_rev"
+            ),
+        ):
+            promote(client, version)
+        with pytest.raises(MlflowException, match="not_locked"):
+            download_uri(client, version)
+
+    @PLACES
+    def test_one_that_is_under_way_is_waited_for(
+        self, client: MlflowClient, promote: Callable[..., None], statement: str
+    ) -> None:
+        version, original = self.locked_in_no_place(client)
+        has_begun, may_go_on, looks = threading.Event(), threading.Event(), count(1)
+        unlock, done = store_of(client).unlock, []
+        unlocking = threading.Thread(target=lambda: done.append(unlock("bot", version, "meanwhile")))
+
+        def hold_it_up(_connection: Any, _cursor: Any, sent: str, *_more: Any) -> None:
+            if threading.current_thread() is unlocking:
+                if sent.startswith("UPDATE model_versions"):
+                    has_begun.set()
+                    may_go_on.wait(20)
+            elif sent.startswith(statement) and unlocking.ident is None:
+                unlocking.start()
+                assert has_begun.wait(20)
+            # The promotion looks whether somebody is unlocking it, and then asks for the lease.
+            elif "FROM safelock_leases" in sent and has_begun.is_set() and next(looks) == 2:
+                may_go_on.set()
+
+        sa.event.listen(sa.Engine, "before_cursor_execute", hold_it_up)
+        try:
+            promote(client, version)
+        finally:
+            may_go_on.set()
+            unlocking.join()
+            sa.event.remove(sa.Engine, "before_cursor_execute", hold_it_up)
+        assert done == [original]
+        assert loaded_biases(f"models:/bot/{version}")
+
+    def test_what_is_not_gated_does_not_ask(self, client: MlflowClient) -> None:
+        version, _ = self.locked_in_no_place(client)
+        asked: list[str] = []
+
+        def listen(_connection: Any, _cursor: Any, sent: str, *_more: Any) -> None:
+            asked.extend([sent] if "safelock" in sent else [])
+
+        sa.event.listen(sa.Engine, "before_cursor_execute", listen)
+        try:
+            client.transition_model_version_stage("bot", str(version), "Archived")
+            client.set_registered_model_alias("bot", "experiment", str(version))
+            assert asked == []
+            stage(client, version)
+            assert asked
+        finally:
+            sa.event.remove(sa.Engine, "before_cursor_execute", listen)
 
 
 class TestWhoMayOverride:

@@ -126,6 +126,25 @@ def test_the_lease_of_another_machine_is_free_once_it_has_expired(
         assert not row.holder.startswith("elsewhere")
 
 
+def test_an_unlocking_counts_as_under_way_until_it_is_given_back_or_late(registry: sql.SqlRegistry) -> None:
+    unlocking = Work(WORK.workspace, WORK.model, WORK.version, "unlock")
+    of_it = WORK.workspace, WORK.model, WORK.version
+    assert not registry.is_unlocked(*of_it)
+    with registry.lease(WORK):
+        assert not registry.is_unlocked(*of_it), "a promotion is none"
+        with registry.lease(unlocking):
+            assert registry.is_unlocked(*of_it)
+            assert not registry.is_unlocked("default", "bot", 2)
+            with registry.store.engine.begin() as connection:
+                connection.execute(leases.TABLE.update().values(expires=time.time() - 1))
+            assert not registry.is_unlocked(*of_it)
+            with registry.store.engine.begin() as connection:
+                machine = leases.new_holder().split("|")[0]
+                gone = {"holder": f"{machine}|999999999|1|x", "expires": time.time() + 60}
+                connection.execute(leases.TABLE.update().values(**gone))
+            assert not registry.is_unlocked(*of_it)
+
+
 def test_a_lease_that_was_taken_over_is_not_given_back_by_its_first_holder(
     registry: sql.SqlRegistry,
 ) -> None:

@@ -7,13 +7,13 @@ import json
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
-import sqlalchemy as sa
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -34,6 +34,7 @@ from tests.registries import (
     biases_of,
     expected_biases,
     fine_tune,
+    just_before,
     log_fine_tune,
     register_lock,
     state_of,
@@ -224,29 +225,54 @@ def test_a_copy_of_a_locked_version_is_locked_anew_from_the_source(
     assert state_of(client, "copy", 1)["location"] == row["location"]
 
 
+def somebody_faster(folder: Path, before: str, what: str) -> AbstractContextManager[None]:
+    """Do something in the registry's database the first time that a statement is about to begin so."""
+
+    def do_it() -> None:
+        with sqlite3.connect(folder / "registry.db") as other:
+            other.execute(what)
+
+    return just_before(before, do_it)
+
+
 def test_an_alias_that_somebody_else_makes_at_the_same_moment_is_moved(
     client: MlflowClient, tmp_path: Path
 ) -> None:
     register_lock(base_lock())
     versions = [log_fine_tune("bot"), log_fine_tune("bot")]
     stage(client, versions[1])
-    faster = iter([versions[0]])  # once
-
-    def make_it_first(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
-        if not statement.startswith("INSERT INTO registered_model_aliases"):
-            return
-        for version in faster:
-            with sqlite3.connect(tmp_path / "registry.db") as other:
-                columns, row = "workspace, name, alias, version", ("default", "bot", "champion", version)
-                other.execute(f"INSERT INTO registered_model_aliases ({columns}) VALUES (?, ?, ?, ?)", row)
-
-    sa.event.listen(sa.Engine, "before_cursor_execute", make_it_first)
-    try:
+    make_it = (
+        "INSERT INTO registered_model_aliases (workspace, name, alias, version) "
+        f"VALUES ('default', 'bot', 'champion', {versions[0]})"
+    )
+    with somebody_faster(tmp_path, "INSERT INTO registered_model_aliases", make_it):
         alias(client, versions[1])
-    finally:
-        sa.event.remove(sa.Engine, "before_cursor_execute", make_it_first)
-    assert next(faster, None) is None
     assert client.get_model_version_by_alias("bot", "champion").version == versions[1]
+
+
+def test_an_alias_that_somebody_else_deletes_at_the_same_moment_is_made(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    register_lock(base_lock())
+    versions = [log_fine_tune("bot"), log_fine_tune("bot")]
+    alias(client, versions[0])
+    with somebody_faster(tmp_path, "UPDATE registered_model_aliases", "DELETE FROM registered_model_aliases"):
+        alias(client, versions[1])
+    assert client.get_model_version_by_alias("bot", "champion").version == versions[1]
+
+
+def test_a_version_that_somebody_else_deletes_at_the_same_moment_is_not_there(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    register_lock(base_lock())
+    version = log_fine_tune("bot")
+    stage(client, version)
+    with (
+        somebody_faster(tmp_path, "UPDATE model_versions", "DELETE FROM model_versions WHERE name = 'bot'"),
+        pytest.raises(MlflowException, match="not found") as info,
+    ):
+        client.transition_model_version_stage("bot", str(version), "Production")
+    assert info.value.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
 def test_a_model_that_is_no_language_model_passes_untouched(client: MlflowClient, tmp_path: Path) -> None:
