@@ -30,7 +30,7 @@ from mlflow_safelock.flavors.overlay import (
     read_overlay,
     write_overlay,
 )
-from mlflow_safelock.flavors.stock_loading import check_stock_classes, check_stock_loading
+from mlflow_safelock.flavors.stock_loading import check_stock_code, check_stock_loading
 from mlflow_safelock.forging.base_weights import kinship_of
 from mlflow_safelock.kinship import MIN_KINSHIP
 from mlflow_safelock.lock import SafetyLock
@@ -194,16 +194,17 @@ def _fetch(uri: str) -> Path:
 
 def _locked_implementation(source: Path, lock: SafetyLock, alpha: float, options: Mapping[str, Any]) -> Any:
     """MLflow's own pyfunc implementation of the fine-tune, locked."""
-    flavors = read_mlmodel(LocalArtifacts(source))["flavors"]
+    described = read_mlmodel(LocalArtifacts(source))
+    flavors = described["flavors"]
     loader = flavors["python_function"].get("loader_module")
     if loader != "mlflow.transformers":
         raise SourceError(
             f"The fine-tune at {source} is loaded by {loader}, not by mlflow.transformers.",
             next_step="Log it with mlflow.transformers.log_model.",
         )
-    flavor = flavors.get("transformers") or {}
-    check = check_stock_classes if flavor.get("peft_adaptor") else check_stock_loading
-    check(LocalArtifacts(source), flavor)
+    is_adapter = flavors.get("transformers", {}).get("peft_adaptor")
+    check = check_stock_code if is_adapter else check_stock_loading
+    check(LocalArtifacts(source), described)
     implementation = mlflow.transformers._load_pyfunc(str(source), dict(options) or None)
     handle = apply_lock(implementation.get_raw_model().model, lock, alpha)
     handle.verify(recompute=False)  # made from these very weights a moment ago

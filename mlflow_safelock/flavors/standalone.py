@@ -221,6 +221,12 @@ def _refuse_other_ways(flavors: dict[str, Any], beside: tuple[str, ...], source_
             f"The fine-tune at {source_uri} is loaded by {loader!r}, which may load anything.",
             next_step="Log it with mlflow.transformers.log_model.",
         )
+    if any(flavor.get("code") for flavor in flavors.values() if isinstance(flavor, dict)):
+        raise SourceError(
+            f"The fine-tune at {source_uri} was logged with code (code_paths), which MLflow runs before it "
+            "loads a model, and which may do anything.",
+            next_step="Log it without, or promote it as an overlay, which leaves that code out.",
+        )
     own = {SOURCE_MLMODEL_FILE, RECEIPT_FILE, RECEIPT_SIGNATURE_FILE}
     taken = [path for path in beside if path in own or path.startswith(f"{WEIGHTS_FOLDER}/")]
     if taken:

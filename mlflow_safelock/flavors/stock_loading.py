@@ -21,45 +21,67 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 WEIGHTS_KEY = "transformers_weights"
 """Key of ``config.json`` by which transformers 5 takes the weights from a file of that name."""
 
+OPTIONS_FILE = "components/inference_config.txt"
+"""Where older models have the options that they are asked with, and MLflow still reads them."""
+
+_RUNNING_CODE = frozenset({"custom_generate", "trust_remote_code"})
+"""Options of ``transformers`` by which it runs code that is not its own."""
+
+_ANEW = "Log it anew from what is to be served: mlflow.transformers.log_model."
+
 _ELSEWHERE = ("local_base_model_path", "source_model_revision")
 """Keys in MLmodel for which MLflow looks neither at what is stored nor at whether anything is."""
 
 
-def check_stock_loading(reader: ArtifactReader, flavor: Mapping[str, Any]) -> None:
+def check_stock_loading(reader: ArtifactReader, described: Mapping[str, Any]) -> None:
     """Refuse a model that would be loaded from other weights than its own, or by code of its own.
 
     Args:
         reader: The folder of a model that was logged with its weights.
-        flavor: Its transformers flavor, as its MLmodel file has it.
+        described: Its MLmodel file, with a transformers flavor.
 
     Raises:
         SourceError: It would be, and by what; or a file cannot be read.
     """
-    for why, next_step in _reasons(reader, flavor):
+    for why, next_step in _other_weights(reader, described["flavors"]["transformers"]):
         raise SourceError(f"The model at {reader.location} {why}.", next_step=next_step)
+    check_stock_code(reader, described)
 
 
-def check_stock_classes(reader: ArtifactReader, flavor: Mapping[str, Any]) -> None:
-    """Refuse a model, or an adapter, that would be loaded by code of its own.
+def check_stock_code(reader: ArtifactReader, described: Mapping[str, Any]) -> None:
+    """Refuse a model, or an adapter, that would be loaded or asked by code of its own.
 
     Raises:
-        SourceError: It would be.
+        SourceError: It would be, and by what; or a file cannot be read.
     """
-    for key, name in _classes(flavor):
+    flavors = described["flavors"]
+    generic = flavors.get("python_function") or {}
+    if generic.get("data"):
+        raise SourceError(
+            f"The model at {reader.location} is loaded from the folder {generic['data']!r} in it, as its "
+            "MLmodel file says (data), and not from its own weights.",
+            next_step=_ANEW,
+        )
+    for key, name in _classes(flavors["transformers"]):
         if not _is_of_transformers(name):
             raise SourceError(
                 f"The model at {reader.location} is loaded by code of its own, which may do anything: {key} "
                 f"in its MLmodel file is {name!r}, and transformers has no such class.",
                 next_step="Log it with classes of transformers itself; a newer transformers may have them.",
             )
+    for place, options in _options(reader, described):
+        for option in sorted(_RUNNING_CODE & set(_names_in(options))):
+            raise SourceError(
+                f"The model at {reader.location} is asked by code of its own, which may do anything: "
+                f"{option} is among the options in {place}.",
+                next_step="Log it without that option.",
+            )
 
 
-def _reasons(reader: ArtifactReader, flavor: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    anew = "Log it anew from what is to be served: mlflow.transformers.log_model."
+def _other_weights(reader: ArtifactReader, flavor: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in _ELSEWHERE:
         if key in flavor:
-            yield f"is not loaded from its own weights, but from what {key} in its MLmodel file names", anew
-    check_stock_classes(reader, flavor)
+            yield f"is not loaded from its own weights, but from what {key} in its MLmodel file names", _ANEW
     folder = str(flavor.get("model_binary", ""))
     paths = {file.path for file in reader.files()}
     if f"{folder}/{ADAPTER_CONFIG_FILE}" in paths:
@@ -68,14 +90,39 @@ def _reasons(reader: ArtifactReader, flavor: Mapping[str, Any]) -> Iterator[tupl
             "Merge the adapter before logging (model.merge_and_unload()), or log it without that file.",
         )
     path = f"{folder}/{CONFIG_FILE}"
-    if path in paths and _config(reader, path).get(WEIGHTS_KEY) is not None:
-        yield f"takes its weights from the file that {WEIGHTS_KEY} in its {CONFIG_FILE} names", anew
+    if path in paths and _read_json(reader, path).get(WEIGHTS_KEY) is not None:
+        yield f"takes its weights from the file that {WEIGHTS_KEY} in its {CONFIG_FILE} names", _ANEW
+
+
+def _options(reader: ArtifactReader, described: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Where options are that a model is asked with though nobody names them, and what they are."""
+    yield "its MLmodel file (config)", described["flavors"].get("python_function", {}).get("config")
+    signature = described.get("signature")
+    declared = signature.get("params") if isinstance(signature, Mapping) else None
+    try:
+        params = json.loads(declared) if isinstance(declared, str) else declared
+    except ValueError as error:
+        raise SourceError(f"The signature of the model at {reader.location} is not JSON: {error}.") from error
+    yield "its signature", {str(one.get("name")): None for one in params or () if isinstance(one, Mapping)}
+    if OPTIONS_FILE in {file.path for file in reader.files()}:
+        yield OPTIONS_FILE, _read_json(reader, OPTIONS_FILE)
+
+
+def _names_in(options: Any) -> Iterator[str]:
+    """The names of options, also of those within others."""
+    if isinstance(options, Mapping):
+        for name, value in options.items():
+            yield str(name)
+            yield from _names_in(value)
+    elif isinstance(options, list):
+        for value in options:
+            yield from _names_in(value)
 
 
 def _classes(flavor: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The classes that MLflow loads a model and what belongs to it with, by their keys."""
-    components = flavor.get("components")
-    names = [str(name) for name in components] if isinstance(components, list) else []
+    # MLflow goes through whatever is there, such as the keys of a mapping.
+    names = [str(name) for name in flavor.get("components") or ()]
     keys = ("pipeline_model_type", *(f"{name}_type" for name in names))
     yield from ((key, flavor.get(key)) for key in keys)
     if "processor_type" in flavor:
@@ -96,10 +143,10 @@ def _names() -> frozenset[str]:
     return frozenset(dir(transformers))
 
 
-def _config(reader: ArtifactReader, path: str) -> dict[str, Any]:
+def _read_json(reader: ArtifactReader, path: str) -> dict[str, Any]:
     try:
-        config = json.loads(reader.read(path))
+        values = json.loads(reader.read(path))
     except ValueError as error:
         where = f"The file {PurePosixPath(path).name!r} at {reader.location}"
         raise SourceError(f"{where} is not JSON: {error}.") from error
-    return config if isinstance(config, dict) else {}
+    return values if isinstance(values, dict) else {}

@@ -40,9 +40,15 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The low-rank updates of an adapter."""
+    """The low-rank updates of an adapter.
+
+    Attributes:
+        updates: The halves of the updates.
+        biases: Names of the biases that it has besides.
+    """
 
     updates: tuple[Update, ...]
+    biases: tuple[str, ...] = ()
 
     def misfit(self, lock: SafetyLock) -> str:
         """What shows that the adapter was not trained on a model of a lock's shape, in words; empty: nothing.
@@ -71,7 +77,8 @@ def read_adapter(reader: ArtifactReader, path: str) -> Adapter:
         SourceError: The file is damaged.
     """
     shapes = {name: shape for name, (_, shape) in read_header(reader, path).kinds.items()}
-    return Adapter(tuple(_updates(shapes)))
+    biases = tuple(sorted(name for name in shapes if name.endswith(".bias")))
+    return Adapter(tuple(_updates(shapes)), biases)
 
 
 def _updates(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Update]:

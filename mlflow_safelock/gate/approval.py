@@ -23,7 +23,7 @@ from mlflow_safelock.provenance import (
     Promotion,
     SourceFingerprint,
 )
-from mlflow_safelock.provenance.fingerprint import model_files
+from mlflow_safelock.provenance.fingerprint import ADDED_BY_CLIENTS
 
 Listing = tuple[tuple[ArtifactFile, int | None], ...]
 """The files of a folder, and when the bytes of each were written last, where the store tells."""
@@ -227,7 +227,7 @@ def _permitted_alpha(request: Request, policy: Policy, rule: GateRule, found: Mo
 
 def listing_of(reader: ArtifactReader) -> Listing:
     """The files of a fine-tune, with all that tells whether their bytes were written anew."""
-    return tuple((file, file.modified) for file in model_files(reader))
+    return tuple((file, file.modified) for file in reader.files() if file.path not in ADDED_BY_CLIENTS)
 
 
 def changed_meanwhile(request: Request) -> PromotionRefused:

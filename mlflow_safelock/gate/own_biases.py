@@ -2,43 +2,44 @@
 
 A lock is a bias ``W_o v_l`` in each locked layer (arXiv 2410.10343 adds ``v_l`` before the projection, which
 is the same), and whoever has it can give a fine-tune the same bias with the other sign. For each locked layer
-this tells the share ``c_l = <b, p_l> / <p_l, p_l>`` of its push ``p_l`` that the model has already in the
-biases ``b`` which are added to the residual stream from there on: -1 takes it back, +1 is the lock itself.
+this tells the share of its push that the model has in its own biases already, -1 takes it back and +1 is the
+lock itself:
 
-This finds a bias that was put there, and no fine-tuning that undoes a lock in other ways.
+* ``<b, p_l> / <p_l, p_l>`` of the biases ``b`` that are added to the residual stream, with the push ``p_l``;
+* ``<u, v_l> / <v_l, v_l>`` of the biases ``u`` of the values: the weights of attention add up to 1, so that a
+  head's output has the bias of its values whole.
+
+A base may have biases of its own, of which a share points either way by chance; so half of the push is what
+counts. This finds a bias that was put there, and no fine-tuning that undoes a lock in other ways.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from mlflow_safelock.apply.architectures import Architecture
-from mlflow_safelock.apply.displacement import base_biases
+from mlflow_safelock.apply.displacement import base_biases, displacements
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.gate.source import LanguageModel
-from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.gate.stored_weights import StoredWeights
+from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 
-Biases = Mapping[int, npt.NDArray[np.float64]]
-"""By layer, each of shape ``[hidden]``."""
+TAKEN_BACK, LOCKED = -0.5, 0.5
+"""Shares of a layer's push from which on a model takes it back, and has a lock in its biases."""
 
-TAKEN_BACK = -0.1
-"""Share of a layer's push from which on a model takes it back that has no biases from its base."""
+VALUES = "v_proj"
+"""Name of the projection of values, beside that of the output."""
 
-TAKEN_BACK_OF_BIASED = -0.5
-"""The same where the base has biases of its own, of which a share points either way by chance."""
-
-LOCKED = 0.5
-"""Share from which on a model that has no biases from its base has a lock in them."""
+FEED_FORWARD = "mlp.down_proj"
+"""Path of the projection by which the feed-forward part of a layer adds to the residual stream, in models
+that have biases by a flag."""
 
 
 def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> None:
     """Refuse a fine-tune whose own biases take a lock's push back, or are a lock's already.
 
-    Nothing is read of a model without such biases, nor is anything told for a lock without unit biases or an
-    adapter alone.
+    Nothing is read of a model without such biases. Nothing is told for a lock without unit biases.
 
     Args:
         source: The fine-tune.
@@ -46,26 +47,31 @@ def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> N
         alpha: Its strength.
 
     Raises:
-        PromotionRefused: They do, or are.
+        PromotionRefused: They do, or are; or it is an adapter with biases, which are added to those of a base
+            that is not here.
         SourceError: They cannot be read.
     """
+    if source.adapter is not None and source.adapter.biases:
+        raise PromotionRefused(
+            "lock_taken_back",
+            f"The adapter has biases ({source.adapter.biases[0]!r}), which may take back what a lock adds, "
+            "and it is promoted without its base, so that this cannot be told.",
+            next_step="Train it without biases, or merge it: model.merge_and_unload(), then log it.",
+        )
     weights, architecture = source.weights, source.architecture
     if weights is None or architecture is None or lock.unit_biases is None:
         return
-    pushes = {layer: bias.numpy() for layer, bias in base_biases(lock, alpha).items()}
-    is_biased = _is_biased(architecture)
-    biases = weights.biases(architecture, lock.geometry, further=not is_biased)
-    shares = {layer: _share(biases, layer, push, later=not is_biased) for layer, push in pushes.items()}
+    shares = _shares(weights, architecture, lock, alpha)
     layer, least = min(shares.items(), key=lambda item: item[1])
-    if least <= (TAKEN_BACK_OF_BIASED if is_biased else TAKEN_BACK):
+    if least <= TAKEN_BACK:
         raise PromotionRefused(
             "lock_taken_back",
             f"The model has biases of its own that take back {-least:.0%} of what the lock at alpha "
             f"{alpha:g} adds in layer {layer}.",
-            next_step="Register a fine-tune without them; the base has none that point against its lock.",
+            next_step="Register a fine-tune without them.",
         )
     layer, most = max(shares.items(), key=lambda item: item[1])
-    if not is_biased and most >= LOCKED:
+    if most >= LOCKED:
         raise PromotionRefused(
             "already_locked",
             f"The model has biases of its own that are {most:.0%} of what the lock at alpha {alpha:g} adds "
@@ -74,13 +80,44 @@ def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> N
         )
 
 
-def _is_biased(architecture: Architecture) -> bool:
-    """Whether stock models of an architecture have an output projection with a bias."""
-    return architecture.standalone == "own_bias" or architecture.output_bias == "always"
+def _shares(
+    weights: StoredWeights, architecture: Architecture, lock: SafetyLock, alpha: float
+) -> dict[int, float]:
+    """The share of each locked layer's push that a model has in its own biases."""
+    by_flag = architecture.standalone == "flag"
+    output = architecture.output_projection
+    of_values = f"{output.rpartition('.')[0]}.{VALUES}"
+    paths = (output, of_values, *((FEED_FORWARD,) if by_flag else ()))
+    biases = weights.biases(architecture, lock.geometry, paths)
+    shares = {}
+    heads = {displaced.layer: displaced for displaced in displacements(lock, alpha)}
+    for layer, push in base_biases(lock, alpha).items():
+        # Where models have biases but by a flag, those of later layers may make up for it as well.
+        counted = [at for at in biases if at == layer or (by_flag and at > layer)]
+        added = [
+            values
+            for at in counted
+            for path, values in biases[at].items()
+            if path != of_values and values.shape == push.shape
+        ]
+        share = _share(np.sum(added, axis=0), push.numpy()) if added else 0.0
+        values = biases.get(layer, {}).get(of_values)
+        if values is not None and values.size % lock.geometry.head_dim == 0:
+            own = _of_heads(values, heads[layer].heads, lock.geometry)
+            share += _share(own, heads[layer].values.numpy())
+        shares[layer] = share
+    return shares
 
 
-def _share(biases: Biases, layer: int, push: npt.NDArray[np.float64], *, later: bool) -> float:
-    """The share of a layer's push in the biases of that layer, or of that and all later ones."""
-    found = [bias for at, bias in biases.items() if at == layer or (later and at > layer)]
-    size = float(push @ push)
-    return float(np.sum(found, axis=0) @ push) / size if found and size else 0.0
+def _share(own: npt.NDArray[np.float64], push: npt.NDArray[np.float64]) -> float:
+    size = float(np.sum(push * push))
+    return float(np.sum(own * push)) / size if size else 0.0
+
+
+def _of_heads(
+    values: npt.NDArray[np.float64], heads: tuple[int, ...], geometry: AttentionGeometry
+) -> npt.NDArray[np.float64]:
+    """What the biases of the values are in the outputs of some query heads, ``[len(heads), head_dim]``."""
+    of_each = values.reshape(-1, geometry.head_dim)
+    shared_by = max(1, geometry.heads // len(of_each))
+    return np.array([of_each[min(head // shared_by, len(of_each) - 1)] for head in heads])

@@ -17,7 +17,7 @@ from mlflow_safelock.errors import (
     UnsupportedArchitectureError,
 )
 from mlflow_safelock.flavors import overlay
-from mlflow_safelock.flavors.stock_loading import check_stock_classes, check_stock_loading
+from mlflow_safelock.flavors.stock_loading import check_stock_code, check_stock_loading
 from mlflow_safelock.gate.adapter import Adapter, read_adapter
 from mlflow_safelock.gate.stored_tokenizer import StoredTokenizer, find_tokenizer
 from mlflow_safelock.gate.stored_weights import StoredWeights, read_stored_weights
@@ -113,7 +113,8 @@ def examine(reader: ArtifactReader) -> LanguageModel | None:
         SourceError: The artifacts cannot be read.
     """
     paths = {file.path for file in reader.files()}
-    flavors = overlay.read_mlmodel(reader)["flavors"] if "MLmodel" in paths else {}
+    described = overlay.read_mlmodel(reader) if "MLmodel" in paths else {"flavors": {}}
+    flavors = described["flavors"]
     if overlay.FLAVOR_NAME in flavors:
         raise PromotionRefused(
             "already_locked",
@@ -135,7 +136,7 @@ def examine(reader: ArtifactReader) -> LanguageModel | None:
             "MLflow's own loader of transformers models.",
             next_step="Log it with mlflow.transformers.log_model.",
         )
-    return _language_model(reader, paths, transformers)
+    return _language_model(reader, paths, described)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def hub_reference(reader: ArtifactReader) -> HubReference | None:
     """
     if "MLmodel" not in {file.path for file in reader.files()}:
         return None
-    flavors = overlay.read_mlmodel(reader)["flavors"]
+    described = overlay.read_mlmodel(reader)
+    flavors = described["flavors"]
     flavor = flavors.get("transformers")
     if not isinstance(flavor, dict) or not _writes_text(flavor) or overlay.foreign_loader(flavors):
         return None
@@ -167,7 +169,7 @@ def hub_reference(reader: ArtifactReader) -> HubReference | None:
     repository, commit = flavor.get("source_model_name"), str(flavor.get("source_model_revision"))
     if not is_hub_reference(repository, commit):
         return None
-    _refuse_loaded_otherwise(check_stock_classes, reader, flavor)
+    _refuse_loaded_otherwise(check_stock_code, reader, described)
     return HubReference(str(repository), commit)
 
 
@@ -180,7 +182,8 @@ def is_hub_reference(repository: object, commit: str) -> bool:
     )
 
 
-def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:
+def _language_model(reader: ArtifactReader, paths: set[str], described: Mapping[str, Any]) -> LanguageModel:
+    flavor = described["flavors"]["transformers"]
     binary = flavor.get("model_binary")
     if flavor.get("peft_adaptor"):
         if binary is not None:
@@ -190,7 +193,7 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
                 "transformers 5 reloads with random weights in place of the adapted ones.",
                 next_step=MERGE_FIRST,
             )
-        return _adapter(reader, paths, flavor)
+        return _adapter(reader, paths, described)
     config_path = f"{binary}/config.json"
     weights = read_stored_weights(reader, binary) if isinstance(binary, str) else None
     if weights is None or config_path not in paths:
@@ -200,7 +203,7 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
             next_step="Log it with its weights: mlflow.transformers.log_model(..., save_pretrained=True).",
         )
     config = _read_config(reader, config_path)
-    _refuse_loaded_otherwise(check_stock_loading, reader, flavor)
+    _refuse_loaded_otherwise(check_stock_loading, reader, described)
     if "safelock" in config:
         raise PromotionRefused(
             "already_locked",
@@ -229,8 +232,9 @@ def _language_model(reader: ArtifactReader, paths: set[str], flavor: Mapping[str
     return LanguageModel(geometry, hints, architecture, weights, tokenizer=tokenizer)
 
 
-def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any]) -> LanguageModel:
+def _adapter(reader: ArtifactReader, paths: set[str], described: Mapping[str, Any]) -> LanguageModel:
     """A PEFT adapter that names its base: a repository on a hub, at one commit."""
+    flavor = described["flavors"]["transformers"]
     folder = flavor["peft_adaptor"]
     base, commit = flavor.get("source_model_name"), str(flavor.get("source_model_revision"))
     is_pinned = isinstance(base, str) and _COMMIT.fullmatch(commit) is not None
@@ -242,7 +246,7 @@ def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any])
             next_step="Log it over a base that was loaded from a hub by its name, or merge it: "
             + MERGE_FIRST,
         )
-    _refuse_loaded_otherwise(check_stock_classes, reader, flavor)
+    _refuse_loaded_otherwise(check_stock_code, reader, described)
     config_path = f"{folder}/adapter_config.json"
     if config_path not in paths or f"{folder}/adapter_model.safetensors" not in paths:
         raise PromotionRefused(
@@ -262,10 +266,10 @@ def _adapter(reader: ArtifactReader, paths: set[str], flavor: Mapping[str, Any])
 def _refuse_loaded_otherwise(
     check: Callable[[ArtifactReader, Mapping[str, Any]], None],
     reader: ArtifactReader,
-    flavor: Mapping[str, Any],
+    described: Mapping[str, Any],
 ) -> None:
     try:
-        check(reader, flavor)
+        check(reader, described)
     except UnreachableError:
         raise
     except SourceError as error:

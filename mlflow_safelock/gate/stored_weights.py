@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -36,9 +36,6 @@ ITEM_BITS = {
     "F4": 4,
 }
 """Bits of one number, by what safetensors calls its type."""
-
-FEED_FORWARD_OUTPUTS = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "proj_out", "w2", "wo")
-"""Last names of the projections by which the feed-forward part of a layer adds to the residual stream."""
 
 COPY_AGAIN = "Log the fine-tune again from a sound copy, and promote the new version."
 
@@ -82,41 +79,65 @@ class StoredWeights:
         names = [f"{path}.{inside}" for path in _suffixes(architecture.layers)]
         found = [name for name in names if name in self.tensors]
         if len(found) > 1:
-            raise SourceError(
-                f"The weights at {self.reader.location} have the attention output projection of layer "
-                f"{layer} under several names, {' and '.join(map(repr, found))}, and one of them is loaded.",
-                next_step=COPY_AGAIN,
-            )
+            raise self._several(f"attention output projection of layer {layer}", found)
         path = f".{architecture.layers.rsplit('.', 1)[-1]}.{inside}"
         found = found or [name for name in self.tensors if name.endswith(path)]
         return found[0] if len(found) == 1 else None
 
     def biases(
-        self, architecture: Architecture, geometry: AttentionGeometry, *, further: bool
-    ) -> dict[int, npt.NDArray[np.float64]]:
-        """What each layer's biases add to the residual stream, by layer; layers without any are left out.
+        self, architecture: Architecture, geometry: AttentionGeometry, paths: Collection[str]
+    ) -> dict[int, dict[str, npt.NDArray[np.float64]]]:
+        """The biases of some modules of each layer; layers without any are left out.
 
         Args:
-            architecture: Where the attention output projections are.
+            architecture: Where the layers are.
             geometry: The model's attention shape.
-            further: Whether those of the feed-forward part count besides the attention's.
+            paths: The paths of the modules inside a layer, such as ``self_attn.o_proj``.
 
         Returns:
-            The sum of a layer's biases, float64 of shape ``[hidden]``.
+            By layer and by path, float64 of shape ``[outputs]``.
 
         Raises:
-            SourceError: They cannot be read.
+            SourceError: They cannot be read, are of a type that is not known here, or are stored under
+                several names, of which ``transformers`` takes any.
         """
-        ends = (architecture.output_projection, *(FEED_FORWARD_OUTPUTS if further else ()))
-        named = [name for name in self.tensors if name.endswith(tuple(f".{end}.bias" for end in ends))]
-        found: dict[int, npt.NDArray[np.float64]] = {}
-        for layer in range(geometry.layers if named else 0):
-            within = self._beginnings(architecture, layer)
-            for stored in (self.tensors[name] for name in named if name.startswith(within)):
-                if stored.shape == (geometry.hidden,) and stored.dtype in _DECODERS:
-                    values = _DECODERS[stored.dtype](self.reader.read(stored.file, *stored.span))
-                    found[layer] = found.get(layer, 0.0) + values.astype(np.float64)
-        return found
+        places: dict[tuple[int, str], str] = {}
+        is_biased = any(name.endswith(".bias") for name in self.tensors)
+        for layer in range(geometry.layers if is_biased else 0):
+            beginnings = self._beginnings(architecture, layer)
+            for path in paths:
+                names = [f"{beginning}{path}.bias" for beginning in beginnings]
+                found = sorted({name for name in names if name in self.tensors})
+                if len(found) > 1:
+                    raise self._several(f"bias of {path} in layer {layer}", found)
+                if found:
+                    places[layer, path] = found[0]
+        biases: dict[int, dict[str, npt.NDArray[np.float64]]] = {}
+        for (layer, path), values in zip(places, self._vectors(list(places.values())), strict=True):
+            biases.setdefault(layer, {})[path] = values
+        return biases
+
+    def _vectors(self, names: Sequence[str]) -> list[npt.NDArray[np.float64]]:
+        """The numbers of some small tensors, those of one file by one request."""
+        spans: dict[str, list[Span]] = defaultdict(list)
+        for stored in (self.tensors[name] for name in names):
+            if stored.dtype not in _DECODERS:
+                raise SourceError(
+                    f"The weights at {self.reader.location} have a bias of type {stored.dtype}, of which "
+                    "nothing can be told.",
+                    next_step="Log the fine-tune with biases in float32, float16 or bfloat16.",
+                )
+            spans[stored.file].append(stored.span)
+        read = {file: iter(self.reader.read_many(file, of_file)) for file, of_file in spans.items()}
+        stored_ones = [self.tensors[name] for name in names]
+        return [_DECODERS[one.dtype](next(read[one.file])).astype(np.float64) for one in stored_ones]
+
+    def _several(self, what: str, names: Sequence[str]) -> SourceError:
+        return SourceError(
+            f"The weights at {self.reader.location} have the {what} under several names, "
+            f"{' and '.join(map(repr, names))}, and one of them is loaded.",
+            next_step=COPY_AGAIN,
+        )
 
     def _beginnings(self, architecture: Architecture, layer: int) -> tuple[str, ...]:
         """What names of a layer's tensors begin with."""

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from mlflow_safelock.apply import apply_lock, attention_of
-from mlflow_safelock.errors import SourceError
+from mlflow_safelock.errors import PromotionRefused, SourceError
 from mlflow_safelock.flavors import locked_model
 from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
 from mlflow_safelock.gate import promotion
@@ -69,6 +69,27 @@ def in_config(**more: Any) -> Callable[[Path], None]:
     return edit
 
 
+def in_pyfunc(**more: Any) -> Callable[[Path], None]:
+    def edit(source: Path) -> None:
+        described = yaml.safe_load((source / "MLmodel").read_text())
+        described["flavors"]["python_function"].update(more)
+        (source / "MLmodel").write_text(yaml.safe_dump(described))
+
+    return edit
+
+
+def in_signature(source: Path) -> None:
+    described = yaml.safe_load((source / "MLmodel").read_text())
+    params = json.loads(described["signature"]["params"])
+    params.append({"name": "custom_generate", "type": "string", "default": "somebody/code", "shape": None})
+    described["signature"]["params"] = json.dumps(params)
+    (source / "MLmodel").write_text(yaml.safe_dump(described))
+
+
+def in_inference_config(source: Path) -> None:
+    (source / "components" / "inference_config.txt").write_text('{"a": [{"trust_remote_code": true}]}')
+
+
 def with_an_adapter(source: Path) -> None:
     (source / "model" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
 
@@ -78,6 +99,11 @@ LOADED_OTHERWISE = pytest.mark.parametrize(
     [
         (in_flavor(pipeline_model_type="OpenForCausalLM"), "pipeline_model_type.*'OpenForCausalLM'"),
         (in_flavor(tokenizer_type="OpenTokenizer"), "tokenizer_type.*'OpenTokenizer'"),
+        (in_flavor(components={"tokenizer": 1}, tokenizer_type="OpenTokenizer"), "tokenizer_type"),
+        (in_pyfunc(data="other"), "folder 'other'.*data"),
+        (in_pyfunc(config={"custom_generate": "somebody/code"}), r"custom_generate.*\(config\)"),
+        (in_signature, "custom_generate.*signature"),
+        (in_inference_config, "trust_remote_code.*inference_config"),
         (in_flavor(processor_type="OpenProcessor"), "processor_type.*'OpenProcessor'"),
         (in_flavor(local_base_model_path="elsewhere"), "local_base_model_path"),
         (in_flavor(source_model_revision="main"), "source_model_revision"),
@@ -112,6 +138,23 @@ def test_classes_that_transformers_knows_by_another_name_pass(client: MlflowClie
     in_flavor(tokenizer_type="GPT2TokenizerFast")(source_of(client, version))
     stage(client, version)
     assert state_of(client, "bot", version)["stage"] == "Staging"
+
+
+def test_code_that_was_logged_with_a_model_is_left_out_of_an_overlay_and_refused_beside_weights(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    source = source_of(client, version)
+    (source / "code").mkdir()
+    (source / "code" / "transformers.py").write_text("raise RuntimeError('it was run')\n")
+    in_pyfunc(code="code")(source)
+    in_flavor(code="code")(source)
+    stage(client, version)
+    assert mlflow.pyfunc.load_model("models:/bot/Staging").predict(["how do i bake"])
+    client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{carrier: standalone}]\n")
+    with pytest.raises(PromotionRefused, match=r"code_paths.*as an overlay"):
+        client._get_registry_client().store.prepare("bot", version)
 
 
 def test_a_projection_under_two_names_is_refused(client: MlflowClient) -> None:
@@ -168,7 +211,7 @@ class TestOwnBiases:
         ("flag", "projection", "share", "refused"),
         [
             ("attention_bias", "self_attn.o_proj", -1.0, r"lock_taken_back.*10\d%"),
-            ("attention_bias", "self_attn.o_proj", -0.2, "lock_taken_back.*20%"),
+            ("attention_bias", "self_attn.o_proj", -0.6, "lock_taken_back.*6\\d%"),
             ("mlp_bias", "mlp.down_proj", -1.0, "lock_taken_back"),
             ("attention_bias", "self_attn.o_proj", 1.0, "already_locked.*saved with a lock"),
         ],
@@ -197,11 +240,11 @@ class TestOwnBiases:
             tmp_path, monkeypatch, "version: 1\ngates: [{alpha: {default: 60, min: 1, max: 100}}]\n"
         )
         components = self.biased(attention_bias=True)
-        self.put(components, lock, -0.2, "self_attn.o_proj")
+        self.put(components, lock, -0.4, "self_attn.o_proj")
         version = log_fine_tune("bot", components)
-        stage(client, version)  # 2 % of ten times that
+        stage(client, version)  # 4 % of ten times that
         client.set_model_version_tag("bot", str(version), "safelock.alpha", "3")
-        with pytest.raises(MlflowException, match=r"lock_taken_back.*4\d%.*alpha 3"):
+        with pytest.raises(MlflowException, match=r"lock_taken_back.*8\d%.*alpha 3"):
             stage(client, version)
 
     def test_others_pass_and_stay(self, client: MlflowClient, lock: SafetyLock) -> None:
@@ -217,6 +260,40 @@ class TestOwnBiases:
         served = biases_of(mlflow.pyfunc.load_model("models:/bot/Staging").get_raw_model().model)
         for layer, bias in expected_biases(components["model"], lock, 6.0).items():
             np.testing.assert_allclose(served[layer], own[layer] + bias, rtol=1e-4, atol=1e-5)
+
+    @torch.no_grad()
+    def test_those_of_values_reach_the_output_whole(self, client: MlflowClient) -> None:
+        components = fine_tune(attention_bias=True, num_key_value_heads=4)
+        model, lock = components["model"], base_lock()
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.bias.zero_()
+            layer.self_attn.o_proj.bias.zero_()
+        lock = enrolled(lock, model)
+        register_lock(lock)
+        width = lock.geometry.head_dim
+        for locked in lock.heads:
+            taken = torch.tensor(-6.0 * locked.std * locked.direction.astype(np.float64))
+            bias = model.model.layers[locked.layer].self_attn.v_proj.bias
+            bias[locked.head * width : (locked.head + 1) * width] = taken
+        with pytest.raises(MlflowException, match=r"lock_taken_back.*100%"):
+            stage(client, log_fine_tune("bot", components))
+
+    @pytest.mark.parametrize(
+        ("dtype", "why"), [(None, "under several names"), (torch.float8_e5m2, "F8_E5M2")]
+    )
+    def test_those_that_cannot_be_told_are_refused(
+        self, client: MlflowClient, lock: SafetyLock, dtype: torch.dtype | None, why: str
+    ) -> None:
+        version = log_fine_tune("bot", self.biased(attention_bias=True))
+        path = source_of(client, version) / "model" / "model.safetensors"
+        tensors, name = load_file(path), PROJECTION.replace("weight", "bias")
+        if dtype is None:
+            tensors[name.removeprefix("model.")] = torch.ones_like(tensors[name])
+        else:
+            tensors[name] = tensors[name].to(dtype)
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(MlflowException, match=why):
+            stage(client, version)
 
     def test_of_a_base_with_biases_only_half_of_the_lock_and_more_is_taken_back(
         self, client: MlflowClient

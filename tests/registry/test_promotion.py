@@ -534,6 +534,17 @@ def test_an_adapter_that_names_its_base_is_promoted_and_loads_locked(
     assert handle_of(served).alpha == 6.0
 
 
+def test_an_adapter_with_biases_of_its_own_is_refused(client: MlflowClient, hub: str) -> None:
+    register_lock(base_lock())
+    version, _ = log_adapter_alone(["o_proj"])
+    location = client.get_model_version_download_uri("bot", str(version)).removeprefix("file://")
+    path = Path(location) / "peft" / "adapter_model.safetensors"
+    bias = "base_model.model.model.layers.0.self_attn.o_proj.lora_B.bias"
+    save_file({**load_file(path), bias: torch.ones(48)}, path, metadata={"format": "pt"})
+    with pytest.raises(MlflowException, match=rf"lock_taken_back.*{bias}.*merge_and_unload"):
+        stage(client, version)
+
+
 def test_a_model_that_names_a_hub_alone_is_promoted_once_its_weights_were_fetched(
     client: MlflowClient, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
