@@ -215,8 +215,16 @@ class GateMixin:
             self._patiently(lambda: stock(name, new_name))
             try:
                 self._refusing(what, lambda: renaming.check_what_came(name, new_name, workspace, actor))
-            except MlflowException:
-                self._patiently(lambda: stock(new_name, name))
+            except MlflowException as refusal:
+                try:
+                    self._patiently(lambda: stock(new_name, name))
+                except MlflowException as taken:
+                    raise MlflowException(
+                        f"{refusal.message} It is called {new_name!r} by now, and could not get its former "
+                        "name back. Rename it, or delete the version that is no lock; until then no version "
+                        "of that base is promoted.",
+                        RESOURCE_CONFLICT,
+                    ) from taken
                 raise
 
     def prepare(

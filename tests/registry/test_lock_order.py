@@ -487,6 +487,27 @@ def test_nor_does_one_that_came_while_it_was_looked_at(
     stage(mixed, log_fine_tune("bot"))
 
 
+def test_where_its_former_name_was_taken_meanwhile_that_is_told(
+    mixed: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = Renaming.check_what_came
+
+    def taken(*arguments: Any) -> None:
+        mixed.create_registered_model("mixed")
+        check(*arguments)
+
+    monkeypatch.setattr(Renaming, "check", lambda *_: None)
+    monkeypatch.setattr(Renaming, "check_what_came", taken)
+    with pytest.raises(MlflowException, match=r"no_lock.*is called .* by now.*Rename it, or delete") as info:
+        mixed.rename_registered_model("mixed", NAME)
+    assert info.value.error_code == "RESOURCE_CONFLICT"
+    version = log_fine_tune("bot")
+    with pytest.raises(MlflowException, match="damaged_lock"):
+        stage(mixed, version)
+    mixed.delete_model_version(NAME, "2")
+    stage(mixed, version)
+
+
 def test_a_model_gets_no_locks_name_while_somebody_registers_one_there(
     mixed: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
