@@ -197,7 +197,8 @@ def approve(
         return None
     chosen = find_lock(request.workspace, found, source, policy, rule, registry, artifacts)
     alpha = _permitted_alpha(request, policy, rule, found)
-    check_own_biases(source, chosen.registered.lock, alpha)
+    if rule.own_biases == "check":
+        check_own_biases(source, chosen.registered.lock, alpha)
     return Approved(
         request,
         policy,

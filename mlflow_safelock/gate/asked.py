@@ -15,18 +15,22 @@ from mlflow_safelock.gate.places import is_standalone
 from mlflow_safelock.gate.policy import GateRule
 from mlflow_safelock.gate.strictness import looser_points
 
-_KEYS = ("lock.max_age_days", "signature", "evaluation")
+_KEYS = ("lock.max_age_days", "own_biases", "signature", "evaluation")
 """Keys of a gate, and beginnings of their parts', that are put on record as they were asked."""
 
 
 def asked_of(rule: GateRule) -> dict[str, JsonValue] | None:
     """What a gate asks for, for the row of a promotion through it; ``None``: nothing of the kind."""
-    if rule.lock.max_age_days is None and not rule.signature.required and rule.evaluation is None:
+    looks_at_biases = rule.own_biases == "check"
+    asks_more = rule.lock.max_age_days is not None or rule.signature.required or rule.evaluation is not None
+    if looks_at_biases and not asks_more:
         return None
     asked: dict[str, JsonValue] = rule.model_dump(
-        mode="json", include={"lock": {"max_age_days"}, "signature": True, "evaluation": True}
+        mode="json",
+        include={"lock": {"max_age_days"}, "signature": True, "evaluation": True},
     )
-    return asked
+    # Left out where they were looked at, as in rows of versions of this package that did so or could not.
+    return asked if looks_at_biases else {**asked, "own_biases": rule.own_biases}
 
 
 def was_asked_as_much(rule: GateRule, decision: LedgerEntry) -> bool:

@@ -28,6 +28,8 @@ from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 TAKEN_BACK, LOCKED = -0.5, 0.5
 """Shares of a layer's push from which on a model takes it back, and has a lock in its biases."""
 
+_WAY_OUT = "If its base has such biases itself, set 'own_biases: ignore' in the policy's gate for it."
+
 VALUES = "v_proj"
 """Name of the projection of values, beside that of the output."""
 
@@ -68,15 +70,15 @@ def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> N
             "lock_taken_back",
             f"The model has biases of its own that take back {-least:.0%} of what the lock at alpha "
             f"{alpha:g} adds in layer {layer}.",
-            next_step="Register a fine-tune without them.",
+            next_step=f"Register a fine-tune without them. {_WAY_OUT}",
         )
     layer, most = max(shares.items(), key=lambda item: item[1])
     if most >= LOCKED:
         raise PromotionRefused(
             "already_locked",
             f"The model has biases of its own that are {most:.0%} of what the lock at alpha {alpha:g} adds "
-            f"in layer {layer}: it was saved with a lock.",
-            next_step="Register the fine-tune that it was made from, and promote that one.",
+            f"in layer {layer}, as if it was saved with a lock.",
+            next_step=f"Register the fine-tune that it was made from, and promote that one. {_WAY_OUT}",
         )
 
 

@@ -254,6 +254,8 @@ class GateRule(_Section):
         kinship: How alike the fine-tune must be to its base.
         tokenizer: Whether the fine-tune's tokenizer must have the base's tokens: ``check``, where both can be
             known; ``require``, which refuses one that cannot; or ``ignore``.
+        own_biases: Whether the fine-tune may have biases that take back half of the lock or are one:
+            ``check``, it may not; ``ignore``, for bases that have such biases themselves.
         signature: Who must stand behind the lock.
         fingerprint: What is compared of a fine-tune: ``sampled``, blocks that are drawn when it is promoted,
             or ``full``, every byte, which is measured before the promotion and compared when it is loaded.
@@ -277,6 +279,7 @@ class GateRule(_Section):
     alpha: AlphaRange = AlphaRange()
     kinship: KinshipRule = KinshipRule()
     tokenizer: Literal["ignore", "check", "require"] = "check"
+    own_biases: Literal["check", "ignore"] = "check"
     signature: SignatureRule = SignatureRule()
     fingerprint: Literal["sampled", "full"] = "sampled"
     evaluation: EvaluationRule | None = None

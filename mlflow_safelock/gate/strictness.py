@@ -52,6 +52,7 @@ def looser_points(gate: GateRule, floor: GateRule) -> Iterator[str]:
         "kinship.unknown": (gate.kinship.unknown, floor.kinship.unknown) == ("allow", "reject"),
         "tokenizer": not set(ACCEPTED_TOKENIZERS[gate.tokenizer])
         <= set(ACCEPTED_TOKENIZERS[floor.tokenizer]),
+        "own_biases": (gate.own_biases, floor.own_biases) == ("ignore", "check"),
         **_looser_signature("signature", gate.signature, floor.signature),
         "fingerprint": (gate.fingerprint, floor.fingerprint) == ("sampled", "full"),
         **_looser_evaluation(gate.evaluation, floor.evaluation),

@@ -89,6 +89,13 @@ def test_of_an_evaluation_each_key(looser: dict[str, Any]) -> None:
     assert was_asked_as_much(rule, promoted(stricter))
 
 
+def test_of_own_biases_that_they_were_looked_at() -> None:
+    ignored = asked_of(GateRule(own_biases="ignore"))
+    assert not was_asked_as_much(GateRule(tags=HIGH), promoted(ignored))
+    assert was_asked_as_much(GateRule(tags=HIGH, own_biases="ignore"), promoted(ignored))
+    assert was_asked_as_much(GateRule(tags=HIGH), promoted(asked_of(GateRule())))
+
+
 @pytest.mark.parametrize(("carrier", "other"), [("overlay", "standalone"), ("standalone", "overlay")])
 def test_of_a_carrier_that_it_is_that_one(carrier: Any, other: Any) -> None:
     places = {"overlay": "0" * 32, "standalone": f"standalone-{'0' * 32}"}

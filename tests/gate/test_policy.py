@@ -322,6 +322,7 @@ gates:
             ("kinship: {unknown: allow}", "kinship.unknown"),
             ("fingerprint: sampled", "fingerprint"),
             ("tokenizer: ignore", "tokenizer"),
+            ("own_biases: ignore", "own_biases"),
             ("missing_lock: allow", "missing_lock"),
             ("not_an_llm: allow", "not_an_llm"),
             ("reads: warn", "reads"),

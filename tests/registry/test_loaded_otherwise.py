@@ -233,6 +233,18 @@ class TestOwnBiases:
             stage(client, version)
         assert state_of(client, "bot", version) == before
 
+    def test_a_policy_can_leave_them_out_for_bases_that_have_such_ones(
+        self, client: MlflowClient, lock: SafetyLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        components = self.biased(attention_bias=True)
+        self.put(components, lock, -1.0, "self_attn.o_proj")
+        version = log_fine_tune("bot", components)
+        with pytest.raises(MlflowException, match="'own_biases: ignore'"):
+            stage(client, version)
+        client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{own_biases: ignore}]\n")
+        stage(client, version)
+        assert ledger_rows(tmp_path)[-1]["asked"]["own_biases"] == "ignore"
+
     def test_they_are_held_against_the_strength_that_is_asked_for(
         self, client: MlflowClient, lock: SafetyLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
