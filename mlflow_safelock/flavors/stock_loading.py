@@ -8,7 +8,7 @@ lies beside it, which may do anything, such as take a lock off again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -23,6 +23,9 @@ WEIGHTS_KEY = "transformers_weights"
 
 OPTIONS_FILE = "components/inference_config.txt"
 """Where older models have the options that they are asked with, and MLflow still reads them."""
+
+_RENAMING = ("attribute_map",)
+"""Keys of ``config.json`` by which transformers finds another key under a name."""
 
 _RUNNING_CODE = frozenset({"custom_generate", "trust_remote_code"})
 """Options of ``transformers`` by which it runs code that is not its own."""
@@ -43,9 +46,9 @@ def check_stock_loading(reader: ArtifactReader, described: Mapping[str, Any]) ->
     Raises:
         SourceError: It would be, and by what; or a file cannot be read.
     """
+    check_stock_code(reader, described)
     for why, next_step in _other_weights(reader, described["flavors"]["transformers"]):
         raise SourceError(f"The model at {reader.location} {why}.", next_step=next_step)
-    check_stock_code(reader, described)
 
 
 def check_stock_code(reader: ArtifactReader, described: Mapping[str, Any]) -> None:
@@ -70,7 +73,7 @@ def check_stock_code(reader: ArtifactReader, described: Mapping[str, Any]) -> No
                 next_step="Log it with classes of transformers itself; a newer transformers may have them.",
             )
     for place, options in _options(reader, described):
-        for option in sorted(_RUNNING_CODE & set(_names_in(options))):
+        for option in sorted(_RUNNING_CODE & set(_set_in(options))):
             raise SourceError(
                 f"The model at {reader.location} is asked by code of its own, which may do anything: "
                 f"{option} is among the options in {place}.",
@@ -90,8 +93,18 @@ def _other_weights(reader: ArtifactReader, flavor: Mapping[str, Any]) -> Iterato
             "Merge the adapter before logging (model.merge_and_unload()), or log it without that file.",
         )
     path = f"{folder}/{CONFIG_FILE}"
-    if path in paths and _read_json(reader, path).get(WEIGHTS_KEY) is not None:
-        yield f"takes its weights from the file that {WEIGHTS_KEY} in its {CONFIG_FILE} names", _ANEW
+    config = _read_json(reader, path) if path in paths else {}
+    for key in sorted({WEIGHTS_KEY, *_RENAMING} & set(_set_in(config))):
+        yield f"may take its weights from another file, by {key} in its {CONFIG_FILE}", _ANEW
+    classes = config.get("architectures")
+    named = [flavor.get("pipeline_model_type"), *(classes if isinstance(classes, list) else ())]
+    others = [name for name in named if not _is_for(name, str(config.get("model_type")))]
+    if others:
+        yield (
+            f"would be loaded as {others[0]!r}, and its {CONFIG_FILE} says that it is a "
+            f"{config.get('model_type')!r}, of which transformers has other classes",
+            _ANEW,
+        )
 
 
 def _options(reader: ArtifactReader, described: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -103,26 +116,31 @@ def _options(reader: ArtifactReader, described: Mapping[str, Any]) -> Iterator[t
         params = json.loads(declared) if isinstance(declared, str) else declared
     except ValueError as error:
         raise SourceError(f"The signature of the model at {reader.location} is not JSON: {error}.") from error
-    yield "its signature", {str(one.get("name")): None for one in params or () if isinstance(one, Mapping)}
+    if params is not None and not isinstance(params, list):
+        raise SourceError(f"The params in the signature of the model at {reader.location} are no list.")
+    named = (one for one in params or () if isinstance(one, Mapping))
+    yield "its signature", {str(one.get("name")): one.get("default") for one in named}
     if OPTIONS_FILE in {file.path for file in reader.files()}:
         yield OPTIONS_FILE, _read_json(reader, OPTIONS_FILE)
 
 
-def _names_in(options: Any) -> Iterator[str]:
-    """The names of options, also of those within others."""
+def _set_in(options: Any) -> Iterator[str]:
+    """The names of options that are set, also of those within others."""
     if isinstance(options, Mapping):
         for name, value in options.items():
-            yield str(name)
-            yield from _names_in(value)
+            if value:
+                yield str(name)
+            yield from _set_in(value)
     elif isinstance(options, list):
         for value in options:
-            yield from _names_in(value)
+            yield from _set_in(value)
 
 
 def _classes(flavor: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The classes that MLflow loads a model and what belongs to it with, by their keys."""
     # MLflow goes through whatever is there, such as the keys of a mapping.
-    names = [str(name) for name in flavor.get("components") or ()]
+    components = flavor.get("components") or ()
+    names = [str(name) for name in components] if isinstance(components, Iterable) else [str(components)]
     keys = ("pipeline_model_type", *(f"{name}_type" for name in names))
     yield from ((key, flavor.get(key)) for key in keys)
     if "processor_type" in flavor:
@@ -134,6 +152,29 @@ def _is_of_transformers(name: Any) -> bool:
     import transformers
 
     return isinstance(name, str) and (name in _names() or hasattr(transformers, name))
+
+
+def _is_for(name: Any, model_type: str) -> bool:
+    """Whether a class is one of those that transformers has for a type of model, or chooses one of them.
+
+    Of a type that it does not know nothing is told here: where its heads are is not known either.
+    """
+    known = _classes_for(model_type)
+    return isinstance(name, str) and (name.startswith("Auto") or name in known or not known)
+
+
+@cache
+def _classes_for(model_type: str) -> frozenset[str]:
+    """The classes of transformers for a type of model, by its own tables."""
+    from transformers.models.auto import modeling_auto
+
+    found: set[str] = set()
+    for table in (
+        vars(modeling_auto)[name] for name in dir(modeling_auto) if name.endswith("_MAPPING_NAMES")
+    ):
+        names = table.get(model_type, ())
+        found.update([names] if isinstance(names, str) else names)
+    return frozenset(found)
 
 
 @cache

@@ -18,6 +18,8 @@ from mlflow_safelock.provenance import ArtifactReader, read_header
 
 _UPDATE = re.compile(r"\.(?P<layer>\d+)\.(?P<module>[A-Za-z_][\w.]*)\.lora_(?P<side>[AB])\.weight$")
 
+_BIAS_OF_A_LAYER = re.compile(r"\.\d+\..*\.bias$")
+
 
 @dataclass(frozen=True)
 class Update:
@@ -44,7 +46,7 @@ class Adapter:
 
     Attributes:
         updates: The halves of the updates.
-        biases: Names of the biases that it has besides.
+        biases: Names of the biases of layers that it has besides.
     """
 
     updates: tuple[Update, ...]
@@ -77,7 +79,7 @@ def read_adapter(reader: ArtifactReader, path: str) -> Adapter:
         SourceError: The file is damaged.
     """
     shapes = {name: shape for name, (_, shape) in read_header(reader, path).kinds.items()}
-    biases = tuple(sorted(name for name in shapes if name.endswith(".bias")))
+    biases = tuple(sorted(name for name in shapes if _BIAS_OF_A_LAYER.search(name)))
     return Adapter(tuple(_updates(shapes)), biases)
 
 

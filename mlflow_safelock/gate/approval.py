@@ -25,8 +25,8 @@ from mlflow_safelock.provenance import (
 )
 from mlflow_safelock.provenance.fingerprint import ADDED_BY_CLIENTS
 
-Listing = tuple[tuple[ArtifactFile, int | None], ...]
-"""The files of a folder, and when the bytes of each were written last, where the store tells."""
+Listing = tuple[tuple[ArtifactFile, int | None, int | None], ...]
+"""The files of a folder, and when each was written and changed last, where the store tells."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,8 @@ def _permitted_alpha(request: Request, policy: Policy, rule: GateRule, found: Mo
 
 def listing_of(reader: ArtifactReader) -> Listing:
     """The files of a fine-tune, with all that tells whether their bytes were written anew."""
-    return tuple((file, file.modified) for file in reader.files() if file.path not in ADDED_BY_CLIENTS)
+    files = (file for file in reader.files() if file.path not in ADDED_BY_CLIENTS)
+    return tuple((file, file.modified, file.changed) for file in files)
 
 
 def changed_meanwhile(request: Request) -> PromotionRefused:

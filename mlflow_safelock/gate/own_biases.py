@@ -33,9 +33,10 @@ _WAY_OUT = "If its base has such biases itself, set 'own_biases: ignore' in the 
 VALUES = "v_proj"
 """Name of the projection of values, beside that of the output."""
 
-FEED_FORWARD = "mlp.down_proj"
-"""Path of the projection by which the feed-forward part of a layer adds to the residual stream, in models
-that have biases by a flag."""
+FEED_FORWARD = (
+    *("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "fc2", "mlp.dense_4h_to_h", "mlp.fc_out", "ffn.down_proj"),
+)
+"""Paths of the projections by which the feed-forward part of a layer adds to the residual stream."""
 
 
 def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> None:
@@ -58,13 +59,14 @@ def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> N
             "lock_taken_back",
             f"The adapter has biases ({source.adapter.biases[0]!r}), which may take back what a lock adds, "
             "and it is promoted without its base, so that this cannot be told.",
-            next_step="Train it without biases, or merge it: model.merge_and_unload(), then log it.",
+            next_step="Train it without biases, or merge it (model.merge_and_unload()) and log that, or set "
+            "'own_biases: ignore' in the policy's gate for it.",
         )
     weights, architecture = source.weights, source.architecture
     if weights is None or architecture is None or lock.unit_biases is None:
         return
     shares = _shares(weights, architecture, lock, alpha)
-    layer, least = min(shares.items(), key=lambda item: item[1])
+    least, layer = min((min(found), layer) for layer, found in shares.items())
     if least <= TAKEN_BACK:
         raise PromotionRefused(
             "lock_taken_back",
@@ -72,7 +74,7 @@ def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> N
             f"{alpha:g} adds in layer {layer}.",
             next_step=f"Register a fine-tune without them. {_WAY_OUT}",
         )
-    layer, most = max(shares.items(), key=lambda item: item[1])
+    most, layer = max((max(found), layer) for layer, found in shares.items())
     if most >= LOCKED:
         raise PromotionRefused(
             "already_locked",
@@ -84,30 +86,29 @@ def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> N
 
 def _shares(
     weights: StoredWeights, architecture: Architecture, lock: SafetyLock, alpha: float
-) -> dict[int, float]:
-    """The share of each locked layer's push that a model has in its own biases."""
+) -> dict[int, tuple[float, ...]]:
+    """The shares of each locked layer's push that a model has in its own biases, by kind, and in all of them.
+
+    A bias may be stored that the model does not have, so that it counts for nothing what others make up for.
+    """
     by_flag = architecture.standalone == "flag"
     output = architecture.output_projection
     of_values = f"{output.rpartition('.')[0]}.{VALUES}"
-    paths = (output, of_values, *((FEED_FORWARD,) if by_flag else ()))
-    biases = weights.biases(architecture, lock.geometry, paths)
-    shares = {}
+    biases = weights.biases(architecture, lock.geometry, (output, of_values, *FEED_FORWARD))
     heads = {displaced.layer: displaced for displaced in displacements(lock, alpha)}
+    shares = {}
     for layer, push in base_biases(lock, alpha).items():
+        found: dict[str, float] = {}
         # Where models have biases but by a flag, those of later layers may make up for it as well.
-        counted = [at for at in biases if at == layer or (by_flag and at > layer)]
-        added = [
-            values
-            for at in counted
-            for path, values in biases[at].items()
-            if path != of_values and values.shape == push.shape
-        ]
-        share = _share(np.sum(added, axis=0), push.numpy()) if added else 0.0
-        values = biases.get(layer, {}).get(of_values)
-        if values is not None and values.size % lock.geometry.head_dim == 0:
-            own = _of_heads(values, heads[layer].heads, lock.geometry)
-            share += _share(own, heads[layer].values.numpy())
-        shares[layer] = share
+        for at in (at for at in biases if at == layer or (by_flag and at > layer)):
+            for path, values in biases[at].items():
+                if path != of_values and values.shape == push.shape:
+                    found[path] = found.get(path, 0.0) + _share(values, push.numpy())
+        values_here = biases.get(layer, {}).get(of_values)
+        if values_here is not None and values_here.size % lock.geometry.head_dim == 0:
+            own = _of_heads(values_here, heads[layer].heads, lock.geometry)
+            found[of_values] = _share(own, heads[layer].values.numpy())
+        shares[layer] = (sum(found.values()), *found.values())
     return shares
 
 

@@ -130,7 +130,14 @@ class StoredWeights:
             spans[stored.file].append(stored.span)
         read = {file: iter(self.reader.read_many(file, of_file)) for file, of_file in spans.items()}
         stored_ones = [self.tensors[name] for name in names]
-        return [_DECODERS[one.dtype](next(read[one.file])).astype(np.float64) for one in stored_ones]
+        vectors = [_DECODERS[one.dtype](next(read[one.file])).astype(np.float64) for one in stored_ones]
+        for name, values in zip(names, vectors, strict=True):
+            if not np.isfinite(values).all():
+                raise SourceError(
+                    f"The weights at {self.reader.location} have numbers in {name!r} that are not finite.",
+                    next_step=COPY_AGAIN,
+                )
+        return vectors
 
     def _several(self, what: str, names: Sequence[str]) -> SourceError:
         return SourceError(

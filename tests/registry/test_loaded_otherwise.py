@@ -108,6 +108,10 @@ LOADED_OTHERWISE = pytest.mark.parametrize(
         (in_flavor(local_base_model_path="elsewhere"), "local_base_model_path"),
         (in_flavor(source_model_revision="main"), "source_model_revision"),
         (in_config(transformers_weights="other.safetensors"), "transformers_weights"),
+        (in_config(attribute_map={"transformers_weights": "notes"}, notes="other"), "attribute_map"),
+        (in_config(architectures=["MistralForCausalLM"]), "'MistralForCausalLM'.*'llama'"),
+        (in_flavor(pipeline_model_type="MistralForCausalLM"), "'MistralForCausalLM'.*'llama'"),
+        (in_flavor(components=3), "3_type"),
         (with_an_adapter, "adapter_config.json"),
     ],
 )
@@ -121,7 +125,7 @@ def test_what_would_be_loaded_otherwise_than_it_is_stored_is_refused(
     register_lock(base_lock())
     source, before = source_of(client, version), state_of(client, "bot", version)
     edit(source)
-    with pytest.raises(MlflowException, match=rf"\[loaded_otherwise\].*{why}.*Log it|Merge") as info:
+    with pytest.raises(MlflowException, match=rf"\[loaded_otherwise\].*{why}.*(?:Log it|Merge)") as info:
         stage(client, version)
     assert info.value.error_code == "PERMISSION_DENIED"
     assert state_of(client, "bot", version) == before
@@ -132,10 +136,12 @@ def test_what_would_be_loaded_otherwise_than_it_is_stored_is_refused(
     assert not (tmp_path / "by hand").exists()
 
 
-def test_classes_that_transformers_knows_by_another_name_pass(client: MlflowClient) -> None:
+def test_other_names_of_classes_and_options_that_are_not_set_pass(client: MlflowClient) -> None:
     version = log_fine_tune("bot")
     register_lock(base_lock())
-    in_flavor(tokenizer_type="GPT2TokenizerFast")(source_of(client, version))
+    source = source_of(client, version)
+    in_flavor(tokenizer_type="GPT2TokenizerFast", pipeline_model_type="AutoModelForCausalLM")(source)
+    in_pyfunc(config={"trust_remote_code": False})(source)
     stage(client, version)
     assert state_of(client, "bot", version)["stage"] == "Staging"
 
@@ -290,6 +296,26 @@ class TestOwnBiases:
         with pytest.raises(MlflowException, match=r"lock_taken_back.*100%"):
             stage(client, log_fine_tune("bot", components))
 
+    def test_what_a_stored_bias_takes_back_no_other_makes_up_for(
+        self, client: MlflowClient, lock: SafetyLock
+    ) -> None:
+        """Of two that are stored one may be dropped when the model is loaded."""
+        components = self.biased(attention_bias=True, mlp_bias=True)
+        self.put(components, lock, -0.95, "self_attn.o_proj")
+        self.put(components, lock, 0.95, "mlp.down_proj")
+        components["model"].config.mlp_bias = False
+        version = log_fine_tune("bot", components)
+        assert not json.loads((source_of(client, version) / "model" / "config.json").read_text())["mlp_bias"]
+        with pytest.raises(MlflowException, match="lock_taken_back"):
+            stage(client, version)
+
+    def test_numbers_that_are_none_are_refused(self, client: MlflowClient, lock: SafetyLock) -> None:
+        components = self.biased(mlp_bias=True)
+        with torch.no_grad():
+            components["model"].model.layers[2].mlp.down_proj.bias[0] = torch.nan
+        with pytest.raises(MlflowException, match=r"model\.layers\.2\.mlp\.down_proj\.bias.*not finite"):
+            stage(client, log_fine_tune("bot", components))
+
     @pytest.mark.parametrize(
         ("dtype", "why"), [(None, "under several names"), (torch.float8_e5m2, "F8_E5M2")]
     )
@@ -318,18 +344,16 @@ class TestOwnBiases:
         lock = enrolled(SafetyLock(plain.heads, metadata, plain.scores), model)
         register_lock(lock)
         stage(client, log_fine_tune("bot", components))
+        before = [layer.self_attn.dense.bias.detach().clone() for layer in model.model.layers]
         apply_lock(model, lock, -6.0)  # what its own biases become is what takes the lock back
-        with torch.no_grad():
-            taken = {
-                layer: model.model.layers[layer].self_attn.dense.bias.detach().clone()
-                for layer in lock.layers
-            }
-        again = fine_tune("phi")
-        with torch.no_grad():
-            for layer, bias in taken.items():
-                again["model"].model.layers[layer].self_attn.dense.bias.copy_(bias)
-        with pytest.raises(MlflowException, match="lock_taken_back"):
-            stage(client, log_fine_tune("bot", again))
+        for path in ("self_attn.dense", "mlp.fc2"):  # both are added to the same residual stream
+            again = fine_tune("phi")
+            with torch.no_grad():
+                for index in lock.layers:
+                    taken = model.model.layers[index].self_attn.dense.bias - before[index]
+                    again["model"].model.layers[index].get_submodule(path).bias.add_(taken)
+            with pytest.raises(MlflowException, match="lock_taken_back"):
+                stage(client, log_fine_tune("bot", again))
 
 
 @pytest.mark.parametrize("carrier", ["overlay", "standalone"])

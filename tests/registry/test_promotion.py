@@ -478,7 +478,7 @@ def log_an_overlay_of_its_own() -> int:
 def log_an_unknown_architecture() -> int:
     version = log_fine_tune("bot")
     path = Path(MlflowClient().get_model_version_download_uri("bot", str(version))) / "model/config.json"
-    path.write_text(path.read_text().replace('"llama"', '"bert"'))
+    path.write_text(path.read_text().replace('"llama"', '"unheard_of"'))
     return version
 
 
