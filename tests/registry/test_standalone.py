@@ -657,23 +657,24 @@ def test_on_s3_the_store_copies_the_weights_itself(
 def test_on_s3_tensors_beside_the_weights_are_whole_and_what_is_not_carried_is_not_fetched(
     client: MlflowClient, tmp_path: Path, s3: S3Server
 ) -> None:
-    code = tmp_path / "steering"
-    code.mkdir()
-    save_file({"numbers": torch.randn(600, 600)}, code / "steer.safetensors")
-    components = fine_tune()
-    log_fine_tune("bot", components, code_paths=[str(code)])
+    steering = tmp_path / "steer.safetensors"
+    save_file({"numbers": torch.randn(600, 600)}, steering)
+    log_fine_tune("bot")
     register_lock(base_lock())
     source = state_of(client, "bot", 1)["location"]
     bucket, _, prefix = source.removeprefix("s3://").partition("/")
-    boto3.client("s3", endpoint_url=s3.url).put_object(
-        Bucket=bucket, Key=f"{prefix}/model/consolidated.00.pth", Body=bytes(16 << 20)
-    )
+    beside = {
+        "steering/steer.safetensors": steering.read_bytes(),
+        "model/consolidated.00.pth": bytes(16 << 20),
+    }
+    for path, data in beside.items():
+        boto3.client("s3", endpoint_url=s3.url).put_object(Bucket=bucket, Key=f"{prefix}/{path}", Body=data)
     s3.forget()
     made = prepare(tmp_path, 1)
     assert sum(one.sent + one.received for one in s3.passed) < 16 << 20
     stage(client, 1)
     copy = next(download(made["location"], tmp_path / "locked").rglob("steer.safetensors"))
-    assert copy.read_bytes() == (code / "steer.safetensors").read_bytes()
+    assert copy.read_bytes() == steering.read_bytes()
     assert biases_of(mlflow.transformers.load_model("models:/bot/Staging").model)
 
 
