@@ -115,9 +115,13 @@ def _options(reader: ArtifactReader, described: Mapping[str, Any]) -> Iterator[t
     try:
         params = json.loads(declared) if isinstance(declared, str) else declared
     except ValueError as error:
-        raise SourceError(f"The signature of the model at {reader.location} is not JSON: {error}.") from error
+        raise SourceError(
+            f"The signature of the model at {reader.location} is not JSON: {error}.", next_step=_ANEW
+        ) from error
     if params is not None and not isinstance(params, list):
-        raise SourceError(f"The params in the signature of the model at {reader.location} are no list.")
+        raise SourceError(
+            f"The params in the signature of the model at {reader.location} are no list.", next_step=_ANEW
+        )
     named = (one for one in params or () if isinstance(one, Mapping))
     yield "its signature", {str(one.get("name")): one.get("default") for one in named}
     if OPTIONS_FILE in {file.path for file in reader.files()}:
@@ -189,5 +193,5 @@ def _read_json(reader: ArtifactReader, path: str) -> dict[str, Any]:
         values = json.loads(reader.read(path))
     except ValueError as error:
         where = f"The file {PurePosixPath(path).name!r} at {reader.location}"
-        raise SourceError(f"{where} is not JSON: {error}.") from error
+        raise SourceError(f"{where} is not JSON: {error}.", next_step=_ANEW) from error
     return values if isinstance(values, dict) else {}

@@ -34,7 +34,13 @@ VALUES = "v_proj"
 """Name of the projection of values, beside that of the output."""
 
 FEED_FORWARD = (
-    *("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "fc2", "mlp.dense_4h_to_h", "mlp.fc_out", "ffn.down_proj"),
+    "mlp.down_proj",
+    "mlp.c_proj",
+    "mlp.fc2",
+    "fc2",
+    "mlp.dense_4h_to_h",
+    "mlp.fc_out",
+    "ffn.down_proj",
 )
 """Paths of the projections by which the feed-forward part of a layer adds to the residual stream."""
 
