@@ -29,7 +29,7 @@ from benchmarks.table import machine_line, make_console, table_of
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("apply", "promotion", "s3", "standalone", "probes", "forge", "serving", "transition", "concurrency"),
-    "evaluation",
+    *("evaluation", "gpu"),
 )
 """The benchmarks, in the order in which they run; each is the module of that name."""
 

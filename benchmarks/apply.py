@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ ALPHA = 6.0
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SMALL = AttentionGeometry(layers=4, heads=8, head_dim=64, hidden=512)
 
-Projections = Mapping[int, nn.Linear]
-"""The attention output projections of the locked layers, by layer."""
-
 
 def run(settings: Settings) -> Iterator[Row]:
     """Apply in memory at the attention shapes of Llama-3-8B and Llama-3-70B."""
@@ -39,106 +36,122 @@ def run(settings: Settings) -> Iterator[Row]:
 
 
 def _compare(case: str, lock: SafetyLock, dtype: torch.dtype, settings: Settings) -> Row:
-    model = _skeleton(lock, dtype)
-    projections = {layer: model.model.layers[layer].self_attn.o_proj for layer in lock.layers}
-    geometry = lock.geometry
-    columns = len(lock.heads) * geometry.head_dim
-    read = columns * geometry.hidden * dtype.itemsize
-    whole = sum(projection.weight.nbytes for projection in projections.values())
-    buffer = torch.empty(geometry.hidden, geometry.head_dim, dtype=dtype)
+    skeleton = Skeleton(lock, dtype)
+    columns = len(lock.heads) * lock.geometry.head_dim
     return compare(
         "apply",
         case,
-        ours=Contender("apply_lock", lambda: apply_lock(model, lock, ALPHA), lambda handle: handle.remove()),
+        ours=Contender(
+            "apply_lock", lambda: apply_lock(skeleton.model, lock, ALPHA), lambda handle: handle.remove()
+        ),
         theirs=Contender(
             "F.linear with the whole W_o and a full displacement per layer",
-            lambda: _lock_by_whole_matrices(projections, lock),
-            lambda _: _unlock(projections),
+            skeleton.lock_by_whole_matrices,
+            lambda _: skeleton.unlock(),
         ),
         limit=Contender(
-            f"gather {columns} columns of {geometry.hidden}: {read / 1e6:.0f} MB",
-            lambda: _gather(projections, lock, buffer),
+            f"gather {columns} columns of {lock.geometry.hidden}: {skeleton.locked_bytes / 1e6:.0f} MB",
+            skeleton.gather,
         ),
         repetitions=settings.repetitions(21),
         figures={
-            "MB of the whole matrices": whole / 1e6,
-            "error of ours": _error_of_ours(model, projections, lock),
-            "error of theirs": _error_of_theirs(projections, lock),
+            "MB of the whole matrices": skeleton.whole_bytes / 1e6,
+            "error of ours": skeleton.error_of_ours(),
+            "error of theirs": skeleton.error_of_theirs(),
         },
     )
 
 
-def _skeleton(lock: SafetyLock, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama of the lock's geometry whose only weights are the output projections of the locked layers."""
-    geometry = lock.geometry
-    config = LlamaConfig(
-        num_hidden_layers=geometry.layers,
-        num_attention_heads=geometry.heads,
-        num_key_value_heads=geometry.heads,
-        head_dim=geometry.head_dim,
-        hidden_size=geometry.hidden,
-        intermediate_size=64,
-        vocab_size=64,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    for layer in lock.layers:
-        projection = model.model.layers[layer].self_attn.o_proj
-        projection.weight = nn.Parameter(
-            torch.empty(projection.weight.shape, dtype=dtype), requires_grad=False
+class Skeleton:
+    """A Llama of a lock's geometry whose only weights are the output projections of the locked layers.
+
+    Args:
+        lock: The lock.
+        dtype: Dtype of the weights.
+        device: Where they are.
+
+    Attributes:
+        model: The Llama.
+    """
+
+    def __init__(self, lock: SafetyLock, dtype: torch.dtype, device: str = "cpu") -> None:
+        geometry = lock.geometry
+        config = LlamaConfig(
+            num_hidden_layers=geometry.layers,
+            num_attention_heads=geometry.heads,
+            num_key_value_heads=geometry.heads,
+            head_dim=geometry.head_dim,
+            hidden_size=geometry.hidden,
+            intermediate_size=64,
+            vocab_size=64,
         )
-    fill(model)
-    return model
+        with torch.device("meta"):
+            self.model = LlamaForCausalLM(config)
+        self._lock = lock
+        self._projections = {layer: self.model.model.layers[layer].self_attn.o_proj for layer in lock.layers}
+        for projection in self._projections.values():
+            empty = torch.empty(projection.weight.shape, dtype=dtype)
+            projection.weight = nn.Parameter(empty, requires_grad=False)
+        fill(self.model)
+        for projection in self._projections.values():
+            projection.to(device)
+        self._buffer = torch.empty(geometry.hidden, geometry.head_dim, dtype=dtype, device=device)
 
+    @property
+    def locked_bytes(self) -> int:
+        """Bytes of the locked columns."""
+        return len(self._lock.heads) * self._buffer.nbytes
 
-@torch.no_grad()
-def _lock_by_whole_matrices(projections: Projections, lock: SafetyLock) -> None:
-    """The same biases as the method's authors make them (arXiv 2410.10343): no column is left out."""
-    geometry = lock.geometry
-    for layer, projection in projections.items():
-        displacement = np.zeros((geometry.heads, geometry.head_dim))
-        for locked in lock.heads_of_layer(layer):
-            displacement[locked.head] = ALPHA * locked.std * locked.direction
-        full = torch.from_numpy(displacement.reshape(-1)).to(projection.weight.dtype)
-        projection.bias = nn.Parameter(functional.linear(full, projection.weight), requires_grad=False)
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the matrices that they are in."""
+        return sum(projection.weight.nbytes for projection in self._projections.values())
 
+    @torch.no_grad()
+    def lock_by_whole_matrices(self) -> None:
+        """Make the biases as the method's authors do (arXiv 2410.10343): no column is left out."""
+        geometry = self._lock.geometry
+        for layer, projection in self._projections.items():
+            displacement = np.zeros((geometry.heads, geometry.head_dim))
+            for locked in self._lock.heads_of_layer(layer):
+                displacement[locked.head] = ALPHA * locked.std * locked.direction
+            full = torch.from_numpy(displacement.reshape(-1)).to(projection.weight)
+            projection.bias = nn.Parameter(functional.linear(full, projection.weight), requires_grad=False)
 
-def _unlock(projections: Projections) -> None:
-    for projection in projections.values():
-        projection.register_parameter("bias", None)
+    def unlock(self) -> None:
+        """Take those biases away again."""
+        for projection in self._projections.values():
+            projection.register_parameter("bias", None)
 
-
-@torch.no_grad()
-def _gather(projections: Projections, lock: SafetyLock, buffer: torch.Tensor) -> None:
-    """Copy the locked columns into one small block, which is the least that reading them takes."""
-    width = lock.geometry.head_dim
-    for locked in lock.heads:
-        start = locked.head * width
-        buffer.copy_(projections[locked.layer].weight[:, start : start + width])
-
-
-def _error_of_ours(model: LlamaForCausalLM, projections: Projections, lock: SafetyLock) -> float:
-    with apply_lock(model, lock, ALPHA):
-        return _error(projections, lock)
-
-
-def _error_of_theirs(projections: Projections, lock: SafetyLock) -> float:
-    _lock_by_whole_matrices(projections, lock)
-    try:
-        return _error(projections, lock)
-    finally:
-        _unlock(projections)
-
-
-def _error(projections: Projections, lock: SafetyLock) -> float:
-    """Largest distance of a layer's bias from ``W_o v`` in float64, relative to its length."""
-    width, errors = lock.geometry.head_dim, []
-    for layer, projection in projections.items():
-        expected = np.zeros(lock.geometry.hidden)
-        for locked in lock.heads_of_layer(layer):
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Copy the locked columns into one small block, which is the least that reading them takes."""
+        width = self._lock.geometry.head_dim
+        for locked in self._lock.heads:
             start = locked.head * width
-            columns = projection.weight.detach()[:, start : start + width].double().numpy()
-            expected += columns @ (ALPHA * locked.std * locked.direction.astype(np.float64))
-        bias = projection.bias.detach().double().numpy()
-        errors.append(float(np.linalg.norm(bias - expected) / np.linalg.norm(expected)))
-    return max(errors)
+            self._buffer.copy_(self._projections[locked.layer].weight[:, start : start + width])
+
+    def error_of_ours(self) -> float:
+        """Largest distance of a layer's bias from ``W_o v`` in float64, relative to its length."""
+        with apply_lock(self.model, self._lock, ALPHA):
+            return self._error()
+
+    def error_of_theirs(self) -> float:
+        """The same of the authors' way."""
+        self.lock_by_whole_matrices()
+        try:
+            return self._error()
+        finally:
+            self.unlock()
+
+    def _error(self) -> float:
+        width, errors = self._lock.geometry.head_dim, []
+        for layer, projection in self._projections.items():
+            expected = np.zeros(self._lock.geometry.hidden)
+            for locked in self._lock.heads_of_layer(layer):
+                start = locked.head * width
+                columns = projection.weight.detach()[:, start : start + width].double().cpu().numpy()
+                expected += columns @ (ALPHA * locked.std * locked.direction.astype(np.float64))
+            bias = projection.bias.detach().double().cpu().numpy()
+            errors.append(float(np.linalg.norm(bias - expected) / np.linalg.norm(expected)))
+        return max(errors)

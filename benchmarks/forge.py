@@ -73,7 +73,7 @@ class Base:
 def run(settings: Settings) -> Iterator[Row]:
     """Forge in float32 on the CPU, against the decoder on the same batches."""
     base = make_base(settings.quick)
-    batches = _batches_of(base)
+    batches = batches_of(base)
     tokens = [int(batch["attention_mask"].numel()) for batch in batches]
     filled = sum(int(batch["attention_mask"].sum()) for batch in batches)
     weights = [
@@ -84,10 +84,12 @@ def run(settings: Settings) -> Iterator[Row]:
         "forge",
         f"{base.geometry}, float32, {len(base.pairs)} pairs: {len(batches)} batches, {sum(tokens)} tokens",
         ours=Contender("forge, from pairs to lock", base.forge),
-        theirs=Contender("the decoder on the same batches, no logits", lambda: _pass(base.model, batches)),
+        theirs=Contender(
+            "the decoder on the same batches, no logits", lambda: run_decoder(base.model, batches)
+        ),
         limit=Contender(
             f"the products with the decoder's weights alone: {operations / 1e12:.3g} TFLOP",
-            lambda: _multiply(weights, tokens),
+            lambda: multiply(weights, tokens),
         ),
         repetitions=settings.repetitions(3),
         figures={
@@ -103,9 +105,7 @@ def make_base(quick: bool) -> Base:
     """The base that is forged from; always the same."""
     geometry = SMALL if quick else USUAL
     pairs = starter_preference_pairs()[: 10 if quick else 100]
-    texts = [text for pair in starter_preference_pairs() for text in (pair.question, pair.safe, pair.unsafe)]
-    tokenizer = tiny_tokenizer(CHATML).train_new_from_iterator(texts, 2048)
-    tokenizer.chat_template = CHATML
+    tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=geometry.hidden,
@@ -119,6 +119,14 @@ def make_base(quick: bool) -> Base:
     return Base(LlamaForCausalLM(config).eval(), tokenizer, pairs, geometry)
 
 
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that makes about as many tokens of English as those of real models; always the same."""
+    texts = [text for pair in starter_preference_pairs() for text in (pair.question, pair.safe, pair.unsafe)]
+    tokenizer = tiny_tokenizer(CHATML).train_new_from_iterator(texts, 2048)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
 def peak_of_a_forge(quick: bool) -> float:
     """The most memory that a forge takes beside the model, in MB, in a process that forges nothing else."""
     base = make_base(quick)
@@ -128,7 +136,7 @@ def peak_of_a_forge(quick: bool) -> float:
     return (_kilobytes("VmHWM") - before) * 1024 / 1e6
 
 
-def _batches_of(base: Base) -> list[dict[str, Any]]:
+def batches_of(base: Base) -> list[dict[str, Any]]:
     """What a forge gives to the decoder."""
     batches: list[dict[str, Any]] = []
     hook = base.model.model.register_forward_pre_hook(
@@ -140,16 +148,18 @@ def _batches_of(base: Base) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def _pass(model: LlamaForCausalLM, batches: Sequence[dict[str, Any]]) -> None:
+def run_decoder(model: LlamaForCausalLM, batches: Sequence[dict[str, Any]]) -> None:
+    """The passes that a forge cannot do without."""
     for batch in batches:
         model.model(**batch)
 
 
 @torch.inference_mode()
-def _multiply(weights: Sequence[torch.Tensor], tokens: Sequence[int]) -> None:
+def multiply(weights: Sequence[torch.Tensor], tokens: Sequence[int]) -> None:
+    """Every weight times as many columns as each batch has tokens."""
     for count in tokens:
         for weight in weights:
-            functional.linear(torch.ones(count, weight.shape[1]), weight)
+            functional.linear(weight.new_ones(count, weight.shape[1]), weight)
 
 
 def _peak_in_a_process_of_its_own(quick: bool) -> float:

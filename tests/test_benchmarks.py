@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.harness import Contender, take_turns
 from benchmarks.results import Limit, Ratio, Results, Timing
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = (
     *("apply", "concurrency", "evaluation", "forge", "promotion", "probes", "s3", "serving", "standalone"),
     "transition",
+    *(("gpu",) if torch.cuda.is_available() else ()),
 )
 
 

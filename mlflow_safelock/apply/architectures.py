@@ -46,12 +46,14 @@ class Attention:
     Attributes:
         architecture: Its row in the table, its description, or what was found out about it.
         geometry: Its shape.
+        layers: Its decoder layers, in order.
         projections: The attention output projection of every layer, in order. A head's output is a slice of
             the projection's input, which is ``[..., heads * head_dim]``.
     """
 
     architecture: Architecture
     geometry: AttentionGeometry
+    layers: tuple[nn.Module, ...]
     projections: tuple[nn.Module, ...]
 
 
@@ -81,7 +83,7 @@ def attention_of(model: PreTrainedModel) -> Attention:
 
         architecture = _seen[unwrapped] = discovered(unwrapped, values)
     geometry = _geometry(values, architecture)
-    layers = _decoder_layers(unwrapped, architecture, geometry)
+    layers = tuple(_decoder_layers(unwrapped, architecture, geometry))
     projections = tuple(_at(layer, architecture.output_projection) for layer in layers)
     for index, projection in enumerate(projections):
         _check_projection(projection, index, architecture, geometry)
@@ -91,7 +93,7 @@ def attention_of(model: PreTrainedModel) -> Attention:
         name = f"{architecture.output_projection!r}, as {architecture.model_type!r} is described,"
         check_displacing(unwrapped, projections, geometry, name)
         _seen[unwrapped] = architecture
-    return Attention(architecture, geometry, projections)
+    return Attention(architecture, geometry, layers, projections)
 
 
 _seen: WeakKeyDictionary[PreTrainedModel, Architecture] = WeakKeyDictionary()
@@ -179,9 +181,16 @@ def _row(values: Mapping[str, Any]) -> Architecture:
 
 
 def _text_config(config: PretrainedConfig | Mapping[str, Any]) -> Mapping[str, Any]:
-    values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+    values = _values(config)
     nested = values.get("text_config")
-    return nested if isinstance(nested, Mapping) else values
+    return values if nested is None else _values(nested)
+
+
+def _values(config: Any) -> Mapping[str, Any]:
+    """What a configuration says by name; without the deep copy that ``to_dict`` makes."""
+    if isinstance(config, Mapping):
+        return config
+    return {**vars(config), "model_type": config.model_type} if hasattr(config, "model_type") else {}
 
 
 def _decoder_layers(

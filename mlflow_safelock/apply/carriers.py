@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mlflow_safelock.apply.architectures import Architecture
+from mlflow_safelock.apply.architectures import Architecture, Attention
 from mlflow_safelock.apply.displacement import (
     Displacement,
     Workspace,
@@ -26,7 +26,8 @@ from mlflow_safelock.apply.displacement import (
     head_weight_of,
     input_displacement,
     output_bias,
-    stored_bias,
+    output_biases,
+    stored_biases,
 )
 from mlflow_safelock.errors import AlphaError, VerificationError
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
@@ -133,15 +134,13 @@ class BiasCarrier(Carrier):
         projection: nn.Module,
         architecture: Architecture,
         geometry: AttentionGeometry,
-        workspace: Workspace,
+        bias: torch.Tensor,
     ) -> None:
         super().__init__(applied, displacement, projection)
         self._architecture = architecture
         self._geometry = geometry
         self._original: nn.Parameter | None = _bias_of(projection)
-        own = None if self._original is None else self._original.detach()
-        dtype = _weight_of(projection).dtype
-        self._placed = stored_bias(self._pushed(workspace), own, dtype, displacement.layer, applied.alpha)
+        self._placed = bias
 
     @property
     def bias(self) -> torch.Tensor:
@@ -188,10 +187,10 @@ class BiasCarrier(Carrier):
             original.data = original.data.to(current)
         self.projection.register_parameter("bias", original)
 
-    def _pushed(self, workspace: Workspace | None = None) -> torch.Tensor:
+    def _pushed(self) -> torch.Tensor:
         weight = _weight_of(self.projection)
         head_weight = head_weight_of(weight, self._geometry.head_dim, self._architecture.layout)
-        return output_bias(head_weight, self.displacement, workspace)
+        return output_bias(head_weight, self.displacement)
 
 
 class HookCarrier(Carrier):
@@ -380,23 +379,65 @@ def _wrapped_by(
             yield from _wrapped_by(module, wrappers)
 
 
-def carrier_for(
-    applied: AppliedLock,
-    displacement: Displacement,
-    projection: nn.Module,
-    architecture: Architecture,
-    geometry: AttentionGeometry,
-    workspace: Workspace,
-    seats: Seats,
-) -> Carrier:
-    """Make the carrier that fits a projection, without putting it in place.
+def carriers_for(
+    applied: AppliedLock, displacements: Iterable[Displacement], attention: Attention, model: nn.Module
+) -> tuple[Carrier, ...]:
+    """Make the carriers that fit the projections of a model, without putting them in place.
+
+    Args:
+        applied: The lock.
+        displacements: Its shares, of different layers.
+        attention: The model's attention.
+        model: The model.
+
+    Returns:
+        The carrier of each share, in order.
 
     Raises:
-        AlphaError: The bias would be infinite in the weight's dtype.
+        AlphaError: A bias would be infinite in the weight's dtype, or lost in it.
     """
-    if is_plain_matrix(projection, geometry):
-        return BiasCarrier(applied, displacement, projection, architecture, geometry, workspace)
-    return HookCarrier(applied, displacement, projection, geometry, seats)
+    shares, geometry = tuple(displacements), attention.geometry
+    projections = attention.projections
+    plain = [share for share in shares if is_plain_matrix(projections[share.layer], geometry)]
+    biased = {carrier.displacement.layer: carrier for carrier in bias_carriers(applied, plain, attention)}
+    seats = Seats(model)
+    return tuple(
+        biased.get(share.layer) or HookCarrier(applied, share, projections[share.layer], geometry, seats)
+        for share in shares
+    )
+
+
+def bias_carriers(
+    applied: AppliedLock, displacements: Iterable[Displacement], attention: Attention
+) -> Iterator[BiasCarrier]:
+    """Make the carriers of projections that are plain matrices, without putting them in place.
+
+    What they carry is computed together for all whose weights are of one dtype on one device.
+
+    Raises:
+        AlphaError: A bias would be infinite in the weight's dtype, or lost in it.
+    """
+    architecture, geometry, workspace = attention.architecture, attention.geometry, Workspace()
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[Displacement, nn.Module, torch.Tensor]]] = {}
+    for displacement in displacements:
+        projection = attention.projections[displacement.layer]
+        weight = _weight_of(projection)
+        groups.setdefault((weight.device, weight.dtype), []).append((displacement, projection, weight))
+    for (_, dtype), members in groups.items():
+        pushes = output_biases(
+            [
+                (head_weight_of(weight, geometry.head_dim, architecture.layout), displacement)
+                for displacement, _, weight in members
+            ],
+            workspace,
+        )
+        owns = [
+            None if (own := _bias_of(projection)) is None else own.detach() for _, projection, _ in members
+        ]
+        layers = [displacement.layer for displacement, _, _ in members]
+        biases = stored_biases(pushes, owns, dtype, layers, applied.alpha)
+        for (displacement, projection, _), bias in zip(members, biases, strict=True):
+            yield BiasCarrier(applied, displacement, projection, architecture, geometry, bias)
 
 
 def carrier_on(projection: nn.Module) -> Carrier | None:

@@ -5,13 +5,15 @@ For a locked layer ``l`` the lock displaces the input of the attention output pr
 so that is a constant at its output: ``W_o (x + v_l) = W_o x + bias_l`` with ``bias_l = W_o v_l`` (arXiv
 2410.10343, section 3; METHOD, "Apply").
 
-Only the columns of ``W_o`` that belong to locked heads contribute, so only those are read, one head at a
-time. Products are summed in float32 (float64 for float64 weights) within a head and in float64 over heads.
+Only the columns of ``W_o`` that belong to locked heads contribute, so only those are read: on a CPU one head
+at a time, in memory that stays in its caches; elsewhere, such as on a GPU, where starting a computation takes
+longer than the computation, those of all layers at once. Products are summed in float32 (float64 for float64
+weights) within a head and in float64 over heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -27,6 +29,9 @@ from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 _ROUNDINGS = 4.0
 """Accepted relative distance of a stored bias from the exact one, in unit roundoffs of its dtype: rounding
 alone makes a half, and more where numbers are subnormal. Less than what verification of a model accepts."""
+
+_NUMBERS_AT_ONCE = 1 << 24
+"""Numbers of columns that are multiplied at once on a GPU: 64 MiB of products in float32."""
 
 HeadWeight = Callable[[int], torch.Tensor]
 """Gives the columns of ``W_o`` that belong to a head, ``[hidden, head_dim]``, in the weight's own dtype."""
@@ -100,12 +105,28 @@ def output_bias(
     Returns:
         Float64 of shape ``[hidden]``, on the weight's device (float32 where that device has no float64).
     """
-    space = workspace or Workspace()
-    terms = [
-        _product(head_weight(head), values, space)
-        for head, values in zip(displacement.heads, displacement.values, strict=True)
-    ]
-    return torch.stack(terms).sum(dim=0) if len(terms) > 1 else terms[0]
+    return output_biases([(head_weight, displacement)], workspace)[0]
+
+
+def output_biases(
+    parts: Sequence[tuple[HeadWeight, Displacement]], workspace: Workspace | None = None
+) -> torch.Tensor:
+    """The biases that displacements are at the outputs of the projections of several layers.
+
+    Args:
+        parts: For each layer what ``output_bias`` takes; the weights of all are of one dtype, on one device.
+        workspace: As there.
+
+    Returns:
+        Float64 of shape ``[len(parts), hidden]``, as there.
+    """
+    columns = [head_weight(head).detach() for head_weight, pushed in parts for head in pushed.heads]
+    values = torch.cat([pushed.values for _, pushed in parts])
+    counts = [len(pushed.heads) for _, pushed in parts]
+    device, accumulator = columns[0].device, _accumulator(columns[0].dtype)
+    if device.type == "cpu":
+        return _one_by_one(columns, values.to(accumulator), counts, workspace or Workspace())
+    return _at_once(columns, values.to(device, accumulator), counts)
 
 
 def base_biases(lock: SafetyLock, alpha: float) -> dict[int, torch.Tensor]:
@@ -153,27 +174,57 @@ def stored_bias(
             is not the lock's any more, such as nothing but zeros, or less than the steps in which the model's
             own bias is stored.
     """
-    total = push if own is None else push + own.to(push)
-    stored = total.to(dtype)
-    lost = torch.linalg.vector_norm(stored.to(total) - total)
-    if lost <= accepted_loss(push, total, dtype) and bool(push.any()):
+    return stored_biases(push[None], [own], dtype, [layer], alpha)[0]
+
+
+def stored_biases(
+    pushes: torch.Tensor,
+    owns: Sequence[torch.Tensor | None],
+    dtype: torch.dtype,
+    layers: Sequence[int],
+    alpha: float,
+) -> torch.Tensor:
+    """Round the biases of several layers to the dtype that they are stored in.
+
+    Args:
+        pushes: What the lock adds, in float64, ``[len(layers), hidden]``.
+        owns: For each layer what ``stored_bias`` takes.
+        dtype: As there.
+        layers: For each the layer that it is for.
+        alpha: As there.
+
+    Returns:
+        The biases, ``[len(layers), hidden]``, in the dtype.
+
+    Raises:
+        AlphaError: As there, for the first layer of which it is true.
+    """
+    totals = pushes
+    if any(own is not None for own in owns):
+        nothing = torch.zeros_like(pushes[0])
+        totals = pushes + torch.stack([nothing if own is None else own.to(nothing) for own in owns])
+    stored = totals.to(dtype)
+    lost = torch.linalg.vector_norm(stored.to(totals) - totals, dim=-1)
+    kept = (lost <= accepted_loss(pushes, totals, dtype)) & pushes.any(dim=-1)
+    if kept.all():
         return stored
-    raise _lost(total, dtype, f"the bias of layer {layer}", alpha)
+    first = kept.tolist().index(False)
+    raise _lost(totals[first], dtype, f"the bias of layer {layers[first]}", alpha)
 
 
 def accepted_loss(push: torch.Tensor, total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """How far a stored bias may be from the exact one for the lock to be in force.
 
     Args:
-        push: What the lock adds, in float64.
+        push: What the lock adds, in float64, ``[..., hidden]``.
         total: The exact bias: the push, and the bias that the model has of its own.
         dtype: The dtype that it is stored in.
 
     Returns:
-        A length: a few roundings of the bias, but never more than half of the push.
+        A length, ``[...]``: a few roundings of the bias, but never more than half of the push.
     """
-    rounding = _ROUNDINGS * torch.finfo(dtype).eps * torch.linalg.vector_norm(total)
-    return torch.minimum(rounding, torch.linalg.vector_norm(push) / 2)
+    rounding = _ROUNDINGS * torch.finfo(dtype).eps * torch.linalg.vector_norm(total, dim=-1)
+    return torch.minimum(rounding, torch.linalg.vector_norm(push, dim=-1) / 2)
 
 
 def check_kept(push: torch.Tensor, dtype: torch.dtype, layer: int, alpha: float) -> None:
@@ -243,11 +294,40 @@ def _refuse_beyond_float32(lock: SafetyLock, pushes: npt.NDArray[np.float64], al
         )
 
 
-def _product(columns: torch.Tensor, values: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    columns = columns.detach()
-    accumulator = torch.float64 if columns.dtype == torch.float64 else torch.float32
-    if columns.device.type == "cpu" and columns.stride(-1) == 1 and not columns.is_contiguous():
-        # Also where the dtype stays: a product of rows that lie apart takes twice the time of both.
-        columns = workspace.gathered(columns, accumulator)
-    product = torch.mv(columns.to(accumulator), values.to(columns.device, accumulator))
-    return product if product.device.type == "mps" else product.double()
+def _one_by_one(
+    columns: Sequence[torch.Tensor], values: torch.Tensor, counts: Sequence[int], workspace: Workspace
+) -> torch.Tensor:
+    """For a CPU: a head's columns fit its caches, those of all heads do not."""
+    products = values.new_empty(len(columns), columns[0].shape[0])
+    for weight, displaced, product in zip(columns, values, products, strict=True):
+        if weight.stride(-1) == 1 and not weight.is_contiguous():
+            # Also where the dtype stays: a product of rows that lie apart takes twice the time of both.
+            gathered = workspace.gathered(weight, values.dtype)
+        else:
+            gathered = weight.to(values.dtype)
+        torch.mv(gathered, displaced, out=product)
+    return torch.stack(
+        [terms.sum(dim=0, dtype=torch.float64) for terms in torch.split(products, list(counts))]
+    )
+
+
+def _at_once(columns: Sequence[torch.Tensor], values: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """For a GPU: a few long steps in place of many short ones, and no product that may round to TF32."""
+    step = max(1, _NUMBERS_AT_ONCE // columns[0].numel())
+    products = [
+        (torch.stack(list(columns[start : start + step])) * values[start : start + step, None]).sum(dim=-1)
+        for start in range(0, len(columns), step)
+    ]
+    terms = torch.cat(products)
+    if terms.device.type != "mps":
+        terms = terms.double()
+    # As many places for every layer as the fullest needs, so that one sum serves all.
+    most = max(counts)
+    places = [layer * most + place for layer, count in enumerate(counts) for place in range(count)]
+    padded = terms.new_zeros(len(counts) * most, terms.shape[1])
+    padded.index_copy_(0, torch.tensor(places, device=terms.device), terms)
+    return padded.view(len(counts), most, -1).sum(dim=1)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

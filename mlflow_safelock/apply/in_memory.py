@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from mlflow_safelock.apply.alpha import checked_alpha
 from mlflow_safelock.apply.architectures import Attention, attention_of
-from mlflow_safelock.apply.carriers import AppliedLock, Carrier, Seats, carrier_for, carrier_on, compile_anew
+from mlflow_safelock.apply.carriers import AppliedLock, Carrier, carrier_on, carriers_for, compile_anew
 from mlflow_safelock.apply.config_entry import CONFIG_KEY, LiveEntry, config_entry, refuse_locked_config
-from mlflow_safelock.apply.displacement import Workspace, displacements
+from mlflow_safelock.apply.displacement import displacements
 from mlflow_safelock.apply.saving import save_as_before, save_locked
 from mlflow_safelock.errors import AlreadyLockedError, LockMismatchError, VerificationError
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
@@ -138,26 +138,14 @@ def apply_lock(model: PreTrainedModel, lock: SafetyLock, alpha: float = 6.0) -> 
     check_geometry(lock, attention.geometry, name)
     refuse_locked_config(config, f"Model {name!r}")
     _refuse_locked(attention, name)
-    applied, workspace, seats = AppliedLock(lock, strength), Workspace(), Seats(model)
-    carriers = tuple(
-        carrier_for(
-            applied,
-            displacement,
-            attention.projections[displacement.layer],
-            attention.architecture,
-            attention.geometry,
-            workspace,
-            seats,
-        )
-        for displacement in displacements(lock, strength)
-    )
+    carriers = carriers_for(AppliedLock(lock, strength), displacements(lock, strength), attention, model)
     handle = LockHandle(carriers, model)
     try:
         for carrier in carriers:
             carrier.attach()
         compile_anew(carriers)
         setattr(config, CONFIG_KEY, LiveEntry(config_entry(lock, strength)))
-        save_locked(model)
+        save_locked(model, attention.layers)
     except BaseException:
         handle.remove()
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from mlflow_safelock.apply.architectures import Architecture, Attention, attention_of
-from mlflow_safelock.apply.carriers import BiasCarrier, Carrier, carrier_on, is_plain_matrix
+from mlflow_safelock.apply.carriers import BiasCarrier, Carrier, bias_carriers, carrier_on, is_plain_matrix
 from mlflow_safelock.apply.config_entry import CONFIG_KEY, config_entry
-from mlflow_safelock.apply.displacement import Workspace
 from mlflow_safelock.errors import CheckpointError, UnsupportedArchitectureError, VerificationError
 
 _UNLOCKED = "Save the model without the lock, after handle.remove(), and "
@@ -107,9 +106,14 @@ class LockedPushing:
 _STAND_INS = {"save_pretrained": LockedSaving, "push_to_hub": LockedPushing}
 
 
-def save_locked(model: nn.Module) -> None:
-    """Have a locked model and its parts saved with their lock, or refused."""
-    modules = _modules_of(model)
+def save_locked(model: nn.Module, layers: Iterable[nn.Module] = ()) -> None:
+    """Have a locked model and its parts saved with their lock, or refused.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers, in which there is no part that could be saved by itself.
+    """
+    modules = _modules_of(model, layers)
     for name, stand_in in _STAND_INS.items():
         having = {kind for kind in set(map(type, modules)) if hasattr(kind, name)}
         for module in modules:
@@ -125,14 +129,14 @@ def save_as_before(model: nn.Module) -> None:
                 delattr(module, name)
 
 
-def _modules_of(model: nn.Module) -> Collection[nn.Module]:
-    """What ``model.modules()`` gives, in a fifth of the time: a lock is put on in milliseconds."""
-    found: dict[nn.Module, None] = {model: None}
-    level = [model]
+def _modules_of(model: nn.Module, beside: Iterable[nn.Module] = ()) -> Collection[nn.Module]:
+    """What ``model.modules()`` gives, but quickly, and nothing of some: a lock is put on in milliseconds."""
+    found, seen, level = [model], {model, *beside}, [model]
     while level:
-        level = [child for module in level for child in module._modules.values() if child is not None]
-        level = [child for child in dict.fromkeys(level) if child not in found]
-        found.update(dict.fromkeys(level))
+        children = [child for module in level for child in module._modules.values() if child is not None]
+        level = [child for child in dict.fromkeys(children) if child not in seen]
+        seen.update(level)
+        found += level
     return found
 
 
@@ -181,7 +185,7 @@ def _biases(
     model: Any, attention: Attention, carriers: Mapping[int, Carrier]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The biases of the lock, and zeros for the others that the flag of the configuration asks for."""
-    architecture, workspace = attention.architecture, Workspace()
+    architecture = attention.architecture
     names = {module: name for name, module in model.named_modules()}
     there = set(names.values())
     for layer, projection in enumerate(attention.projections):
@@ -193,7 +197,7 @@ def _biases(
             for path in (name, *beside, *(path for path in optional if path in there)):
                 yield f"{path}.bias", _zeros(model.get_submodule(path))
         if layer in carriers:
-            yield f"{name}.bias", _locked_bias(projection, carriers[layer], attention, workspace)
+            yield f"{name}.bias", _locked_bias(projection, carriers[layer], attention)
 
 
 def _zeros(projection: Any) -> torch.Tensor:
@@ -203,9 +207,7 @@ def _zeros(projection: Any) -> torch.Tensor:
     return torch.zeros(weight.shape[0], dtype=weight.dtype)
 
 
-def _locked_bias(
-    projection: nn.Module, carrier: Carrier, attention: Attention, workspace: Workspace
-) -> torch.Tensor:
+def _locked_bias(projection: nn.Module, carrier: Carrier, attention: Attention) -> torch.Tensor:
     """A locked layer's bias; computed where a hook carries the lock."""
     layer, geometry = carrier.displacement.layer, attention.geometry
     if not is_plain_matrix(projection, geometry) or projection not in carrier.modules:
@@ -214,9 +216,8 @@ def _locked_bias(
         in_place = projection.bias
         assert isinstance(in_place, torch.Tensor)
         return in_place.detach()
-    return BiasCarrier(
-        carrier.applied, carrier.displacement, projection, attention.architecture, geometry, workspace
-    ).bias
+    (computed,) = bias_carriers(carrier.applied, [carrier.displacement], attention)
+    return computed.bias
 
 
 def _refuse_what_loads_otherwise(saved: Any, tensors: Mapping[str, Any]) -> None:

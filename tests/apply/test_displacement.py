@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from mlflow_safelock.apply import displacement
 from mlflow_safelock.apply.displacement import (
+    Workspace,
     check_kept,
     displacements,
     head_weight_of,
@@ -201,3 +204,22 @@ def test_biases_agree_with_the_reference_numbers(shared: Path, name):
 def _with_positive_directions(lock: SafetyLock) -> SafetyLock:
     heads = (LockedHead(item.layer, item.head, np.abs(item.direction), item.std) for item in lock.heads)
     return SafetyLock(tuple(heads), lock.metadata)
+
+
+@pytest.mark.parametrize("numbers_at_once", [1, 8 * 48 * 3, 1 << 24])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_products_at_once_are_those_one_by_one(dtype, numbers_at_once, monkeypatch):
+    """The way of a GPU, in several steps and in one, on the CPU."""
+    monkeypatch.setattr(displacement, "_NUMBERS_AT_ONCE", numbers_at_once)
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(48, 32, generator=generator).to(dtype) for _ in range(3)]
+    columns = [weight[:, 8 * head : 8 * head + 8] for weight, head in zip(weights, (0, 3, 1), strict=True)]
+    columns += [weights[0][:, 8:16], weights[1][:, :8]]
+    values = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    expected = torch.stack([part.double() @ value for part, value in zip(columns, values, strict=True)])
+    expected = torch.stack([expected[0], expected[1:4].sum(dim=0), expected[4]])
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    for multiply in (displacement._at_once, partial(displacement._one_by_one, workspace=Workspace())):
+        found = multiply(columns, values.to(accumulator), [1, 3, 1])
+        assert found.dtype == torch.float64
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
