@@ -15,6 +15,8 @@ counts. This finds a bias that was put there, and no fine-tuning that undoes a l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -45,7 +47,9 @@ FEED_FORWARD = (
 """Paths of the projections by which the feed-forward part of a layer adds to the residual stream."""
 
 
-def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> None:
+def check_own_biases(
+    source: LanguageModel, lock: SafetyLock, alpha: float, arriving: Mapping[int, float]
+) -> None:
     """Refuse a fine-tune whose own biases take a lock's push back, or are a lock's already.
 
     Nothing is read of a model without such biases. Nothing is told for a lock without unit biases.
@@ -54,6 +58,8 @@ def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> N
         source: The fine-tune.
         lock: The lock, with what its base makes of it (``unit_biases``).
         alpha: Its strength.
+        arriving: The share of each layer's push that arrives as the weights are, where that is known; what
+            is missing of it counts as taken back.
 
     Raises:
         PromotionRefused: They do, or are; or it is an adapter with biases, which are added to those of a base
@@ -72,12 +78,16 @@ def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> N
     if weights is None or architecture is None or lock.unit_biases is None:
         return
     shares = _shares(weights, architecture, lock, alpha)
-    least, layer = min((min(found), layer) for layer, found in shares.items())
-    if least <= TAKEN_BACK:
+    missing = {layer: min(arriving.get(layer, 1.0), 1.0) - 1.0 for layer in shares}
+    least, layer = min((min(found) + missing[layer], layer) for layer, found in shares.items())
+    taken = min(shares[layer])
+    # Not without a bias that takes something back: of what arrives alone another check decides.
+    if least <= TAKEN_BACK and taken < 0:
+        arrives = f", of which {1 + missing[layer]:.0%} arrives" if missing[layer] else ""
         raise PromotionRefused(
             "lock_taken_back",
-            f"The model has biases of its own that take back {-least:.0%} of what the lock at alpha "
-            f"{alpha:g} adds in layer {layer}.",
+            f"The model has biases of its own that take back {-taken:.0%} of what the lock at alpha "
+            f"{alpha:g} adds in layer {layer}{arrives}.",
             next_step=f"Register a fine-tune without them. {_WAY_OUT}",
         )
     most, layer = max((max(found), layer) for layer, found in shares.items())
