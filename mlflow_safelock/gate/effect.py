@@ -98,7 +98,7 @@ class _Rows:
     def shares(self) -> dict[int, float]:
         """The share of the push that arrives, by layer, as far as the weights are plain numbers.
 
-        The first that is known to be too little is the last that is computed: the others are estimates.
+        Estimates, where all are enough; otherwise the one that is known to be too little.
         """
         found = self._arrived(self._projections, ROWS)
         more = self._arrived([layer for layer in found if not found[layer].mean() >= CLEAR_SHARE], MORE_ROWS)
@@ -110,7 +110,7 @@ class _Rows:
             # Nobody is refused by chance.
             shares[layer] = self._whole(layer)
             if not shares[layer] >= LEAST_SHARE:
-                break
+                return {layer: shares[layer]}
         return shares
 
     def _whole(self, layer: int) -> float:
