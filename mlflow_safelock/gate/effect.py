@@ -14,13 +14,19 @@ An adapter alone is small enough to be looked at whole: ``W_o v + s B A v``.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mlflow_safelock.apply.architectures import Architecture, architecture_of
-from mlflow_safelock.apply.displacement import base_biases, displacements, input_displacement
+from mlflow_safelock.apply.displacement import (
+    Displacement,
+    base_biases,
+    displacements,
+    input_displacement,
+)
 from mlflow_safelock.apply.effect import LEAST_SHARE, check_shares
 from mlflow_safelock.errors import LockWithoutEffectError, PromotionRefused, UnsupportedArchitectureError
 from mlflow_safelock.gate.adapter import Adapter
@@ -37,6 +43,12 @@ MORE_ROWS = 12
 
 CLEAR_SHARE = 0.75
 """Share from which on the first rows leave none."""
+
+MANY_ROWS = 48
+"""Rows that are read besides of a layer whose heads' constant outputs look like the push, or its opposite."""
+
+_FAR = {MORE_ROWS: 0.25, MANY_ROWS: 0.35, None: 0.4}
+"""Share below which those are far from it, either way, before so many more rows are read, or all."""
 
 
 def checked_effect(source: LanguageModel, lock: SafetyLock, alpha: float) -> dict[int, float]:
@@ -60,7 +72,9 @@ def checked_effect(source: LanguageModel, lock: SafetyLock, alpha: float) -> dic
     if source.adapter is not None:
         shares = _shares_of_adapter(source.adapter, lock, alpha)
     elif source.weights is not None and source.architecture is not None:
-        shares = _Rows(source.weights, source.architecture, lock, alpha).shares()
+        rows = _Rows(source.weights, source.architecture, lock, alpha)
+        displaced = {one.layer: one for one in displacements(lock, alpha) if one.layer in rows.layers}
+        shares = rows.shares(displaced)
     else:
         return {}
     try:
@@ -68,6 +82,47 @@ def checked_effect(source: LanguageModel, lock: SafetyLock, alpha: float) -> dic
     except LockWithoutEffectError as error:
         raise PromotionRefused(WITHOUT_EFFECT, error.cause, next_step=error.next_step) from error
     return shares
+
+
+def shares_through(
+    weights: StoredWeights,
+    architecture: Architecture,
+    lock: SafetyLock,
+    alpha: float,
+    outputs: Mapping[int, npt.NDArray[np.float64]],
+) -> dict[int, float]:
+    """The share of a lock's push that constant outputs of the heads make, such as the biases of the values.
+
+    Args:
+        weights: The fine-tune's weights.
+        architecture: Where its output projections are.
+        lock: A lock with unit biases.
+        alpha: Its strength.
+        outputs: By layer, the same for every token, ``[heads, head_dim]``.
+
+    Returns:
+        ``<W_o' u, p> / <p, p>`` by layer, -1 takes all of it back. Layers of which some rows say that it is
+        far from a half either way, or that are not locked or not plain numbers, are left out.
+
+    Raises:
+        SourceError: The weights cannot be read.
+    """
+    every = tuple(range(lock.geometry.heads))
+    displaced = {
+        layer: Displacement(layer, every, torch.from_numpy(values))
+        for layer, values in outputs.items()
+        if values.any()
+    }
+    rows = _Rows(weights, architecture, lock, alpha)
+    found = rows.arrived({layer: displaced[layer] for layer in rows.layers & displaced.keys()}, ROWS)
+    for more in (MORE_ROWS, MANY_ROWS, None):
+        found = {layer: parts for layer, parts in found.items() if not abs(parts.mean()) < _FAR[more]}
+        at = {layer: displaced[layer] for layer in found}
+        if more is None:
+            return {layer: rows.whole(one) for layer, one in at.items()}
+        further = rows.arrived(at, more)
+        found = {layer: np.concatenate([parts, further[layer]]) for layer, parts in found.items()}
+    return {}
 
 
 class _Rows:
@@ -88,63 +143,75 @@ class _Rows:
         self._geometry = lock.geometry
         self._random = np.random.default_rng()  # by the operating system's randomness: nobody knows which
         self._pushes = {layer: push.numpy() for layer, push in base_biases(lock, alpha).items() if push.any()}
-        self._displaced = {displaced.layer: displaced for displaced in displacements(lock, alpha)}
         self._projections: dict[int, StoredWeight] = {}
         for layer in self._pushes:
             stored = weights.output_projection(architecture, layer)
             if stored is not None and stored.is_plain:
                 self._projections[layer] = stored
 
-    def shares(self) -> dict[int, float]:
-        """The share of the push that arrives, by layer, as far as the weights are plain numbers.
+    @property
+    def layers(self) -> Set[int]:
+        """The locked layers whose weights are plain numbers."""
+        return self._projections.keys()
+
+    def shares(self, displaced: Mapping[int, Displacement]) -> dict[int, float]:
+        """The share of the push that arrives, by layer.
 
         Estimates, where all are enough; otherwise the one that is known to be too little.
+
+        Args:
+            displaced: What the lock adds before the projections of these layers.
         """
-        found = self._arrived(self._projections, ROWS)
-        more = self._arrived([layer for layer in found if not found[layer].mean() >= CLEAR_SHARE], MORE_ROWS)
+        found = self.arrived(displaced, ROWS)
+        doubtful = [layer for layer in found if not found[layer].mean() >= CLEAR_SHARE]
+        more = self.arrived({layer: displaced[layer] for layer in doubtful}, MORE_ROWS)
         found |= {layer: np.concatenate([found[layer], parts]) for layer, parts in more.items()}
         shares = {layer: float(parts.mean()) for layer, parts in found.items()}
         for layer in sorted(shares, key=shares.__getitem__):
             if shares[layer] >= LEAST_SHARE:
                 break
             # Nobody is refused by chance.
-            shares[layer] = self._whole(layer)
+            shares[layer] = self.whole(displaced[layer])
             if not shares[layer] >= LEAST_SHARE:
                 return {layer: shares[layer]}
         return shares
 
-    def _whole(self, layer: int) -> float:
-        """The share of the push that arrives in a layer, by all of its rows."""
-        every = np.arange(self._geometry.hidden)
+    def whole(self, displaced: Displacement) -> float:
+        """``<W_o' v, p> / <p, p>`` by all rows."""
+        layer, every = displaced.layer, np.arange(self._geometry.hidden)
         expected = self._pushes[layer]
-        push = self._pushed({layer: every})[layer]
+        push = self._pushed({layer: displaced}, {layer: every})[layer]
         return float(push @ expected) / float(expected @ expected)
 
-    def _arrived(self, layers: Collection[int], count: int) -> dict[int, npt.NDArray[np.float64]]:
+    def arrived(
+        self, displaced: Mapping[int, Displacement], count: int
+    ) -> dict[int, npt.NDArray[np.float64]]:
         """``(W_o' v)_i / p_i`` of some rows of each layer, between -1 and 1.
 
         Without limits one row in which ``p_i`` is next to nothing would outweigh all others, and so would
         noise that somebody adds where the push was taken out.
         """
-        rows = {layer: self._drawn(layer, count) for layer in layers}
+        rows = {layer: self._drawn(layer, count) for layer in displaced}
         return {
             layer: np.clip(push / self._pushes[layer][rows[layer]], -1, 1)
-            for layer, push in self._pushed(rows).items()
+            for layer, push in self._pushed(displaced, rows).items()
         }
 
-    def _pushed(self, rows: Mapping[int, npt.NDArray[np.int64]]) -> dict[int, npt.NDArray[np.float64]]:
+    def _pushed(
+        self, displaced: Mapping[int, Displacement], rows: Mapping[int, npt.NDArray[np.int64]]
+    ) -> dict[int, npt.NDArray[np.float64]]:
         """``(W_o' v)_i`` of some rows of some layers, which are read together."""
         parts = [
             part
             for layer, drawn in rows.items()
             for row in drawn.tolist()
-            for head in self._displaced[layer].heads
+            for head in displaced[layer].heads
             for part in _parts(self._projections[layer], self._layout, row, head, self._geometry)
         ]
         numbers = self._weights.numbers(parts)
         read, start, pushed = np.concatenate(numbers) if numbers else np.zeros(0), 0, {}
         for layer, drawn in rows.items():
-            values = self._displaced[layer].values.numpy().ravel()
+            values = displaced[layer].values.numpy().ravel()
             end = start + len(drawn) * len(values)
             pushed[layer] = read[start:end].reshape(len(drawn), -1).astype(np.float64) @ values
             start = end

@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from mlflow_safelock.apply import apply_lock, attention_of
+from mlflow_safelock.apply.displacement import displacements, input_displacement
 from mlflow_safelock.apply.effect import shares_of
 from mlflow_safelock.apply.in_force import pushes_in_force
 from mlflow_safelock.errors import PromotionRefused
 from mlflow_safelock.forging.base_weights import unit_biases_of
 from mlflow_safelock.gate import effect
-from mlflow_safelock.gate.effect import checked_effect
+from mlflow_safelock.gate.effect import checked_effect, shares_through
 from mlflow_safelock.gate.source import LanguageModel
 from mlflow_safelock.gate.stored_weights import read_stored_weights
 from mlflow_safelock.lock import SafetyLock
@@ -73,7 +74,8 @@ def test_all_rows_give_what_is_in_force_when_it_is_loaded(family: str, tmp_path:
     rows = effect._Rows(source.weights, source.architecture, lock, 6.0)
     with apply_lock(model, lock, 6.0):
         expected = shares_of(pushes_in_force(model), lock, 6.0)
-    assert {layer: rows._whole(layer) for layer in expected} == pytest.approx(expected, rel=1e-4)
+    found = {one.layer: rows.whole(one) for one in displacements(lock, 6.0)}
+    assert found == pytest.approx(expected, rel=1e-4)
     assert all(abs(share - 0.6) < 0.1 for share in expected.values())
 
 
@@ -111,10 +113,10 @@ def test_nobody_is_refused_by_chance(tmp_path: Path, monkeypatch: pytest.MonkeyP
     lock = known(tiny_model("llama", **WIDE), heads=4)
     source, _ = stored(tiny_model("llama", **WIDE), tmp_path)
 
-    def misleading(self: Any, layers: Any, count: int) -> dict[int, Any]:
-        return {layer: np.zeros(count) for layer in layers}
+    def misleading(self: Any, displaced: Any, count: int) -> dict[int, Any]:
+        return {layer: np.zeros(count) for layer in displaced}
 
-    monkeypatch.setattr(effect._Rows, "_arrived", misleading)
+    monkeypatch.setattr(effect._Rows, "arrived", misleading)
     assert checked_effect(source, lock, 6.0) == pytest.approx(dict.fromkeys(lock.layers, 1.0), abs=1e-4)
 
 
@@ -123,3 +125,30 @@ def test_without_unit_biases_nothing_is_read(tmp_path: Path) -> None:
     source, reads = stored(model, tmp_path)
     assert checked_effect(source, random_lock(attention_of(model).geometry), 6.0) == {}
     assert not reads
+
+
+def test_constant_outputs_of_heads_count_where_they_look_like_the_push(tmp_path: Path) -> None:
+    model = tiny_model("llama", **WIDE)
+    lock = known(model, heads=6)
+    source, reads = stored(model, tmp_path)
+    assert source.weights is not None
+    assert source.architecture is not None
+    shape = (lock.geometry.heads, lock.geometry.head_dim)
+    added = {one.layer: input_displacement(one, lock.geometry).numpy() for one in displacements(lock, 6.0)}
+    random = np.random.default_rng(0)
+    drawn = {layer: random.normal(size=shape) for layer in added}
+    like_a_lock = {layer: 0.7 * push.reshape(shape) for layer, push in added.items()}
+    against = {layer: -push for layer, push in like_a_lock.items()}
+    exactly = dict.fromkeys(added, 0.7)
+
+    def through(outputs: dict[int, Any]) -> dict[int, float]:
+        return shares_through(source.weights, source.architecture, lock, 6.0, outputs)
+
+    assert through(like_a_lock) == pytest.approx(exactly, rel=1e-4)
+    assert through(against) == pytest.approx({layer: -share for layer, share in exactly.items()}, rel=1e-4)
+    size = {layer: np.linalg.norm(push) / np.linalg.norm(drawn[layer]) for layer, push in added.items()}
+    usual = {layer: 0.1 * size[layer] * values for layer, values in drawn.items()}
+    reads.clear()
+    assert through(usual) == {}
+    assert len(reads) == effect.ROWS * shape[0] * len(added)
+    assert through({layer: np.zeros(shape) for layer in added}) == {}
