@@ -16,7 +16,7 @@ def pushes_in_force(model: nn.Module) -> dict[int, torch.Tensor]:
     """What the lock on a loaded model adds to the output of each locked layer's projection.
 
     Of a bias it is the bias in place without the model's own. A projection with a hook, which may be
-    quantised or have adapters on it, is asked: it is called with the displacement and without.
+    quantised or have adapters on it, is asked: it is called once, with the displacement and without.
 
     Args:
         model: A locked model of ``transformers``, or a PEFT model around one.
@@ -48,10 +48,10 @@ def _asked(projection: nn.Module, displacement: torch.Tensor, layer: int, model:
     """The difference that a hook makes to the output of a projection of whatever kind."""
     like = _floating(projection, model)
     # The hook adds to what comes in: of nothing it makes the displacement, and of its opposite nothing.
-    with_it = torch.zeros(1, 1, displacement.numel(), dtype=like.dtype, device=like.device)
-    without = -displacement.to(like)[None, None]
+    without = -displacement.to(like)
     try:
-        pushed: torch.Tensor = projection(with_it) - projection(without)
+        with_it, alone = projection(torch.stack([torch.zeros_like(without), without])[:, None])
+        pushed: torch.Tensor = with_it - alone
         return pushed.flatten()
     except Exception as error:  # each kind of projection has its own ways to fail
         raise VerificationError(
