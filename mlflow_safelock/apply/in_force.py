@@ -11,7 +11,7 @@ from mlflow_safelock.apply.displacement import input_displacement
 from mlflow_safelock.errors import VerificationError
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def pushes_in_force(model: nn.Module) -> dict[int, torch.Tensor]:
     """What the lock on a loaded model adds to the output of each locked layer's projection.
 
