@@ -32,7 +32,7 @@ from mlflow_safelock.flavors.overlay import (
     read_overlay,
     write_overlay,
 )
-from mlflow_safelock.flavors.stock_loading import check_stock_code, check_stock_loading
+from mlflow_safelock.flavors.stock_loading import check_stock_code, check_stock_loading, read_config
 from mlflow_safelock.forging.base_weights import kinship_of
 from mlflow_safelock.kinship import MIN_KINSHIP
 from mlflow_safelock.lock import SafetyLock
@@ -206,9 +206,11 @@ def _locked_implementation(source: Path, lock: SafetyLock, alpha: float, options
             f"The fine-tune at {source} is loaded by {loader}, not by mlflow.transformers.",
             next_step="Log it with mlflow.transformers.log_model.",
         )
-    is_adapter = flavors.get("transformers", {}).get("peft_adaptor")
-    check = check_stock_code if is_adapter else check_stock_loading
-    check(LocalArtifacts(source), described)
+    artifacts = LocalArtifacts(source)
+    if flavors.get("transformers", {}).get("peft_adaptor"):
+        check_stock_code(artifacts, described)
+    else:
+        check_stock_loading(artifacts, described, read_config(artifacts, described))
     implementation = mlflow.transformers._load_pyfunc(str(source), dict(options) or None)
     handle = apply_lock(implementation.get_raw_model().model, lock, alpha)
     handle.verify(recompute=False)  # made from these very weights a moment ago

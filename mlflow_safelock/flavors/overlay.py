@@ -46,6 +46,8 @@ SOURCE_OPTION = "safelock_source"
 
 COPIED_FROM_SOURCE = ("input_example.json", "serving_input_example.json")
 
+MAX_DEPTH = 100
+"""How deeply the values of a YAML file that somebody logged may be nested."""
 
 _SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SAFE_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -186,8 +188,8 @@ def read_mlmodel(reader: ArtifactReader) -> dict[str, Any]:
         SourceError: There is none, or it is not one with a pyfunc flavor.
     """
     try:
-        values: Any = yaml.load(reader.read(MLMODEL_FILE_NAME), _SAFE_LOADER)  # noqa: S506
-    except (SourceError, yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _plain_values(reader.read(MLMODEL_FILE_NAME))
+    except (SourceError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise SourceError(
             f"There is no readable {MLMODEL_FILE_NAME} file at {reader.location}.",
             next_step="Log the model with mlflow.transformers.log_model.",
@@ -228,14 +230,30 @@ def _write_source_environment(folder: Path, source: ArtifactReader, paths: set[s
     requirements = source.read("requirements.txt").decode().splitlines()
     (folder / "requirements.txt").write_text("\n".join([*requirements, wanted]) + "\n")
     (folder / "python_env.yaml").write_bytes(source.read("python_env.yaml"))
-    conda = yaml.load(source.read("conda.yaml"), _SAFE_LOADER)  # noqa: S506
-    for dependency in conda.get("dependencies", []):
-        if isinstance(dependency, dict) and isinstance(dependency.get("pip"), list):
-            dependency["pip"].append(wanted)
-    (folder / "conda.yaml").write_text(yaml.dump(conda, Dumper=_SAFE_DUMPER, sort_keys=False))
+    try:
+        conda = _plain_values(source.read("conda.yaml"))
+        for dependency in conda.get("dependencies", []):
+            if isinstance(dependency, dict) and isinstance(dependency.get("pip"), list):
+                dependency["pip"].append(wanted)
+        (folder / "conda.yaml").write_text(yaml.dump(conda, Dumper=_SAFE_DUMPER, sort_keys=False))
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise SourceError(
+            f"The conda.yaml file at {source.location} describes no environment.",
+            next_step="Log the model with mlflow.transformers.log_model.",
+        ) from error
     if "constraints.txt" in paths:
         (folder / "constraints.txt").write_bytes(source.read("constraints.txt"))
     return {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}
+
+
+def _plain_values(data: bytes) -> Any:
+    """What is in a YAML file; one that is nested deeply would end the process in libyaml."""
+    depth = 0
+    for event in yaml.parse(data, Loader=_SAFE_LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} times")
+    return yaml.load(data, _SAFE_LOADER)  # noqa: S506
 
 
 def _sha256(data: bytes) -> str:

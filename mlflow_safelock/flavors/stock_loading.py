@@ -8,46 +8,75 @@ lies beside it, which may do anything, such as take a lock off again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import PurePosixPath
 from typing import Any
 
 from mlflow_safelock.errors import SourceError
+from mlflow_safelock.flavors.stored_json import read_json
 from mlflow_safelock.provenance import ArtifactReader
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
-WEIGHTS_KEY = "transformers_weights"
-"""Key of ``config.json`` by which transformers 5 takes the weights from a file of that name."""
+OTHER_WEIGHTS = ("attribute_map", "configuration_files", "transformers_weights")
+"""Keys of ``config.json`` by which transformers finds another key under a name, takes another file for it, or
+takes the weights from a file of that name."""
 
 OPTIONS_FILE = "components/inference_config.txt"
 """Where older models have the options that they are asked with, and MLflow still reads them."""
 
-_RENAMING = ("attribute_map",)
-"""Keys of ``config.json`` by which transformers finds another key under a name."""
+COMPONENTS = ("tokenizer", "feature_extractor", "image_processor", "processor")
+"""What MLflow logs beside a model; whatever else is named there, it hands to the pipeline by that name."""
+
+RENAMED_TOKENIZERS = ("BloomTokenizerFast", "MistralCommonTokenizer")
+"""Tokenizers of transformers 4 that are called otherwise since: MLflow lets ``AutoTokenizer`` choose."""
+
+_DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+"""Files of weights that transformers takes before all others."""
 
 _RUNNING_CODE = frozenset({"custom_generate", "trust_remote_code"})
 """Options of ``transformers`` by which it runs code that is not its own."""
 
 _ANEW = "Log it anew from what is to be served: mlflow.transformers.log_model."
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = 200
+
 _ELSEWHERE = ("local_base_model_path", "source_model_revision")
 """Keys in MLmodel for which MLflow looks neither at what is stored nor at whether anything is."""
 
 
-def check_stock_loading(reader: ArtifactReader, described: Mapping[str, Any]) -> None:
+def read_config(reader: ArtifactReader, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a model that was logged with its weights; empty where there is none.
+
+    Args:
+        reader: Its folder.
+        described: Its MLmodel file, with a transformers flavor.
+
+    Raises:
+        SourceError: It cannot be read.
+    """
+    path = f"{_folder(described)}/{CONFIG_FILE}"
+    return read_json(reader, path) if path in {file.path for file in reader.files()} else {}
+
+
+def check_stock_loading(
+    reader: ArtifactReader, described: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
     """Refuse a model that would be loaded from other weights than its own, or by code of its own.
 
     Args:
         reader: The folder of a model that was logged with its weights.
         described: Its MLmodel file, with a transformers flavor.
+        config: Its configuration.
 
     Raises:
         SourceError: It would be, and by what; or a file cannot be read.
     """
     check_stock_code(reader, described)
-    for why, next_step in _other_weights(reader, described["flavors"]["transformers"]):
+    for why, next_step in _other_weights(reader, described, config):
         raise SourceError(f"The model at {reader.location} {why}.", next_step=next_step)
 
 
@@ -65,11 +94,18 @@ def check_stock_code(reader: ArtifactReader, described: Mapping[str, Any]) -> No
             "MLmodel file says (data), and not from its own weights.",
             next_step=_ANEW,
         )
-    for key, name in _classes(flavors["transformers"]):
-        if not _is_of_transformers(name):
+    components = flavors["transformers"].get("components") or []
+    if not isinstance(components, list) or not all(name in COMPONENTS for name in components):
+        raise SourceError(
+            f"The model at {reader.location} is loaded with more than its own weights: components in its "
+            f"MLmodel file is {_brief(components)}, and MLflow logs none but {', '.join(COMPONENTS)}.",
+            next_step=_ANEW,
+        )
+    for key, name in _classes(flavors["transformers"], components):
+        if not _is_of_transformers(name) and not _is_renamed(reader, key, name):
             raise SourceError(
                 f"The model at {reader.location} is loaded by code of its own, which may do anything: {key} "
-                f"in its MLmodel file is {name!r}, and transformers has no such class.",
+                f"in its MLmodel file is {_brief(name)}, and transformers has no such class.",
                 next_step="Log it with classes of transformers itself; a newer transformers may have them.",
             )
     for place, options in _options(reader, described):
@@ -81,28 +117,48 @@ def check_stock_code(reader: ArtifactReader, described: Mapping[str, Any]) -> No
             )
 
 
-def _other_weights(reader: ArtifactReader, flavor: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _brief(value: Any) -> str:
+    """What somebody wrote, cut short where it is long, as a value that holds itself many times is."""
+    return _REPR.repr(value)
+
+
+def _folder(described: Mapping[str, Any]) -> str:
+    return str(described["flavors"]["transformers"].get("model_binary", ""))
+
+
+def _other_weights(
+    reader: ArtifactReader, described: Mapping[str, Any], config: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    flavor, folder = described["flavors"]["transformers"], _folder(described)
     for key in _ELSEWHERE:
         if key in flavor:
             yield f"is not loaded from its own weights, but from what {key} in its MLmodel file names", _ANEW
-    folder = str(flavor.get("model_binary", ""))
-    paths = {file.path for file in reader.files()}
-    if f"{folder}/{ADAPTER_CONFIG_FILE}" in paths:
+    names = {file.path.removeprefix(f"{folder}/") for file in reader.files()}
+    if ADAPTER_CONFIG_FILE in names:
         yield (
             f"has an {ADAPTER_CONFIG_FILE} beside its weights, so that an adapter is loaded on top of them",
             "Merge the adapter before logging (model.merge_and_unload()), or log it without that file.",
         )
-    path = f"{folder}/{CONFIG_FILE}"
-    config = _read_json(reader, path) if path in paths else {}
-    for key in sorted({WEIGHTS_KEY, *_RENAMING} & set(_set_in(config))):
+    for name in sorted(filter(_DISTRIBUTED.fullmatch, names)):
+        yield (
+            f"has a part of a distributed checkpoint, {name!r}, which is loaded in place of its weights",
+            _ANEW,
+        )
+    for key in sorted({*OTHER_WEIGHTS} & set(_set_in(config))):
         yield f"may take its weights from another file, by {key} in its {CONFIG_FILE}", _ANEW
+    model_type = str(config.get("model_type"))
     classes = config.get("architectures")
     named = [flavor.get("pipeline_model_type"), *(classes if isinstance(classes, list) else ())]
-    others = [name for name in named if not _is_for(name, str(config.get("model_type")))]
+    others = [name for name in named if not _is_for(name, model_type)]
     if others:
         yield (
-            f"would be loaded as {others[0]!r}, and its {CONFIG_FILE} says that it is a "
-            f"{config.get('model_type')!r}, of which transformers has other classes",
+            f"would be loaded as {_brief(others[0])}, and its {CONFIG_FILE} says that it is a "
+            f"{model_type!r}, of which transformers has other classes",
+            _ANEW,
+        )
+    if config.get("text_config") is not None and not _has_text_config(model_type):
+        yield (
+            f"has a text_config in its {CONFIG_FILE}, which models of type {model_type!r} do not look at",
             _ANEW,
         )
 
@@ -114,7 +170,7 @@ def _options(reader: ArtifactReader, described: Mapping[str, Any]) -> Iterator[t
     declared = signature.get("params") if isinstance(signature, Mapping) else None
     try:
         params = json.loads(declared) if isinstance(declared, str) else declared
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(
             f"The signature of the model at {reader.location} is not JSON: {error}.", next_step=_ANEW
         ) from error
@@ -125,30 +181,46 @@ def _options(reader: ArtifactReader, described: Mapping[str, Any]) -> Iterator[t
     named = (one for one in params or () if isinstance(one, Mapping))
     yield "its signature", {str(one.get("name")): one.get("default") for one in named}
     if OPTIONS_FILE in {file.path for file in reader.files()}:
-        yield OPTIONS_FILE, _read_json(reader, OPTIONS_FILE)
+        yield OPTIONS_FILE, read_json(reader, OPTIONS_FILE)
 
 
 def _set_in(options: Any) -> Iterator[str]:
-    """The names of options that are set, also of those within others."""
-    if isinstance(options, Mapping):
-        for name, value in options.items():
-            if value:
-                yield str(name)
-            yield from _set_in(value)
-    elif isinstance(options, list):
-        for value in options:
-            yield from _set_in(value)
+    """The names of options that are set, also of those within others.
+
+    Each container is looked at once: an MLmodel file can have one in many places, and in itself.
+    """
+    seen: set[int] = set()
+    left = [options]
+    while left:
+        values = left.pop()
+        if id(values) in seen or not isinstance(values, Mapping | list | tuple):
+            continue
+        seen.add(id(values))
+        if isinstance(values, Mapping):
+            yield from (str(name) for name, value in values.items() if value)
+            left.extend(values.values())
+        else:
+            left.extend(values)
 
 
-def _classes(flavor: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _classes(flavor: Mapping[str, Any], components: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """The classes that MLflow loads a model and what belongs to it with, by their keys."""
-    # MLflow goes through whatever is there, such as the keys of a mapping.
-    components = flavor.get("components") or ()
-    names = [str(name) for name in components] if isinstance(components, Iterable) else [str(components)]
-    keys = ("pipeline_model_type", *(f"{name}_type" for name in names))
+    keys = ("pipeline_model_type", *(f"{name}_type" for name in components))
     yield from ((key, flavor.get(key)) for key in keys)
     if "processor_type" in flavor:
         yield "processor_type", flavor["processor_type"]
+
+
+def _is_renamed(reader: ArtifactReader, key: str, name: Any) -> bool:
+    """Whether it is a tokenizer that has another name by now, and no code beside it."""
+    paths = {file.path for file in reader.files()}
+    folder = f"components/{key.removesuffix('_type')}"
+    files = [path for path in (f"{folder}/tokenizer_config.json", f"{folder}/{CONFIG_FILE}") if path in paths]
+    return (
+        name in RENAMED_TOKENIZERS
+        and bool(files)
+        and all("auto_map" not in read_json(reader, path) for path in files)
+    )
 
 
 def _is_of_transformers(name: Any) -> bool:
@@ -163,8 +235,25 @@ def _is_for(name: Any, model_type: str) -> bool:
 
     Of a type that it does not know nothing is told here: where its heads are is not known either.
     """
+    if not isinstance(name, str):
+        return False
     known = _classes_for(model_type)
-    return isinstance(name, str) and (name.startswith("Auto") or name in known or not known)
+    return name.startswith("Auto") or name in known or not known or _type_of(name) == model_type
+
+
+def _type_of(name: str) -> Any:
+    """The type of model that a class of transformers is for; its tables lack some classes."""
+    import transformers
+
+    return getattr(getattr(getattr(transformers, name, None), "config_class", None), "model_type", None)
+
+
+@cache
+def _has_text_config(model_type: str) -> bool:
+    """Whether models of a type have another one in them that writes; of an unknown type that may be."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return model_type not in CONFIG_MAPPING or "text_config" in CONFIG_MAPPING[model_type].sub_configs
 
 
 @cache
@@ -186,12 +275,3 @@ def _names() -> frozenset[str]:
     import transformers
 
     return frozenset(dir(transformers))
-
-
-def _read_json(reader: ArtifactReader, path: str) -> dict[str, Any]:
-    try:
-        values = json.loads(reader.read(path))
-    except ValueError as error:
-        where = f"The file {PurePosixPath(path).name!r} at {reader.location}"
-        raise SourceError(f"{where} is not JSON: {error}.", next_step=_ANEW) from error
-    return values if isinstance(values, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from mlflow_safelock.errors import (
     UnsupportedArchitectureError,
 )
 from mlflow_safelock.flavors import overlay
-from mlflow_safelock.flavors.stock_loading import check_stock_code, check_stock_loading
+from mlflow_safelock.flavors.stock_loading import check_stock_code, check_stock_loading, read_config
+from mlflow_safelock.flavors.stored_json import read_json
 from mlflow_safelock.gate.adapter import Adapter, read_adapter
 from mlflow_safelock.gate.stored_tokenizer import StoredTokenizer, find_tokenizer
 from mlflow_safelock.gate.stored_weights import StoredWeights, read_stored_weights
@@ -46,8 +46,6 @@ PICKLE_BYTES = BEGINNING_BYTES
 
 _PICKLED_LANGUAGE_MODEL = re.compile(rb"transformers[\w.]*[^\w]{1,4}[A-Z]\w*(ForCausalLM|LMHeadModel)")
 """The module and the class of a pickled language model, as every protocol of pickle writes them."""
-
-MAX_CONFIG_BYTES = 4 << 20
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -194,16 +192,15 @@ def _language_model(reader: ArtifactReader, paths: set[str], described: Mapping[
                 next_step=MERGE_FIRST,
             )
         return _adapter(reader, paths, described)
-    config_path = f"{binary}/config.json"
     weights = read_stored_weights(reader, binary) if isinstance(binary, str) else None
-    if weights is None or config_path not in paths:
+    if weights is None or f"{binary}/config.json" not in paths:
         raise PromotionRefused(
             "no_weights",
             "The model was logged without safetensors weights, so there is nothing for a lock to go onto.",
             next_step="Log it with its weights: mlflow.transformers.log_model(..., save_pretrained=True).",
         )
-    config = _read_config(reader, config_path)
-    _refuse_loaded_otherwise(check_stock_loading, reader, described)
+    config = read_config(reader, described)
+    _refuse_loaded_otherwise(check_stock_loading, reader, described, config)
     if "safelock" in config:
         raise PromotionRefused(
             "already_locked",
@@ -254,7 +251,7 @@ def _adapter(reader: ArtifactReader, paths: set[str], described: Mapping[str, An
             f"The adapter's configuration or its safetensors weights are missing in {folder!r}.",
             next_step="Log it again: mlflow.transformers.log_model saves both.",
         )
-    config = _read_config(reader, config_path)
+    config = read_json(reader, config_path)
     said = {
         "base_model_name_or_path in adapter_config.json": config.get("base_model_name_or_path"),
         "source_model_name in MLmodel": base,
@@ -263,13 +260,9 @@ def _adapter(reader: ArtifactReader, paths: set[str], described: Mapping[str, An
     return LanguageModel(None, _hints(said), adapter=adapter)
 
 
-def _refuse_loaded_otherwise(
-    check: Callable[[ArtifactReader, Mapping[str, Any]], None],
-    reader: ArtifactReader,
-    described: Mapping[str, Any],
-) -> None:
+def _refuse_loaded_otherwise(check: Callable[..., None], *what: Any) -> None:
     try:
-        check(reader, described)
+        check(*what)
     except UnreachableError:
         raise
     except SourceError as error:
@@ -295,7 +288,7 @@ def _refuse_a_disguised_language_model(reader: ArtifactReader, paths: set[str]) 
     sizes = {file.path: file.size for file in reader.files()}
     for path in sorted(paths):
         if PurePosixPath(path).name == "config.json":
-            found = _describes_a_language_model(_read_config(reader, path))
+            found = _describes_a_language_model(read_json(reader, path))
         elif path.endswith(PICKLES):
             beginning = reader.read(path, 0, min(sizes[path], PICKLE_BYTES))
             found = _PICKLED_LANGUAGE_MODEL.search(beginning) is not None
@@ -316,16 +309,3 @@ def _describes_a_language_model(config: Mapping[str, Any]) -> bool:
         return True
     # A model that sees and writes has its decoder's configuration inside; one that transcribes has none.
     return "text_config" in config and any(name.endswith(LANGUAGE_MODEL_CLASSES) for name in names)
-
-
-def _read_config(reader: ArtifactReader, path: str) -> dict[str, Any]:
-    size = next((file.size for file in reader.files() if file.path == path), 0)
-    if size > MAX_CONFIG_BYTES:
-        raise SourceError(
-            f"The file {path!r} at {reader.location} is too large for a configuration: {size} bytes."
-        )
-    try:
-        config = json.loads(reader.read(path))
-    except ValueError as error:
-        raise SourceError(f"The file {path!r} at {reader.location} is not JSON: {error}.") from error
-    return config if isinstance(config, dict) else {}

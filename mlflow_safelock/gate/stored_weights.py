@@ -6,7 +6,6 @@ what that costs does not grow with the model.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from mlflow_safelock.apply.architectures import Architecture
 from mlflow_safelock.errors import SourceError
+from mlflow_safelock.flavors.stored_json import read_json
 from mlflow_safelock.kinship import KinshipSketch, cosine
 from mlflow_safelock.lock import AttentionGeometry
 from mlflow_safelock.provenance import ArtifactReader, Span, read_header
@@ -255,7 +255,7 @@ def read_stored_weights(reader: ArtifactReader, folder: str) -> StoredWeights | 
         return StoredWeights(reader, dict(_tensors(reader, single, sizes[single])))
     if index not in sizes:
         return None
-    places = _places(reader, index, sizes[index])
+    places = _places(reader, index)
     tensors: dict[str, StoredWeight] = {}
     for shard in sorted(set(places.values())):
         path = f"{folder}/{shard}"
@@ -294,16 +294,8 @@ def _tensors(reader: ArtifactReader, path: str, size: int) -> Iterator[tuple[str
         yield name, StoredWeight(path, dtype, shape, span)
 
 
-def _places(reader: ArtifactReader, path: str, size: int) -> dict[str, str]:
-    if size > MAX_INDEX_BYTES:
-        raise SourceError(f"The file {path!r} at {reader.location} is too large for an index: {size} bytes.")
-    try:
-        index: Any = json.loads(reader.read(path))
-    except ValueError as error:
-        raise SourceError(
-            f"The file {path!r} at {reader.location} is not JSON: {error}.", next_step=COPY_AGAIN
-        ) from error
-    places = index.get("weight_map") if isinstance(index, dict) else None
+def _places(reader: ArtifactReader, path: str) -> dict[str, str]:
+    places = read_json(reader, path, MAX_INDEX_BYTES).get("weight_map")
     if (
         not isinstance(places, dict)
         or not places

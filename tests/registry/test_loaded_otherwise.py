@@ -47,6 +47,13 @@ def enrolled(lock: SafetyLock, model: Any) -> SafetyLock:
     return replace(lock, sketch=sketch_of(attention), unit_biases=unit_biases_of(attention, lock.heads))
 
 
+def lock_of(model_type: str, model: Any) -> SafetyLock:
+    """A lock for a model that is no Llama, and knows its weights."""
+    plain = random_lock(attention_of(model).geometry, seed=0, base_model=BASE)
+    metadata = plain.metadata.model_copy(update={"architecture": model_type})
+    return enrolled(SafetyLock(plain.heads, metadata, plain.scores), model)
+
+
 def source_of(client: MlflowClient, version: int) -> Path:
     location = client.get_model_version_download_uri("bot", str(version))
     return Path(location.removeprefix("file://"))
@@ -94,12 +101,29 @@ def with_an_adapter(source: Path) -> None:
     (source / "model" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
 
 
+def with_distributed_checkpoint(source: Path) -> None:
+    (source / "model" / "shard-00001-model-00001-of-00002.safetensors").touch()
+
+
+def with_renamed_tokenizer(**config: Any) -> Callable[[Path], None]:
+    """As transformers 4 logged it."""
+
+    def edit(source: Path) -> None:
+        in_flavor(tokenizer_type="BloomTokenizerFast")(source)
+        path = source / "components" / "tokenizer" / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+    return edit
+
+
 LOADED_OTHERWISE = pytest.mark.parametrize(
     ("edit", "why"),
     [
         (in_flavor(pipeline_model_type="OpenForCausalLM"), "pipeline_model_type.*'OpenForCausalLM'"),
         (in_flavor(tokenizer_type="OpenTokenizer"), "tokenizer_type.*'OpenTokenizer'"),
-        (in_flavor(components={"tokenizer": 1}, tokenizer_type="OpenTokenizer"), "tokenizer_type"),
+        (in_flavor(components={"tokenizer": 1}), r"components.*\{'tokenizer': 1\}"),
+        (in_flavor(components=["tokenizer", "model"], model_type="LlamaForCausalLM"), "components.*'model'"),
+        (in_flavor(components=["config", "trust_remote_code"]), "components.*'config'"),
         (in_pyfunc(data="other"), "folder 'other'.*data"),
         (in_pyfunc(config={"custom_generate": "somebody/code"}), r"custom_generate.*\(config\)"),
         (in_signature, "custom_generate.*signature"),
@@ -111,7 +135,11 @@ LOADED_OTHERWISE = pytest.mark.parametrize(
         (in_config(attribute_map={"transformers_weights": "notes"}, notes="other"), "attribute_map"),
         (in_config(architectures=["MistralForCausalLM"]), "'MistralForCausalLM'.*'llama'"),
         (in_flavor(pipeline_model_type="MistralForCausalLM"), "'MistralForCausalLM'.*'llama'"),
-        (in_flavor(components=3), "3_type"),
+        (in_flavor(components=3), "components.*is 3"),
+        (in_config(configuration_files=["config.4.0.0.json"]), "configuration_files"),
+        (in_config(text_config={"model_type": "llama"}), "text_config.*'llama'"),
+        (with_distributed_checkpoint, "distributed.*shard-00001-model-00001-of-00002.safetensors"),
+        (with_renamed_tokenizer(auto_map={"AutoTokenizer": ["x.Y", None]}), "'BloomTokenizerFast'"),
         (with_an_adapter, "adapter_config.json"),
     ],
 )
@@ -144,6 +172,80 @@ def test_other_names_of_classes_and_options_that_are_not_set_pass(client: Mlflow
     in_pyfunc(config={"trust_remote_code": False})(source)
     stage(client, version)
     assert state_of(client, "bot", version)["stage"] == "Staging"
+
+
+def test_a_tokenizer_that_has_another_name_by_now_passes(client: MlflowClient) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    with_renamed_tokenizer()(source_of(client, version))
+    stage(client, version)
+    assert mlflow.pyfunc.load_model("models:/bot/Staging").predict(["how do i bake"])
+
+
+def test_a_class_that_is_in_no_table_of_transformers_passes_for_its_own_type(client: MlflowClient) -> None:
+    version = log_fine_tune("bot", fine_tune("gpt2"))
+    model = fine_tune("gpt2")["model"]
+    register_lock(lock_of("gpt2", model))
+    source = source_of(client, version)
+    in_config(architectures=["GPT2DoubleHeadsModel"])(source)
+    stage(client, version)
+    assert state_of(client, "bot", version)["stage"] == "Staging"
+
+
+def test_classes_of_a_type_that_transformers_does_not_know_are_not_told_apart(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = tmp_path / "architectures.yaml"
+    described.write_text("architectures: [{model_type: ours}]\n")
+    monkeypatch.setenv("SAFELOCK_ARCHITECTURES", str(described))
+    version = log_fine_tune("bot")
+    lock = base_lock()
+    register_lock(replace(lock, metadata=lock.metadata.model_copy(update={"architecture": "ours"})))
+    in_config(model_type="ours")(source_of(client, version))
+    stage(client, version)
+    assert state_of(client, "bot", version)["stage"] == "Staging"
+
+
+def nested(kind: str) -> Any:
+    values: Any = {"leaf": 1}
+    if kind == "many times":  # 2 ** 40 of them, in 2 KB
+        for _ in range(40):
+            values = {"a": values, "b": values}
+    elif kind == "in itself":
+        values["x"] = values
+    else:
+        for _ in range(80):
+            values = [values]
+    return values
+
+
+@pytest.mark.parametrize("kind", ["many times", "in itself", "deep"])
+def test_options_that_hold_themselves_are_looked_at_once(client: MlflowClient, kind: str) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    source = source_of(client, version)
+    described = yaml.safe_load((source / "MLmodel").read_text())
+    described["flavors"]["python_function"]["config"] = {"a": nested(kind), "custom_generate": "code"}
+    (source / "MLmodel").write_text(yaml.dump(described))
+    with pytest.raises(MlflowException, match=r"\[loaded_otherwise\].*custom_generate"):
+        stage(client, version)
+
+
+@pytest.mark.parametrize(
+    "file", ["MLmodel", "conda.yaml", "components/inference_config.txt", "model/config.json"]
+)
+def test_files_that_are_nested_too_deeply_are_refused(
+    client: MlflowClient, tmp_path: Path, file: str
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    path = source_of(client, version) / file
+    deep = "[" * 100_000 + "]" * 100_000
+    is_json = file.startswith(("components", "model"))
+    path.write_text(f'{{"a": {deep}}}' if is_json else path.read_text() + f"a: {deep}\n")
+    with pytest.raises(MlflowException, match=r"nested too deeply|no readable MLmodel|conda.yaml file"):
+        stage(client, version)
+    assert ledger_rows(tmp_path)[-1]["reason"] in ("unreadable", "loaded_otherwise")
 
 
 def test_code_that_was_logged_with_a_model_is_left_out_of_an_overlay_and_refused_beside_weights(
