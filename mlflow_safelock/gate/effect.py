@@ -44,11 +44,11 @@ MORE_ROWS = 12
 CLEAR_SHARE = 0.75
 """Share from which on the first rows leave none."""
 
-MANY_ROWS = 48
-"""Rows that are read besides of a layer whose heads' constant outputs look like the push, or its opposite."""
+FURTHER = ((0.25, MORE_ROWS), (0.35, 48))
+"""Of constant outputs of heads: the share, either way, from which on so many more rows are read."""
 
-_FAR = {MORE_ROWS: 0.25, MANY_ROWS: 0.35, None: 0.4}
-"""Share below which those are far from it, either way, before so many more rows are read, or all."""
+WORTH_ALL = 0.4
+"""The share from which on all rows are."""
 
 
 def checked_effect(source: LanguageModel, lock: SafetyLock, alpha: float) -> dict[int, float]:
@@ -107,22 +107,22 @@ def shares_through(
     Raises:
         SourceError: The weights cannot be read.
     """
-    every = tuple(range(lock.geometry.heads))
+    every, rows = tuple(range(lock.geometry.heads)), _Rows(weights, architecture, lock, alpha)
     displaced = {
         layer: Displacement(layer, every, torch.from_numpy(values))
         for layer, values in outputs.items()
-        if values.any()
+        if layer in rows.layers and values.any()
     }
-    rows = _Rows(weights, architecture, lock, alpha)
-    found = rows.arrived({layer: displaced[layer] for layer in rows.layers & displaced.keys()}, ROWS)
-    for more in (MORE_ROWS, MANY_ROWS, None):
-        found = {layer: parts for layer, parts in found.items() if not abs(parts.mean()) < _FAR[more]}
-        at = {layer: displaced[layer] for layer in found}
-        if more is None:
-            return {layer: rows.whole(one) for layer, one in at.items()}
-        further = rows.arrived(at, more)
-        found = {layer: np.concatenate([parts, further[layer]]) for layer, parts in found.items()}
-    return {}
+    found = rows.arrived(displaced, ROWS)
+    for limit, more in FURTHER:
+        near = {layer: displaced[layer] for layer, parts in found.items() if not abs(parts.mean()) < limit}
+        further = rows.arrived(near, more)
+        found = {layer: np.concatenate([found[layer], parts]) for layer, parts in further.items()}
+    return {
+        layer: rows.whole(displaced[layer])
+        for layer, parts in found.items()
+        if not abs(parts.mean()) < WORTH_ALL
+    }
 
 
 class _Rows:

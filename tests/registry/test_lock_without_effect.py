@@ -125,7 +125,7 @@ def test_none_of_them_is_promoted(
     assert [row["reason"] for row in ledger_rows(tmp_path)] == ["lock_without_effect"]
 
 
-@ATTACKS
+@pytest.mark.parametrize("attack", [without_the_directions, in_one_layer])
 def test_nor_is_one_loaded_or_written_that_the_gate_could_not_look_at(
     client: MlflowClient,
     tmp_path: Path,
