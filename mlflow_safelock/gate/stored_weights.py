@@ -7,9 +7,10 @@ what that costs does not grow with the model.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -37,6 +38,9 @@ ITEM_BITS = {
     "F4": 4,
 }
 """Bits of one number, by what safetensors calls its type."""
+
+_SENSES = re.compile("vision|visual|image|audio|speech")
+"""In what the names of tensors begin with, of the parts of a model by which it sees or hears."""
 
 COPY_AGAIN = "Log the fine-tune again from a sound copy, and promote the new version."
 
@@ -69,6 +73,9 @@ class StoredWeights:
 
     reader: ArtifactReader
     tensors: Mapping[str, StoredWeight]
+    _found: dict[str, dict[int, dict[str, list[str]]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def output_projection(self, architecture: Architecture, layer: int) -> StoredWeight | None:
         """The weight of a layer's attention output projection; ``None`` where it is stored otherwise.
@@ -76,19 +83,47 @@ class StoredWeights:
         Raises:
             SourceError: It is stored under several names, of which ``transformers`` takes any.
         """
-        name = self._output_projection_name(architecture, layer)
-        return None if name is None else self.tensors[name]
+        beginning = self._beginning(architecture, layer)
+        name = f"{beginning}{_list_of(architecture)}.{layer}.{architecture.output_projection}.weight"
+        return None if beginning is None else self.tensors.get(name)
 
-    def _output_projection_name(self, architecture: Architecture, layer: int) -> str | None:
-        inside = f"{layer}.{architecture.output_projection}.weight"
-        # Some checkpoints name their tensors from the bare model on, and some put more before it.
-        names = [f"{path}.{inside}" for path in _suffixes(architecture.layers)]
-        found = [name for name in names if name in self.tensors]
+    def _beginning(self, architecture: Architecture, layer: int) -> str | None:
+        """What the names of a layer's tensors begin with; ``None`` where it has no output projection.
+
+        Raises:
+            SourceError: There are several such layers.
+        """
+        inside = f"{architecture.output_projection}."
+        layers = self._layers(_list_of(architecture))
+        found = sorted(
+            {
+                beginning
+                for name, beginnings in layers.get(layer, {}).items()
+                if name.startswith(inside)
+                for beginning in beginnings
+            }
+        )
         if len(found) > 1:
-            raise self._several(f"attention output projection of layer {layer}", found)
-        path = f".{architecture.layers.rsplit('.', 1)[-1]}.{inside}"
-        found = found or [name for name in self.tensors if name.endswith(path)]
-        return found[0] if len(found) == 1 else None
+            names = [f"{beginning}{_list_of(architecture)}.{layer}.{inside}*" for beginning in found]
+            raise self._several(f"attention output projection of layer {layer}", names)
+        return found[0] if found else None
+
+    def _layers(self, list_of_layers: str) -> dict[int, dict[str, list[str]]]:
+        """What is in each layer, by number and name inside it: what the names begin with.
+
+        Checkpoints name their tensors from the bare model on, or put more before it, and ``transformers``
+        folds many names into its own. So a tensor is known by how its name ends, whatever it begins with;
+        those of the parts that see or hear are left out, which may have layers of the same kind.
+        """
+        if list_of_layers not in self._found:
+            ending = re.compile(rf"(.*){re.escape(list_of_layers)}\.(0|[1-9][0-9]{{0,5}})\.(.+)", re.DOTALL)
+            layers: dict[int, dict[str, list[str]]] = {}
+            for name in self.tensors:
+                parts = ending.fullmatch(name)
+                if parts is not None and not _SENSES.search(parts[1]):
+                    layers.setdefault(int(parts[2]), {}).setdefault(parts[3], []).append(parts[1])
+            self._found[list_of_layers] = layers
+        return self._found[list_of_layers]
 
     def biases(
         self, architecture: Architecture, geometry: AttentionGeometry, paths: Collection[str]
@@ -101,23 +136,34 @@ class StoredWeights:
             paths: The paths of the modules inside a layer, such as ``self_attn.o_proj``.
 
         Returns:
-            By layer and by path, float64 of shape ``[outputs]``.
+            By layer and by path, float64 of shape ``[outputs]``, and of experts ``[experts, outputs]``.
 
         Raises:
             SourceError: They cannot be read, are of a type that is not known here, or are stored under
-                several names, of which ``transformers`` takes any.
+                several names, or apart from the layer, of which ``transformers`` takes any.
         """
         places: dict[tuple[int, str], str] = {}
-        is_biased = any(name.endswith(".bias") for name in self.tensors)
-        for layer in range(geometry.layers if is_biased else 0):
-            beginnings = self._beginnings(architecture, layer)
+        list_of_layers = _list_of(architecture)
+        layers = self._layers(list_of_layers)
+        for layer in range(geometry.layers):
+            inside = layers.get(layer, {})
             for path in paths:
-                names = [f"{beginning}{path}.bias" for beginning in beginnings]
-                found = sorted({name for name in names if name in self.tensors})
+                # Those of experts are one parameter, beside their weights.
+                found = [
+                    f"{beginning}{list_of_layers}.{layer}.{name}"
+                    for name in (f"{path}.bias", f"{path}_bias")
+                    for beginning in inside.get(name, ())
+                ]
                 if len(found) > 1:
-                    raise self._several(f"bias of {path} in layer {layer}", found)
+                    raise self._several(f"bias of {path} in layer {layer}", sorted(found))
                 if found:
                     places[layer, path] = found[0]
+                    if not found[0].startswith(f"{self._beginning(architecture, layer)}{list_of_layers}."):
+                        raise SourceError(
+                            f"The weights at {self.reader.location} have the bias {found[0]!r}, and the "
+                            f"attention output projection of layer {layer} is not beside it.",
+                            next_step=COPY_AGAIN,
+                        )
         biases: dict[int, dict[str, npt.NDArray[np.float64]]] = {}
         for (layer, path), values in zip(places, self._vectors(list(places.values())), strict=True):
             biases.setdefault(layer, {})[path] = values
@@ -136,7 +182,10 @@ class StoredWeights:
             spans[stored.file].append(stored.span)
         read = {file: iter(self.reader.read_many(file, of_file)) for file, of_file in spans.items()}
         stored_ones = [self.tensors[name] for name in names]
-        vectors = [_DECODERS[one.dtype](next(read[one.file])).astype(np.float64) for one in stored_ones]
+        vectors = [
+            _DECODERS[one.dtype](next(read[one.file])).astype(np.float64).reshape(one.shape)
+            for one in stored_ones
+        ]
         for name, values in zip(names, vectors, strict=True):
             if not np.isfinite(values).all():
                 raise SourceError(
@@ -151,14 +200,6 @@ class StoredWeights:
             f"{' and '.join(map(repr, names))}, and one of them is loaded.",
             next_step=COPY_AGAIN,
         )
-
-    def _beginnings(self, architecture: Architecture, layer: int) -> tuple[str, ...]:
-        """What names of a layer's tensors begin with."""
-        usual = tuple(f"{path}.{layer}." for path in _suffixes(architecture.layers))
-        name = self._output_projection_name(architecture, layer)
-        if name is None:
-            return usual
-        return (*usual, name.removesuffix(f"{architecture.output_projection}.weight"))
 
     def check_output_projections(self, architecture: Architecture, geometry: AttentionGeometry) -> None:
         """See that every layer has its attention output projection, in a shape that fits.
@@ -179,7 +220,7 @@ class StoredWeights:
                     f"{list(weight.shape)} in layer {layer}, and the configuration makes it {list(shape)}.",
                     next_step=COPY_AGAIN,
                 )
-            if weight is None and not self._has_some(architecture, layer):
+            if weight is None and self._beginning(architecture, layer) is None:
                 raise SourceError(
                     f"The weights at {self.reader.location} lack the attention output projection of layer "
                     f"{layer} ({architecture.output_projection}): it would be loaded with random numbers.",
@@ -227,13 +268,6 @@ class StoredWeights:
         found = for_each(self.reader, files, lambda file: self.reader.read_many(file, spans[file]))
         read = dict(zip(files, map(iter, found), strict=True))
         return [_DECODERS[weight.dtype](next(read[weight.file])) for weight, _, _ in parts]
-
-    def _has_some(self, architecture: Architecture, layer: int) -> bool:
-        """Whether a layer's output projection is stored in any form."""
-        inside = f"{layer}.{architecture.output_projection}."
-        starts = tuple(f"{path}.{inside}" for path in _suffixes(architecture.layers))
-        within = f".{architecture.layers.rsplit('.', 1)[-1]}.{inside}"
-        return any(name.startswith(starts) or within in name for name in self.tensors)
 
 
 def read_stored_weights(reader: ArtifactReader, folder: str) -> StoredWeights | None:
@@ -308,9 +342,9 @@ def _places(reader: ArtifactReader, path: str) -> dict[str, str]:
     return places
 
 
-def _suffixes(path: str) -> Iterator[str]:
-    names = path.split(".")
-    return (".".join(names[start:]) for start in range(len(names)))
+def _list_of(architecture: Architecture) -> str:
+    """The name of the list of layers."""
+    return architecture.layers.rpartition(".")[2]
 
 
 def _from_bfloat16(data: bytes) -> npt.NDArray[np.float32]:

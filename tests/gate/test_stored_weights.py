@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import Llama4Config, Llama4ForConditionalGeneration, PreTrainedModel
 
 from mlflow_safelock.apply import attention_of
 from mlflow_safelock.apply.architectures import ARCHITECTURES
@@ -235,3 +235,84 @@ def test_what_does_not_fails(make: Callable, tmp_path: Path) -> None:
     found = stored(make(tiny_model("llama")), tmp_path).kinship(sketched, ARCHITECTURES["llama"])
     assert found is not None
     assert abs(found) < 0.2
+
+
+def renamed(model: PreTrainedModel, folder: Path, names: Callable[[str], list[str]]) -> StoredWeights:
+    """Its weights, each tensor under other names, or more."""
+    model.save_pretrained(folder / "model")
+    path = folder / "model" / "model.safetensors"
+    tensors = {new: values.clone() for name, values in load_file(path).items() for new in names(name)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    weights = read_stored_weights(LocalArtifacts(folder), "model")
+    assert weights is not None
+    return weights
+
+
+def look_at(weights: StoredWeights, model: PreTrainedModel) -> dict[int, dict[str, np.ndarray]]:
+    attention = attention_of(model)
+    path = attention.architecture.output_projection
+    weights.check_output_projections(attention.architecture, attention.geometry)
+    return weights.biases(attention.architecture, attention.geometry, [path, "self_attn.v_proj"])
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", lambda name: [name, f"zz.{name.removeprefix('model.')}"]),
+        ("llama", lambda name: [name, f"model.language_{name}"]),
+        ("gpt_neox", lambda name: [name, name.removeprefix("gpt_neox.")]),
+        ("gpt_neox", lambda name: [name, f"gpt_neoxZ{name}"]),
+        ("gpt2", lambda name: [name, f"transformer.{name}"]),
+    ],
+)
+def test_a_projection_under_two_names_is_refused_whatever_they_begin_with(
+    tmp_path: Path, family: str, names: Callable[[str], list[str]]
+) -> None:
+    """Any of these is what transformers makes its own, and the other one a decoy."""
+    model = tiny_model(family)
+    with pytest.raises(SourceError, match="layer 0 under several names"):
+        look_at(renamed(model, tmp_path, names), model)
+
+
+@pytest.mark.parametrize("beginning", ["model.", "modelZ", "zz."])
+@pytest.mark.parametrize(
+    ("keep", "why"), [(True, "bias of .* in layer 0 under several names"), (False, "not beside it")]
+)
+def test_biases_are_found_whatever_their_names_begin_with(
+    tmp_path: Path, beginning: str, keep: bool, why: str
+) -> None:
+    model = tiny_model("llama", attention_bias=True)
+
+    def names(name: str) -> list[str]:
+        is_bias = name.endswith("v_proj.bias")
+        return [name] * (keep or not is_bias) + [beginning + name] * is_bias
+
+    with pytest.raises(SourceError, match=why):
+        look_at(renamed(model, tmp_path, names), model)
+
+
+def test_names_may_begin_otherwise_for_all_of_a_model(tmp_path: Path) -> None:
+    model = tiny_model("llama", attention_bias=True)
+    found = look_at(renamed(model, tmp_path, lambda name: [f"language_model.{name}"]), model)
+    assert np.array_equal(found[1]["self_attn.o_proj"], model.model.layers[1].self_attn.o_proj.bias.detach())
+
+
+def test_layers_of_the_parts_that_see_are_others(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": 64, "intermediate_size": 16, "intermediate_size_mlp": 16, "head_dim": 8}
+    more = {"num_local_experts": 2, "attention_bias": True, "num_key_value_heads": 1, "pad_token_id": 0}
+    seeing = {"intermediate_size": 64, "image_size": 28, "patch_size": 14, "vision_output_dim": 16}
+    model = Llama4ForConditionalGeneration(
+        Llama4Config(
+            text_config=sizes | text | more,
+            vision_config=sizes | seeing | {"projector_input_dim": 16, "projector_output_dim": 16},
+        )
+    )
+    weights = stored(model, tmp_path)
+    assert {
+        name.split(".layers.")[0] for name in weights.tensors if "layers.0.self_attn.o_proj.bias" in name
+    } > {"vision_model.model"}
+    found = look_at(weights, model)
+    for layer, projection in enumerate(attention_of(model).projections):
+        assert np.array_equal(found[layer]["self_attn.o_proj"], projection.bias.detach())
+    assert weights.kinship(sketch(model), attention_of(model).architecture) == pytest.approx(1.0, abs=1e-5)
