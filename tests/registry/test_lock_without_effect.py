@@ -40,7 +40,7 @@ TOKENS = torch.arange(5, 25)[None]
 
 
 @pytest.fixture
-def lock() -> SafetyLock:
+def lock(client: MlflowClient) -> SafetyLock:
     """A lock that knows its base's weights."""
     attention, lock = attention_of(fine_tune()["model"]), base_lock()
     known = replace(lock, sketch=sketch_of(attention), unit_biases=unit_biases_of(attention, lock.heads))
