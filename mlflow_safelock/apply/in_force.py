@@ -46,7 +46,7 @@ def _added(projection: nn.Module, carrier: BiasCarrier) -> torch.Tensor:
 
 def _asked(projection: nn.Module, displacement: torch.Tensor, layer: int, model: nn.Module) -> torch.Tensor:
     """The difference that a hook makes to the output of a projection of whatever kind."""
-    like = _floating(projection, model)
+    like = numbers_like(projection, model)
     # The hook adds to what comes in: of nothing it makes the displacement, and of its opposite nothing.
     without = -displacement.to(like)
     try:
@@ -61,7 +61,7 @@ def _asked(projection: nn.Module, displacement: torch.Tensor, layer: int, model:
         ) from error
 
 
-def _floating(projection: nn.Module, model: nn.Module) -> torch.Tensor:
+def numbers_like(projection: nn.Module, model: nn.Module) -> torch.Tensor:
     """Numbers of the dtype, and on the device, that a projection takes."""
     for module in (projection, model):
         for tensor in (*module.parameters(), *module.buffers()):

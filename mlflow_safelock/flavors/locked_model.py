@@ -19,7 +19,7 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
 from mlflow_safelock.apply.architectures import attention_of
-from mlflow_safelock.apply.effect import check_effect
+from mlflow_safelock.apply.effect import check_effect, shares_of
 from mlflow_safelock.apply.in_force import pushes_in_force
 from mlflow_safelock.apply.in_memory import apply_lock
 from mlflow_safelock.errors import SourceError, VerificationError
@@ -32,6 +32,7 @@ from mlflow_safelock.flavors.overlay import (
     read_overlay,
     write_overlay,
 )
+from mlflow_safelock.flavors.own_biases import OwnBiases
 from mlflow_safelock.flavors.stock_loading import check_stock_code, check_stock_loading, read_config
 from mlflow_safelock.forging.base_weights import kinship_of
 from mlflow_safelock.kinship import MIN_KINSHIP
@@ -46,6 +47,9 @@ __all__ = [
     "log_model",
     "save_model",
 ]
+
+ROUNDING = 0.02
+"""By how much a kinship may differ from what the gate found, as a model is loaded in another dtype."""
 
 
 def get_default_pip_requirements() -> list[str]:
@@ -146,15 +150,30 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> An
     overlay = read_overlay(LocalArtifacts(Path(path)))
     source = fetch_source(overlay, copy)
     predicate = overlay.receipt.predicate
-    implementation = _locked_implementation(source, overlay.lock, predicate.alpha, options)
-    if predicate.promotion is None or predicate.promotion.kinship is None:
-        # The gate could not compare what it had no weights of, such as an adapter's base.
-        _check_descent(implementation, overlay.lock, predicate.source.uri)
+    promotion = predicate.promotion
+    implementation = _locked_implementation(
+        source,
+        overlay.lock,
+        predicate.alpha,
+        options,
+        looks_at_biases=promotion is None or promotion.own_biases == "check",
+    )
+    kinship = None if promotion is None else promotion.kinship
+    _check_descent(implementation, overlay.lock, predicate.source.uri, kinship)
     return implementation
 
 
-def _check_descent(implementation: Any, lock: SafetyLock, source_uri: str) -> None:
+def _check_descent(
+    implementation: Any, lock: SafetyLock, source_uri: str, found: float | None = None
+) -> None:
     """Compare a loaded model with the sketch of the base that its lock was made for.
+
+    Args:
+        implementation: The loaded model.
+        lock: The lock.
+        source_uri: Where the model is, for the error.
+        found: The kinship that the gate found in the stored weights, by whatever policy: the model, which it
+            did not load, must have it as well.
 
     Raises:
         VerificationError: It does not descend from it.
@@ -162,10 +181,11 @@ def _check_descent(implementation: Any, lock: SafetyLock, source_uri: str) -> No
     if lock.sketch is None:
         return
     kinship = kinship_of(attention_of(implementation.get_raw_model().model), lock.sketch)
-    if kinship is not None and kinship < MIN_KINSHIP:
+    least = MIN_KINSHIP if found is None else min(MIN_KINSHIP, found - ROUNDING)
+    if kinship is not None and kinship < least:
         raise VerificationError(
             f"The model at {source_uri} does not descend from {lock.base_model!r}, which the lock was made "
-            f"for: the cosine between the weights of both is {kinship:.3f}, below {MIN_KINSHIP:g}.",
+            f"for: the cosine between the weights of both is {kinship:.3f}, below {least:.3g}.",
             next_step="Lock it with a lock of its own base.",
         )
 
@@ -196,7 +216,9 @@ def _fetch(uri: str) -> Path:
         ) from error
 
 
-def _locked_implementation(source: Path, lock: SafetyLock, alpha: float, options: Mapping[str, Any]) -> Any:
+def _locked_implementation(
+    source: Path, lock: SafetyLock, alpha: float, options: Mapping[str, Any], *, looks_at_biases: bool = True
+) -> Any:
     """MLflow's own pyfunc implementation of the fine-tune, locked."""
     described = read_mlmodel(LocalArtifacts(source))
     flavors = described["flavors"]
@@ -212,9 +234,13 @@ def _locked_implementation(source: Path, lock: SafetyLock, alpha: float, options
     else:
         check_stock_loading(artifacts, described, read_config(artifacts, described))
     implementation = mlflow.transformers._load_pyfunc(str(source), dict(options) or None)
-    handle = apply_lock(implementation.get_raw_model().model, lock, alpha)
+    model, name = implementation.get_raw_model().model, f"the model at {source}"
+    own_biases = OwnBiases(model, lock.layers) if looks_at_biases and lock.unit_biases is not None else None
+    handle = apply_lock(model, lock, alpha)
     handle.verify(recompute=False)  # made from these very weights a moment ago
     if lock.unit_biases is not None:
-        model = implementation.get_raw_model().model
-        check_effect(pushes_in_force(model), lock, alpha, f"the model at {source}")
+        pushes = pushes_in_force(model)
+        check_effect(pushes, lock, alpha, name)
+        if own_biases is not None:
+            own_biases.check(lock, alpha, shares_of(pushes, lock, alpha), name)
     return implementation

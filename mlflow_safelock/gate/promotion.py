@@ -25,7 +25,7 @@ from mlflow_safelock.gate.approval import (
     is_prompt,
     original_of,
 )
-from mlflow_safelock.gate.asked import asked_of, was_asked_as_much
+from mlflow_safelock.gate.asked import asked_of, own_biases_in, was_asked_as_much
 from mlflow_safelock.gate.evaluations import file_evaluation, require_evaluations
 from mlflow_safelock.gate.evidence import check_applies, signatories_of, signed_by_rule
 from mlflow_safelock.gate.failpoints import reach
@@ -481,7 +481,7 @@ def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> 
     """Whether what was decided last about this version is this very lock at this very strength.
 
     And whether as much was asked then as is now of what no file can tell afterwards: its tokenizer and, of a
-    gate by tag, whatever ``gate.asked`` has.
+    gate by tag, whatever ``gate.asked`` has. An overlay's receipt tells the loader what to look at.
     """
     return (
         known.locks
@@ -492,6 +492,7 @@ def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> 
         and known.tokenizer in ACCEPTED_TOKENIZERS[approved.rule.tokenizer]
         and is_standalone(known.location) == (approved.rule.carrier == "standalone")
         and was_asked_as_much(approved.rule, known)
+        and (is_standalone(known.location) or own_biases_in(known) == approved.rule.own_biases)
     )
 
 

@@ -83,6 +83,8 @@ class Promotion(_Part):
             1; ``None`` where they could not be compared.
         evaluations: Digests of the evaluations that it rests on. Of a standalone model there are none, since
             it is written before the promotion.
+        own_biases: Whether the model's own biases are compared with the lock's, as the policy had it; not
+            written down where they are, as in receipts from before this was there.
     """
 
     model: NonEmpty
@@ -92,6 +94,7 @@ class Promotion(_Part):
     actor: Actor
     kinship: float | None = None
     evaluations: tuple[Digest, ...] = ()
+    own_biases: Literal["check", "ignore"] = "check"
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -99,6 +102,8 @@ class Promotion(_Part):
         values: dict[str, Any] = serialize(self)
         if not self.evaluations:
             del values["evaluations"]
+        if self.own_biases == "check":
+            del values["own_biases"]
         return values
 
 
