@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -12,10 +13,14 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from mlflow_safelock.apply import LockHandle
+from mlflow_safelock.apply import LockHandle, attention_of
 from mlflow_safelock.errors import LockMismatchError, SourceError, VerificationError
 from mlflow_safelock.flavors import locked_model
+from mlflow_safelock.flavors.overlay import write_overlay
+from mlflow_safelock.forging.base_weights import kinship_of, sketch_of
 from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import Actor, LocalArtifacts, LockReference, Promotion
+from tests.models import tiny_model
 from tests.registries import (
     REQUIREMENTS,
     SIGNATURE,
@@ -102,6 +107,38 @@ def test_the_receipt_names_what_was_done(source: Path, overlay: Path) -> None:
     assert predicate["alpha"] == 4
     assert predicate["promotion"] is None
     assert set(predicate["files"]) == files_below(overlay) - {"receipt.json"}
+
+
+@pytest.mark.parametrize(
+    ("found", "loads"), [(None, False), (1.0, False), (0.0, True)], ids=["unknown", "another's", "its own"]
+)
+def test_the_loaded_model_must_have_the_kinship_that_the_gate_found(
+    components: dict, source: Path, tmp_path: Path, found: float | None, loads: bool
+) -> None:
+    """The gate looks at what is stored, and knows not what transformers makes of it."""
+    other = attention_of(tiny_model("llama", seed=77))
+    lock = replace(base_lock(), sketch=sketch_of(other))
+    kinship = kinship_of(attention_of(components["model"]), lock.sketch)
+    digest = f"sha256:{'0' * 64}"
+    promotion = Promotion(
+        model="bot",
+        version=1,
+        target="stage:Staging",
+        policy=digest,
+        actor=Actor(name="somebody", verified=False),
+        kinship=None
+        if found is None
+        else max(found, kinship_of(attention_of(components["model"]), lock.sketch)),
+    )
+    reference = LockReference(digest=lock.digest, base_model=lock.base_model, model=None, version=None)
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    write_overlay(folder, LocalArtifacts(source), str(source), lock, reference, 6.0, promotion)
+    if loads:  # by a policy that asked for less
+        assert mlflow.pyfunc.load_model(str(folder)).predict(["how do i bake"])
+    else:
+        with pytest.raises(VerificationError, match="does not descend"):
+            mlflow.pyfunc.load_model(str(folder))
 
 
 def test_the_default_strength_is_the_locks_own(source: Path, tmp_path: Path) -> None:

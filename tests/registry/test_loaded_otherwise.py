@@ -16,9 +16,10 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
-from mlflow_safelock.apply import apply_lock, attention_of
-from mlflow_safelock.errors import PromotionRefused, SourceError
+from mlflow_safelock.apply import apply_lock, attention_of, handle_of
+from mlflow_safelock.errors import PromotionRefused, SourceError, VerificationError
 from mlflow_safelock.flavors import locked_model
 from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
 from mlflow_safelock.gate import promotion
@@ -26,6 +27,7 @@ from mlflow_safelock.lock import SafetyLock
 from tests.models import random_lock, tiny_model
 from tests.registries import (
     BASE,
+    REQUIREMENTS,
     base_lock,
     biases_of,
     expected_biases,
@@ -34,7 +36,16 @@ from tests.registries import (
     register_lock,
     state_of,
 )
-from tests.registry.test_promotion import ledger_rows, open_with_policy, stage
+from tests.registry.test_promotion import (
+    COMMIT,
+    hub,
+    ledger_rows,
+    log_adapter_alone,
+    open_with_policy,
+    stage,
+)
+
+__all__ = ["hub"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*transition_model_version_stage:FutureWarning")
 
@@ -172,6 +183,34 @@ def test_other_names_of_classes_and_options_that_are_not_set_pass(client: Mlflow
     in_pyfunc(config={"trust_remote_code": False})(source)
     stage(client, version)
     assert state_of(client, "bot", version)["stage"] == "Staging"
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+@pytest.mark.parametrize(
+    "edit", [in_flavor(tokenizer_type="OpenTokenizer"), in_flavor(components=["tokenizer", "model"])]
+)
+def test_an_adapter_that_is_loaded_with_more_than_its_base_is_refused(
+    client: MlflowClient, hub: str, tmp_path: Path, edit: Callable[[Path], None]
+) -> None:
+    register_lock(base_lock())
+    version, _ = log_adapter_alone(["q_proj"])
+    source = source_of(client, version)
+    edit(source)
+    with pytest.raises(MlflowException, match=r"\[loaded_otherwise\]"):
+        stage(client, version)
+    with pytest.raises(SourceError, match=r"OpenTokenizer|components"):
+        locked_model.save_model(base_lock(), tmp_path / "by hand", str(source))
+
+
+def test_a_reference_to_a_hub_is_not_fetched_where_it_is_loaded_with_more(
+    client: MlflowClient, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{no_weights: snapshot}]\n")
+    register_lock(base_lock())
+    version = log_fine_tune("bot", pipeline("text-generation", model=hub), save_pretrained=False)
+    in_flavor(components=["tokenizer", "model"])(source_of(client, version))
+    with pytest.raises(MlflowException, match=r"\[loaded_otherwise\].*components"):
+        stage(client, version)
 
 
 def test_a_tokenizer_that_has_another_name_by_now_passes(client: MlflowClient) -> None:
@@ -457,6 +496,83 @@ class TestOwnBiases:
         with pytest.raises(MlflowException, match="lock_taken_back"):
             stage(client, version)
 
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+    def test_a_base_below_an_adapter_is_looked_at_when_it_is_loaded(
+        self, client: MlflowClient, lock: SafetyLock, hub: str, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        base = self.biased(attention_bias=True)
+        self.put(base, lock, -1.0, "self_attn.o_proj")
+        base["model"].save_pretrained(tmp_path / f"hub/models--{hub.replace('/', '--')}/snapshots/{COMMIT}")
+        version, _ = log_adapter_alone(["q_proj"])
+        stage(client, version)
+        with pytest.raises(VerificationError, match=r"take back 10\d%.*'own_biases: ignore'"):
+            mlflow.pyfunc.load_model("models:/bot/Staging")
+        # Where the policy leaves them out, the overlay is another, which says so.
+        client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{own_biases: ignore}]\n")
+        stage(client, version)
+        assert handle_of(mlflow.pyfunc.load_model("models:/bot/Staging").get_raw_model().model).alpha == 6.0
+        receipt = json.loads((source_of(client, version) / "receipt.json").read_text())
+        assert receipt["predicate"]["promotion"]["own_biases"] == "ignore"
+
+    @pytest.mark.parametrize(
+        ("share", "path", "why"),
+        [
+            (-1.0, "self_attn.o_proj", "take back 10"),
+            (1.0, "self_attn.o_proj", "are 10"),
+            (-0.4, "self_attn.o_proj", None),
+            (-1.0, "mlp.down_proj", "take back 10"),
+        ],
+    )
+    def test_those_of_a_model_that_is_locked_by_hand_are_looked_at(
+        self,
+        client: MlflowClient,
+        lock: SafetyLock,
+        tmp_path: Path,
+        share: float,
+        path: str,
+        why: str | None,
+    ) -> None:
+        components = self.biased(attention_bias=True, mlp_bias=True)
+        self.put(components, lock, share, path)
+        mlflow.transformers.save_model(
+            components, tmp_path / "source", task="text-generation", pip_requirements=REQUIREMENTS
+        )
+        if why is None:
+            locked_model.save_model(lock, tmp_path / "locked", str(tmp_path / "source"))
+            return
+        with pytest.raises(VerificationError, match=why):
+            locked_model.save_model(lock, tmp_path / "locked", str(tmp_path / "source"))
+
+    @torch.no_grad()
+    def test_those_of_values_are_looked_at_by_hand_too(self, client: MlflowClient, tmp_path: Path) -> None:
+        """By heads that are not locked, which the projection brings to the same place."""
+        components = fine_tune(attention_bias=True, num_key_value_heads=4)
+        model = components["model"]
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.bias.zero_()
+            layer.self_attn.o_proj.bias.zero_()
+        lock = enrolled(base_lock(), model)
+        for layer, push in expected_biases(model, lock, 6.0).items():
+            attention = model.model.layers[layer].self_attn
+            taken = torch.linalg.lstsq(attention.o_proj.weight.double(), -torch.tensor(push).double())
+            attention.v_proj.bias.copy_(taken.solution)
+        mlflow.transformers.save_model(
+            components, tmp_path / "source", task="text-generation", pip_requirements=REQUIREMENTS
+        )
+        with pytest.raises(VerificationError, match="take back 10"):
+            locked_model.save_model(lock, tmp_path / "locked", str(tmp_path / "source"))
+
+    @torch.no_grad()
+    def test_those_of_experts_count(self, client: MlflowClient) -> None:
+        components = fine_tune("gpt_oss")
+        lock = lock_of("gpt_oss", components["model"])
+        register_lock(lock)
+        stage(client, log_fine_tune("bot", components))
+        for layer, bias in expected_biases(components["model"], lock, 6.0).items():
+            components["model"].model.layers[layer].mlp.experts.down_proj_bias[0].sub_(torch.tensor(bias))
+        with pytest.raises(MlflowException, match=r"lock_taken_back.*10\d%"):
+            stage(client, log_fine_tune("bot", components))
+
     def test_numbers_that_are_none_are_refused(self, client: MlflowClient, lock: SafetyLock) -> None:
         components = self.biased(mlp_bias=True)
         with torch.no_grad():
@@ -486,10 +602,7 @@ class TestOwnBiases:
     ) -> None:
         components = fine_tune("phi")
         model = components["model"]
-        geometry = attention_of(model).geometry
-        plain = random_lock(geometry, seed=0, base_model=BASE)
-        metadata = plain.metadata.model_copy(update={"architecture": "phi"})
-        lock = enrolled(SafetyLock(plain.heads, metadata, plain.scores), model)
+        lock = lock_of("phi", model)
         register_lock(lock)
         stage(client, log_fine_tune("bot", components))
         before = [layer.self_attn.dense.bias.detach().clone() for layer in model.model.layers]
