@@ -439,7 +439,7 @@ def bias_carriers(
         layers = [displacement.layer for displacement, _, _ in members]
         biases = stored_biases(pushes, owns, dtype, layers, applied.alpha)
         # The stubs of torch have it return nothing.
-        copies: tuple[torch.Tensor, ...] = torch.unbind_copy(biases)  # type: ignore[func-returns-value]
+        copies: tuple[torch.Tensor, ...] = torch.unbind_copy(biases)  # type: ignore[func-returns-value, assignment]
         for (displacement, projection, _), (bias, copied) in zip(
             members, zip(biases, copies, strict=True), strict=True
         ):
