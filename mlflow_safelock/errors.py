@@ -18,6 +18,7 @@
     ├── SourceError                    the fine-tune behind a locked model cannot be reached
     │   └── UnreachableError           its store does not answer, and may in a while
     ├── VerificationError              something is not what its receipt says
+    │   └── LockWithoutEffectError     a model in which too little of a lock's push arrives
     ├── KeyFileError                   a key file that cannot be used
     ├── SigstoreError                  Sigstore cannot be used to sign or to verify
     ├── PolicyError                    a policy file that cannot be used
@@ -114,6 +115,10 @@ class UnreachableError(SourceError):
 
 class VerificationError(SafelockError):
     """A file, lock or model is not what the receipt says."""
+
+
+class LockWithoutEffectError(VerificationError):
+    """A lock can be put on a model, and too little of its push arrives there, as the weights are."""
 
 
 class KeyFileError(SafelockError):

@@ -149,6 +149,11 @@ class BiasCarrier(Carrier):
         """The bias that ``attach`` puts in place: of shape ``[hidden]``, in the weight's dtype."""
         return self._placed
 
+    @property
+    def own_bias(self) -> torch.Tensor | None:
+        """The bias that the model has of its own, ``[hidden]``; ``None`` where it has none."""
+        return None if self._original is None else self._original.detach()
+
     def check_untouched(self) -> None:
         """Raise VerificationError unless the bias in place is, to the last bit, the one put there."""
         bias = _bias_of(self.projection)

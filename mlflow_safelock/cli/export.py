@@ -92,7 +92,13 @@ def _export_overlay(
     announce(f"Writing {output}, and comparing what stock transformers makes of it")
     with moving() as progress:
         report = save_locked_checkpoint(
-            fine_tune, output, overlay.lock, predicate.alpha, sharing=sharing, progress=progress
+            fine_tune,
+            output,
+            overlay.lock,
+            predicate.alpha,
+            sharing=sharing,
+            progress=progress,
+            require_effect=True,
         )
     return [
         ("folder", report.folder),

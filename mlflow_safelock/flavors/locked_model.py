@@ -19,6 +19,8 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
 from mlflow_safelock.apply.architectures import attention_of
+from mlflow_safelock.apply.effect import check_effect
+from mlflow_safelock.apply.in_force import pushes_in_force
 from mlflow_safelock.apply.in_memory import apply_lock
 from mlflow_safelock.errors import SourceError, VerificationError
 from mlflow_safelock.flavors.environment import default_conda_env, default_pip_requirements
@@ -75,6 +77,7 @@ def save_model(
     Raises:
         SourceError: The source cannot be reached, or is not a model of ``mlflow.transformers``.
         ApplyError: The lock cannot be applied to it.
+        VerificationError: It does not descend from the lock's base, or too little of the push arrives in it.
     """
     folder = Path(path)
     strength = lock.metadata.default_alpha if alpha is None else alpha
@@ -107,6 +110,7 @@ def log_model(
     Raises:
         SourceError: The source cannot be reached, or is not a model of ``mlflow.transformers``.
         ApplyError: The lock cannot be applied to it.
+        VerificationError: It does not descend from the lock's base, or too little of the push arrives in it.
     """
     return Model.log(
         artifact_path=None,
@@ -128,7 +132,7 @@ def load_model(model_uri: str, dst_path: str | None = None, *, source: str | Non
         source: Local copy of the fine-tune, used in place of a download; it must have the fingerprint.
 
     Raises:
-        VerificationError: Something is not what the receipt says.
+        VerificationError: Something is not what the receipt says, or too little of the lock's push arrives.
         SourceError: The fine-tune cannot be reached.
     """
     folder = _download_artifact_from_uri(artifact_uri=model_uri, output_path=dst_path)
@@ -208,4 +212,7 @@ def _locked_implementation(source: Path, lock: SafetyLock, alpha: float, options
     implementation = mlflow.transformers._load_pyfunc(str(source), dict(options) or None)
     handle = apply_lock(implementation.get_raw_model().model, lock, alpha)
     handle.verify(recompute=False)  # made from these very weights a moment ago
+    if lock.unit_biases is not None:
+        model = implementation.get_raw_model().model
+        check_effect(pushes_in_force(model), lock, alpha, f"the model at {source}")
     return implementation

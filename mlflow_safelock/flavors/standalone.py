@@ -135,6 +135,7 @@ def write_standalone(
     Raises:
         ApplyError: The lock does not go onto it, or no checkpoint of its architecture can hold the biases.
         CheckpointError: It cannot be read or written, or could not be confirmed.
+        LockWithoutEffectError: Too little of the lock's push arrives in it; nothing was written.
         SourceError: It is not a model of ``mlflow.transformers``.
     """
     fingerprint = fingerprint or take_fingerprint(reader)
@@ -155,6 +156,7 @@ def write_standalone(
         alpha,
         verify="auto" if complete else "structure",
         progress=progress,
+        require_effect=True,
     )
     check = report.check if complete else structure_in_words(COPIED_ELSEWHERE)
     files_of_weights = tuple(

@@ -7,12 +7,15 @@ it is in.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mlflow_safelock.apply.architectures import Architecture, architecture_of
 from mlflow_safelock.errors import UnsupportedArchitectureError
+from mlflow_safelock.gate.stored_weights import StoredWeight, StoredWeights
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 from mlflow_safelock.provenance import ArtifactReader, read_header
 
@@ -41,16 +44,55 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """What PEFT multiplies low-rank updates by.
+
+    Attributes:
+        lora_alpha: The configuration's.
+        by_root: Whether the root of the rank counts in place of the rank.
+    """
+
+    lora_alpha: float
+    by_root: bool
+
+    def of(self, rank: int) -> float:
+        """The factor for an update of some rank."""
+        return self.lora_alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+@dataclass(frozen=True)
 class Adapter:
     """The low-rank updates of an adapter.
 
     Attributes:
         updates: The halves of the updates.
         biases: Names of the biases of layers that it has besides.
+        weights: Its tensors; ``None`` where they are not to be looked at.
+        scaling: What its updates are multiplied by; ``None`` where that is not told by their rank alone, or
+            something else than adding is done with them.
     """
 
     updates: tuple[Update, ...]
     biases: tuple[str, ...] = ()
+    weights: StoredWeights | None = None
+    scaling: Scaling | None = None
+
+    def pairs(self, module: str) -> Iterator[tuple[int, StoredWeight, StoredWeight]]:
+        """The low-rank updates of a module that are whole.
+
+        Args:
+            module: Its path in a layer.
+
+        Returns:
+            Layer, ``A`` of shape ``[rank, inputs]`` and ``B`` of shape ``[outputs, rank]``.
+        """
+        tensors = {} if self.weights is None else self.weights.tensors
+        for update in self.updates:
+            if update.side != "A" or update.module != module:
+                continue
+            other = tensors.get(update.name.removesuffix("A.weight") + "B.weight")
+            if other is not None and len(other.shape) == 2 and other.shape[1] == update.shape[0] > 0:
+                yield update.layer, tensors[update.name], other
 
     def misfit(self, lock: SafetyLock) -> str:
         """What shows that the adapter was not trained on a model of a lock's shape, in words; empty: nothing.
@@ -72,15 +114,40 @@ class Adapter:
         )
 
 
-def read_adapter(reader: ArtifactReader, path: str) -> Adapter:
+def read_adapter(reader: ArtifactReader, path: str, config: Mapping[str, Any]) -> Adapter:
     """Read the shapes of an adapter's weights, out of the header of their file.
+
+    Args:
+        reader: The artifacts.
+        path: The file of its weights.
+        config: Its configuration.
 
     Raises:
         SourceError: The file is damaged.
     """
-    shapes = {name: shape for name, (_, shape) in read_header(reader, path).kinds.items()}
+    header = read_header(reader, path)
+    tensors = {
+        name: StoredWeight(path, dtype, shape, header.tensors[name])
+        for name, (dtype, shape) in header.kinds.items()
+    }
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     biases = tuple(sorted(name for name in shapes if _BIAS_OF_A_LAYER.search(name)))
-    return Adapter(tuple(_updates(shapes)), biases)
+    weights = StoredWeights(reader, tensors)
+    return Adapter(tuple(_updates(shapes)), biases, weights, _scaling(config))
+
+
+def _scaling(config: Mapping[str, Any]) -> Scaling | None:
+    """How an adapter's updates are scaled, where they are LoRA's own."""
+    lora_alpha = config.get("lora_alpha")
+    is_plain = (
+        config.get("peft_type") == "LORA"
+        # PEFT sets the base's weights anew for other ways to begin, such as PiSSA's.
+        and config.get("init_lora_weights", True) in (True, False, "gaussian")
+        and not any(config.get(name) for name in ("use_dora", "alpha_pattern", "layer_replication"))
+    )
+    if not is_plain or isinstance(lora_alpha, bool) or not isinstance(lora_alpha, int | float):
+        return None
+    return Scaling(float(lora_alpha), bool(config.get("use_rslora")))
 
 
 def _updates(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Update]:

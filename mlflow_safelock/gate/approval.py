@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.gate.effect import checked_effect
 from mlflow_safelock.gate.ledger import Event, LedgerEntry, TokenizerFinding
 from mlflow_safelock.gate.locked_elsewhere import original_by_receipt
 from mlflow_safelock.gate.locks import RegisteredLock, find_lock
@@ -197,8 +198,9 @@ def approve(
         return None
     chosen = find_lock(request.workspace, found, source, policy, rule, registry, artifacts)
     alpha = _permitted_alpha(request, policy, rule, found)
+    arriving = checked_effect(source, chosen.registered.lock, alpha)
     if rule.own_biases == "check":
-        check_own_biases(source, chosen.registered.lock, alpha)
+        check_own_biases(source, chosen.registered.lock, alpha, arriving)
     return Approved(
         request,
         policy,

@@ -6,8 +6,10 @@ this tells the share of its push that the model has in its own biases already, -
 lock itself:
 
 * ``<b, p_l> / <p_l, p_l>`` of the biases ``b`` that are added to the residual stream, with the push ``p_l``;
-* ``<u, v_l> / <v_l, v_l>`` of the biases ``u`` of the values: the weights of attention add up to 1, so that a
-  head's output has the bias of its values whole.
+* ``<u, v_l> / <v_l, v_l>`` of the biases ``u`` of the values, in the locked heads: the weights of attention
+  add up to 1, so that a head's output has the bias of its values whole;
+* ``<W_o u, p_l> / <p_l, p_l>`` of the same in all heads, where rows of ``W_o`` say that it may be a half: the
+  push can be taken back by other heads, or by what is orthogonal to ``v_l``.
 
 A base may have biases of its own, of which a share points either way by chance; so half of the push is what
 counts. This finds a bias that was put there, and no fine-tuning that undoes a lock in other ways.
@@ -15,12 +17,15 @@ counts. This finds a bias that was put there, and no fine-tuning that undoes a l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
 from mlflow_safelock.apply.architectures import Architecture
 from mlflow_safelock.apply.displacement import base_biases, displacements
 from mlflow_safelock.errors import PromotionRefused
+from mlflow_safelock.gate.effect import shares_through
 from mlflow_safelock.gate.source import LanguageModel
 from mlflow_safelock.gate.stored_weights import StoredWeights
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
@@ -45,7 +50,9 @@ FEED_FORWARD = (
 """Paths of the projections by which the feed-forward part of a layer adds to the residual stream."""
 
 
-def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> None:
+def check_own_biases(
+    source: LanguageModel, lock: SafetyLock, alpha: float, arriving: Mapping[int, float]
+) -> None:
     """Refuse a fine-tune whose own biases take a lock's push back, or are a lock's already.
 
     Nothing is read of a model without such biases. Nothing is told for a lock without unit biases.
@@ -54,6 +61,8 @@ def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> N
         source: The fine-tune.
         lock: The lock, with what its base makes of it (``unit_biases``).
         alpha: Its strength.
+        arriving: The share of each layer's push that arrives as the weights are, where that is known; what
+            is missing of it counts as taken back.
 
     Raises:
         PromotionRefused: They do, or are; or it is an adapter with biases, which are added to those of a base
@@ -72,12 +81,16 @@ def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float) -> N
     if weights is None or architecture is None or lock.unit_biases is None:
         return
     shares = _shares(weights, architecture, lock, alpha)
-    least, layer = min((min(found), layer) for layer, found in shares.items())
-    if least <= TAKEN_BACK:
+    missing = {layer: min(arriving.get(layer, 1.0), 1.0) - 1.0 for layer in shares}
+    least, layer = min((min(found) + missing[layer], layer) for layer, found in shares.items())
+    taken = min(shares[layer])
+    # Not without a bias that takes something back: of what arrives alone another check decides.
+    if least <= TAKEN_BACK and taken < 0:
+        arrives = f", of which {1 + missing[layer]:.0%} arrives" if missing[layer] else ""
         raise PromotionRefused(
             "lock_taken_back",
-            f"The model has biases of its own that take back {-least:.0%} of what the lock at alpha "
-            f"{alpha:g} adds in layer {layer}.",
+            f"The model has biases of its own that take back {-taken:.0%} of what the lock at alpha "
+            f"{alpha:g} adds in layer {layer}{arrives}.",
             next_step=f"Register a fine-tune without them. {_WAY_OUT}",
         )
     most, layer = max((max(found), layer) for layer, found in shares.items())
@@ -102,6 +115,12 @@ def _shares(
     of_values = f"{output.rpartition('.')[0]}.{VALUES}"
     biases = weights.biases(architecture, lock.geometry, (output, of_values, *FEED_FORWARD))
     heads = {displaced.layer: displaced for displaced in displacements(lock, alpha)}
+    outputs = {
+        layer: _of_heads(biases[layer][of_values], lock.geometry)
+        for layer in heads.keys() & biases.keys()
+        if of_values in biases[layer] and biases[layer][of_values].size % lock.geometry.head_dim == 0
+    }
+    through = shares_through(weights, architecture, lock, alpha, outputs)
     shares = {}
     for layer, push in base_biases(lock, alpha).items():
         found: dict[str, float] = {}
@@ -110,11 +129,14 @@ def _shares(
             for path, values in biases[at].items():
                 if path != of_values and values.shape == push.shape:
                     found[path] = found.get(path, 0.0) + _share(values, push.numpy())
-        values_here = biases.get(layer, {}).get(of_values)
-        if values_here is not None and values_here.size % lock.geometry.head_dim == 0:
-            own = _of_heads(values_here, heads[layer].heads, lock.geometry)
-            found[of_values] = _share(own, heads[layer].values.numpy())
-        shares[layer] = (sum(found.values()), *found.values())
+        # Two ways to look at the same biases: one of them counts in the sum.
+        of_the_values = [through[layer]] if layer in through else []
+        if layer in outputs:
+            own = outputs[layer][list(heads[layer].heads)]
+            of_the_values.append(_share(own, heads[layer].values.numpy()))
+        others = sum(found.values())
+        sums = [others + share for share in of_the_values or [0.0]]
+        shares[layer] = (*sums, *found.values(), *of_the_values)
     return shares
 
 
@@ -123,10 +145,11 @@ def _share(own: npt.NDArray[np.float64], push: npt.NDArray[np.float64]) -> float
     return float(np.sum(own * push)) / size if size else 0.0
 
 
-def _of_heads(
-    values: npt.NDArray[np.float64], heads: tuple[int, ...], geometry: AttentionGeometry
-) -> npt.NDArray[np.float64]:
-    """What the biases of the values are in the outputs of some query heads, ``[len(heads), head_dim]``."""
+def _of_heads(values: npt.NDArray[np.float64], geometry: AttentionGeometry) -> npt.NDArray[np.float64]:
+    """What the biases of the values are in the outputs of the query heads, ``[heads, head_dim]``.
+
+    Query heads that are neighbours share a key/value head.
+    """
     of_each = values.reshape(-1, geometry.head_dim)
     shared_by = max(1, geometry.heads // len(of_each))
-    return np.array([of_each[min(head // shared_by, len(of_each) - 1)] for head in heads])
+    return np.array([of_each[min(head // shared_by, len(of_each) - 1)] for head in range(geometry.heads)])

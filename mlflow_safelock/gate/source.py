@@ -254,12 +254,12 @@ def _adapter(reader: ArtifactReader, paths: set[str], described: Mapping[str, An
             f"The adapter's configuration or its safetensors weights are missing in {folder!r}.",
             next_step="Log it again: mlflow.transformers.log_model saves both.",
         )
-    named = _read_config(reader, config_path).get("base_model_name_or_path")
+    config = _read_config(reader, config_path)
     said = {
-        "base_model_name_or_path in adapter_config.json": named,
+        "base_model_name_or_path in adapter_config.json": config.get("base_model_name_or_path"),
         "source_model_name in MLmodel": base,
     }
-    adapter = read_adapter(reader, f"{folder}/adapter_model.safetensors")
+    adapter = read_adapter(reader, f"{folder}/adapter_model.safetensors", config)
     return LanguageModel(None, _hints(said), adapter=adapter)
 
 

@@ -22,6 +22,7 @@ from mlflow_safelock.errors import SourceError
 from mlflow_safelock.kinship import KinshipSketch, cosine
 from mlflow_safelock.lock import AttentionGeometry
 from mlflow_safelock.provenance import ArtifactReader, Span, read_header
+from mlflow_safelock.provenance.fingerprint import for_each
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -55,6 +56,11 @@ class StoredWeight:
     dtype: str
     shape: tuple[int, ...]
     span: Span
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its numbers are what is stored: floating point, with no scales beside them."""
+        return self.dtype in ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -190,21 +196,37 @@ class StoredWeights:
             SourceError: The weights cannot be read.
         """
         length = sketch.values.shape[2]
-        runs: dict[str, list[Span]] = defaultdict(list)
-        types = []
+        parts: list[tuple[StoredWeight, int, int]] = []
         for layer, offsets in zip(sketch.layers.tolist(), sketch.offsets.tolist(), strict=True):
             weight = self.output_projection(architecture, layer)
             if weight is None or weight.dtype not in _DECODERS:
                 return None
             if max(offsets) + length > math.prod(weight.shape):
                 return 0.0  # a smaller matrix is no descendant's
+            parts.extend((weight, offset, length) for offset in offsets)
+        return cosine(sketch, np.array(self.numbers(parts)).reshape(sketch.values.shape))
+
+    def numbers(self, parts: Sequence[tuple[StoredWeight, int, int]]) -> list[npt.NDArray[Any]]:
+        """Read some numbers of some tensors, those of one file together.
+
+        Args:
+            parts: Tensors of a type that is known here, each with where the numbers begin in it and how many
+                they are, counted in numbers.
+
+        Returns:
+            The numbers of each part; those of 8 bits without the scales that may stand beside them.
+
+        Raises:
+            SourceError: They cannot be read.
+        """
+        spans: dict[str, list[Span]] = defaultdict(list)
+        for weight, offset, length in parts:
             size = ITEM_BITS[weight.dtype] // 8
-            spans = [(weight.span[0] + offset * size, length * size) for offset in offsets]
-            runs[weight.file].extend(spans)
-            types.extend([(weight.file, weight.dtype)] * len(spans))
-        read = {file: iter(self.reader.read_many(file, spans)) for file, spans in runs.items()}
-        values = [_DECODERS[dtype](next(read[file])) for file, dtype in types]
-        return cosine(sketch, np.array(values).reshape(sketch.values.shape))
+            spans[weight.file].append((weight.span[0] + offset * size, length * size))
+        files = list(spans)
+        found = for_each(self.reader, files, lambda file: self.reader.read_many(file, spans[file]))
+        read = dict(zip(files, map(iter, found), strict=True))
+        return [_DECODERS[weight.dtype](next(read[weight.file])) for weight, _, _ in parts]
 
     def _has_some(self, architecture: Architecture, layer: int) -> bool:
         """Whether a layer's output projection is stored in any form."""

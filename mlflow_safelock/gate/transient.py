@@ -10,7 +10,13 @@ import errno
 from collections.abc import Iterator
 from http import HTTPStatus
 
-from mlflow_safelock.errors import PromotionRefused, SafelockError, SigstoreError, UnreachableError
+from mlflow_safelock.errors import (
+    LockWithoutEffectError,
+    PromotionRefused,
+    SafelockError,
+    SigstoreError,
+    UnreachableError,
+)
 
 _STATUSES = frozenset(
     {
@@ -30,6 +36,9 @@ _ERRNOS = frozenset(
 _NAMES = ("Timeout", "ConnectionError", "RetryError", "ServiceUnavailable")
 """Classes of errors, by name, that clients of stores have for it without a common base."""
 
+WITHOUT_EFFECT = "lock_without_effect"
+"""Reason of a refusal: too little of the lock's push arrives in the fine-tune."""
+
 AGAIN = "It may be over in a while: do it again."
 
 
@@ -41,7 +50,8 @@ def is_transient(error: BaseException) -> bool:
 def unreadable(error: SafelockError) -> PromotionRefused:
     """The refusal of a promotion whose artifacts cannot be read or written, or not verified or signed."""
     if not is_transient(error):
-        reason = "no_sigstore" if isinstance(error, SigstoreError) else "unreadable"
+        reasons = {SigstoreError: "no_sigstore", LockWithoutEffectError: WITHOUT_EFFECT}
+        reason = next((reasons[kind] for kind in reasons if isinstance(error, kind)), "unreadable")
         return PromotionRefused(reason, error.cause, next_step=error.next_step)
     again = "" if isinstance(error, UnreachableError) else f"{AGAIN} "
     return PromotionRefused("unreachable", error.cause, next_step=f"{again}{error.next_step}".strip())

@@ -280,20 +280,66 @@ class TestOwnBiases:
             np.testing.assert_allclose(served[layer], own[layer] + bias, rtol=1e-4, atol=1e-5)
 
     @torch.no_grad()
-    def test_those_of_values_reach_the_output_whole(self, client: MlflowClient) -> None:
-        components = fine_tune(attention_bias=True, num_key_value_heads=4)
-        model, lock = components["model"], base_lock()
-        for layer in model.model.layers:
+    def with_value_biases(
+        self, kv_heads: int, lock: SafetyLock, **config: Any
+    ) -> tuple[dict[str, Any], SafetyLock]:
+        """A base with biases of zero, and the lock that knows it."""
+        components = fine_tune(attention_bias=True, num_key_value_heads=kv_heads, **config)
+        for layer in components["model"].model.layers:
             layer.self_attn.v_proj.bias.zero_()
             layer.self_attn.o_proj.bias.zero_()
-        lock = enrolled(lock, model)
-        register_lock(lock)
+        known = enrolled(lock, components["model"])
+        register_lock(known)
+        return components, known
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("kv_heads", [4, 2])
+    def test_those_of_values_reach_the_output_whole(self, client: MlflowClient, kv_heads: int) -> None:
+        one_of_each = {(one.layer, one.head // 2): one for one in base_lock().heads}
+        plain = SafetyLock(tuple(one_of_each.values()), base_lock().metadata, base_lock().scores)
+        components, lock = self.with_value_biases(kv_heads, plain)
         width = lock.geometry.head_dim
         for locked in lock.heads:
             taken = torch.tensor(-6.0 * locked.std * locked.direction.astype(np.float64))
-            bias = model.model.layers[locked.layer].self_attn.v_proj.bias
-            bias[locked.head * width : (locked.head + 1) * width] = taken
-        with pytest.raises(MlflowException, match=r"lock_taken_back.*100%"):
+            bias = components["model"].model.layers[locked.layer].self_attn.v_proj.bias
+            number = locked.head * kv_heads // lock.geometry.heads
+            bias[number * width : (number + 1) * width] = taken
+        with pytest.raises(MlflowException, match=r"lock_taken_back.*1\d\d%"):
+            stage(client, log_fine_tune("bot", components))
+
+    @torch.no_grad()
+    def test_nor_may_they_go_round_the_locked_directions(self, client: MlflowClient) -> None:
+        """Biases orthogonal to what is added, of which the projections make its opposite all the same."""
+        components, lock = self.with_value_biases(4, base_lock(head_dim=16), head_dim=16)
+        model, tokens = components["model"], torch.arange(5, 25)[None]
+        plain, heads = model(input_ids=tokens).logits, (lock.geometry.heads, lock.geometry.head_dim)
+        for layer, push in expected_biases(model, lock, 6.0).items():
+            attention, added = model.model.layers[layer].self_attn, np.zeros(heads)
+            for locked in lock.heads:
+                if locked.layer == layer:
+                    added[locked.head] = locked.std * locked.direction
+            along = added.ravel() / np.linalg.norm(added)
+            across = np.eye(len(along)) - np.outer(along, along)
+            weight = attention.o_proj.weight.double().numpy()
+            bias = across @ np.linalg.lstsq(weight @ across, -push, rcond=None)[0]
+            assert abs(bias @ along) < 1e-6
+            attention.v_proj.bias.copy_(torch.tensor(bias))
+        with apply_lock(model, lock, 6.0):
+            # The lock is in force, and the model is what it was without one.
+            assert torch.allclose(model(input_ids=tokens).logits, plain, atol=1e-3)
+        with pytest.raises(MlflowException, match=r"lock_taken_back.* 100%"):
+            stage(client, log_fine_tune("bot", components))
+
+    def test_what_does_not_arrive_is_taken_back_as_well(self, client: MlflowClient, lock: SafetyLock) -> None:
+        """Neither is half of the push, and both are more."""
+        components = self.biased(attention_bias=True)
+        with torch.no_grad():
+            for layer in components["model"].model.layers:
+                layer.self_attn.o_proj.weight.mul_(0.8)
+        stage(client, log_fine_tune("bot", components))
+        # Of what arrives: half of it are four tenths.
+        self.put(components, lock, -0.5, "self_attn.o_proj")
+        with pytest.raises(MlflowException, match=r"lock_taken_back.* take back 4\d% .*of which 80% arrives"):
             stage(client, log_fine_tune("bot", components))
 
     def test_what_a_stored_bias_takes_back_no_other_makes_up_for(

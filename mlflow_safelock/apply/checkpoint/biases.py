@@ -26,12 +26,14 @@ class Biases:
         replaced: New values of tensors that are there, by name, of the same shape and dtype.
         layers: The layers with a bias from the lock.
         error: Largest distance of a stored bias from the one in float64, relative to the length of that.
+        pushes: What the lock adds to each of these layers' outputs, float64 ``[hidden]``, by layer.
     """
 
     added: Mapping[str, torch.Tensor]
     replaced: Mapping[str, torch.Tensor]
     layers: tuple[int, ...]
     error: float
+    pushes: Mapping[int, torch.Tensor]
 
 
 def biases_of(source: CheckpointSource, lock: SafetyLock, alpha: float) -> Biases:
@@ -59,12 +61,13 @@ def biases_of(source: CheckpointSource, lock: SafetyLock, alpha: float) -> Biase
     }
     pushed = {name: bias.stored for name, bias in found.items()}
     error = max(bias.error for bias in found.values())
+    pushes = dict(zip(lock.layers, (bias.push for bias in found.values()), strict=True))
     if has_output_bias(source):
-        return Biases({}, pushed, lock.layers, error)
+        return Biases({}, pushed, lock.layers, error, pushes)
     _refuse_without_place(source)
     zeros = {name: bias for path in paths for name, bias in _zero_biases(source, path)}
     _refuse_unused_biases(source, zeros)
-    return Biases({**zeros, **pushed}, {}, lock.layers, error)
+    return Biases({**zeros, **pushed}, {}, lock.layers, error, pushes)
 
 
 def has_output_bias(source: CheckpointSource) -> bool:
@@ -104,10 +107,12 @@ class _LayerBias:
     Attributes:
         stored: As the checkpoint holds it.
         error: Distance from the one in float64, relative to its length.
+        push: What the lock has in it, float64.
     """
 
     stored: torch.Tensor
     error: float
+    push: torch.Tensor
 
 
 def _layer_bias(source: CheckpointSource, path: str, displacement: Displacement, alpha: float) -> _LayerBias:
@@ -117,7 +122,8 @@ def _layer_bias(source: CheckpointSource, path: str, displacement: Displacement,
     dtype = bias_dtype(source, path) if own is None else own.dtype
     stored = stored_bias(push, own, dtype, displacement.layer, alpha)
     length = float(exact.norm())
-    return _LayerBias(stored, float((stored.double() - exact).norm()) / length if length else 0.0)
+    error = float((stored.double() - exact).norm()) / length if length else 0.0
+    return _LayerBias(stored, error, push)
 
 
 def _own_bias(weights: StoredWeights, name: str) -> torch.Tensor:

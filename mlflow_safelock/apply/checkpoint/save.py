@@ -23,6 +23,7 @@ from mlflow_safelock.apply.checkpoint.stillness import refuse_changed, stamps_of
 from mlflow_safelock.apply.checkpoint.tokenizer import keep_tokenizer
 from mlflow_safelock.apply.checkpoint.weights import INDEX_FILE
 from mlflow_safelock.apply.checkpoint.writing import write_weights
+from mlflow_safelock.apply.effect import check_effect
 from mlflow_safelock.apply.in_memory import check_geometry
 from mlflow_safelock.errors import CheckpointError
 from mlflow_safelock.lock import SafetyLock
@@ -37,6 +38,7 @@ def save_locked_checkpoint(
     verify: Verify = "auto",
     sharing: Literal["link", "copy"] = "link",
     progress: Progress = silent,
+    require_effect: bool = False,
 ) -> CheckpointReport:
     """Write a locked copy of a fine-tune that stock ``transformers`` loads, locked, from its folder alone.
 
@@ -60,6 +62,8 @@ def save_locked_checkpoint(
             else copied. A hard link is the same file: what is edited *in place* in one folder changes in the
             other. ``copy``: the folder is independent, and costs as much as the source.
         progress: Is told how many bytes of the weights are in their place, and of how many.
+        require_effect: Whether to refuse a fine-tune in which less than half of the push arrives, in some
+            layer, that the lock makes in its base. That is told of locks with unit biases only.
 
     Returns:
         What was written, and how it was confirmed.
@@ -70,6 +74,7 @@ def save_locked_checkpoint(
         CheckpointError: The source cannot be read or is of a kind that cannot be locked, the folder cannot be
             written, the source changed meanwhile, or the folder could not be confirmed.
         LockMismatchError: The lock is for another attention shape.
+        LockWithoutEffectError: Too little of the push arrives, where that is asked.
         UnsupportedArchitectureError: No checkpoint of this architecture can hold the biases.
     """
     strength = checked_alpha(alpha)
@@ -86,6 +91,8 @@ def save_locked_checkpoint(
     used = set(_files_of(source))
     check_geometry(lock, source.geometry, str(source_folder))
     biases = biases_of(source, lock, strength)
+    if require_effect:
+        check_effect(biases.pushes, lock, strength, f"the fine-tune at {source_folder}")
     with written_aside(folder) as beside:
         meter = Meter("Weights", source.weights.size, progress)
         written = write_weights(source.weights, biases, beside, share, meter.add)

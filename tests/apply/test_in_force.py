@@ -1,0 +1,109 @@
+"""What a lock adds in a loaded model, whatever its projections are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from mlflow_safelock.apply import apply_lock, attention_of
+from mlflow_safelock.apply.displacement import base_biases
+from mlflow_safelock.apply.effect import check_effect, shares_of
+from mlflow_safelock.apply.in_force import pushes_in_force
+from mlflow_safelock.errors import LockWithoutEffectError, VerificationError
+from mlflow_safelock.forging.base_weights import unit_biases_of
+from mlflow_safelock.lock import SafetyLock
+from tests.models import random_lock, tiny_model
+
+
+class Packed(nn.Module):
+    """A projection with its weight in 8 bits and a scale for each row, as quantisers keep it."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        scales = weight.abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("codes", (weight / scales).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.register_buffer("own", bias)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(inputs, self.codes * self.scales, self.own)
+
+
+def known(model: Any) -> SafetyLock:
+    attention = attention_of(model)
+    lock = random_lock(attention.geometry, heads=6)
+    return replace(lock, unit_biases=unit_biases_of(attention, lock.heads))
+
+
+@torch.no_grad()
+def packed(model: Any) -> Any:
+    for layer in model.model.layers:
+        own = layer.self_attn.o_proj
+        layer.self_attn.o_proj = Packed(own.weight, own.bias)
+    return model
+
+
+def pushes(model: Any, lock: SafetyLock) -> dict[int, torch.Tensor]:
+    with apply_lock(model, lock, 6.0):
+        return pushes_in_force(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [{}, {"attention_bias": True}])
+@pytest.mark.parametrize("change", [lambda model: model, packed], ids=["plain", "packed"])
+def test_it_is_what_the_base_makes_without_the_models_own_bias(
+    config: dict[str, Any], change: Any, dtype: torch.dtype
+) -> None:
+    lock = known(tiny_model("llama", **config))
+    found = pushes(change(tiny_model("llama", **config).to(dtype)), lock)
+    expected = base_biases(lock, 6.0)
+    assert found.keys() == expected.keys()
+    for layer, push in expected.items():
+        np.testing.assert_allclose(found[layer].double(), push, atol=0.02 * float(push.abs().max()))
+    assert all(abs(share - 1) < 0.01 for share in shares_of(found, lock, 6.0).values())
+
+
+@torch.no_grad()
+def test_adapters_count_as_far_as_they_are_switched_on() -> None:
+    lock, base = known(tiny_model("llama")), tiny_model("llama")
+    generator = torch.Generator().manual_seed(0)
+    adapted = get_peft_model(base, LoraConfig(r=8, target_modules=["o_proj"], lora_alpha=8)).eval()
+    for layer in adapted.base_model.model.model.layers:
+        projection = layer.self_attn.o_proj
+        down, up = projection.lora_A["default"].weight, projection.lora_B["default"].weight
+        down.copy_(torch.linalg.qr(torch.randn(down.shape[1], 8, generator=generator))[0].T)
+        up.copy_(-projection.base_layer.weight @ down.T)
+    with_it = shares_of(pushes(adapted, lock), lock, 6.0)
+    with adapted.disable_adapter():
+        without = shares_of(pushes(adapted, lock), lock, 6.0)
+    merged = shares_of(pushes(adapted.merge_and_unload(), lock), lock, 6.0)
+    assert without == pytest.approx(dict.fromkeys(lock.layers, 1.0), abs=1e-4)
+    assert with_it == pytest.approx(merged, abs=1e-4)
+    assert all(share < 0.95 for share in with_it.values())
+
+
+@pytest.mark.parametrize("change", [lambda model: model, packed], ids=["plain", "packed"])
+def test_the_layer_in_which_too_little_arrives_is_named(change: Any) -> None:
+    lock, model = known(tiny_model("llama")), tiny_model("llama")
+    layer = lock.layers[-1]
+    with torch.no_grad():
+        model.model.layers[layer].self_attn.o_proj.weight.mul_(0.4)
+    found = pushes(change(model), lock)
+    with pytest.raises(LockWithoutEffectError, match=rf"40% arrives in layer {layer} of my model.*Use a"):
+        check_effect(found, lock, 6.0, "my model")
+    check_effect(found, replace(lock, unit_biases=None), 6.0, "my model")
+
+
+def test_a_projection_that_cannot_be_called_is_an_error_that_says_so() -> None:
+    lock, model = known(tiny_model("llama")), packed(tiny_model("llama"))
+    with apply_lock(model, lock, 6.0):
+        projection = model.model.layers[lock.layers[0]].self_attn.o_proj
+        projection.codes = torch.zeros(3, 3)
+        with pytest.raises(VerificationError, match=rf"Layer {lock.layers[0]}: .* cannot be called"):
+            pushes_in_force(model)
