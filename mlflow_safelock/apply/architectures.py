@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -235,4 +234,9 @@ def _suffixes(path: str) -> Iterator[str]:
 
 
 def _at(root: Any, path: str) -> Any:
-    return reduce(lambda module, name: getattr(module, name, None), path.split("."), root)
+    found = root
+    for name in path.split("."):
+        # A module looks its parts up where attributes are that it lacks: slow, for something done per layer.
+        parts = getattr(found, "_modules", {})
+        found = parts[name] if name in parts else getattr(found, name, None)
+    return found

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -89,7 +89,7 @@ class Carrier(ABC):
         """Put the layer's share of the lock in place."""
         self._put_in_place()
         for module in self.modules:
-            setattr(module, _ATTRIBUTE, self)
+            module.__dict__[_ATTRIBUTE] = self  # no parameter, buffer or module, for which setattr would look
 
     def detach(self) -> None:
         """Leave the projection as it was before ``attach``.
@@ -100,7 +100,7 @@ class Carrier(ABC):
         self.check_untouched()
         self._take_away()
         for module in self.modules:
-            delattr(module, _ATTRIBUTE)
+            del module.__dict__[_ATTRIBUTE]
 
     @abstractmethod
     def check_untouched(self) -> None:
@@ -135,12 +135,14 @@ class BiasCarrier(Carrier):
         architecture: Architecture,
         geometry: AttentionGeometry,
         bias: torch.Tensor,
+        parameter: torch.Tensor,
     ) -> None:
         super().__init__(applied, displacement, projection)
         self._architecture = architecture
         self._geometry = geometry
         self._original: nn.Parameter | None = _bias_of(projection)
-        self._placed = bias
+        # Apart from each other, so that this carrier notices when the parameter is edited in place.
+        self._placed, self._parameter = bias, parameter
 
     @property
     def bias(self) -> torch.Tensor:
@@ -182,8 +184,8 @@ class BiasCarrier(Carrier):
             )
 
     def _put_in_place(self) -> None:
-        # A clone, so that this carrier notices when the parameter is edited in place.
-        self.projection.bias = nn.Parameter(self._placed.clone(), requires_grad=False)
+        # The name is there, with None, where there was no bias: all that registering does is this.
+        self.projection._parameters["bias"] = nn.Parameter(self._parameter, requires_grad=False)
 
     def _take_away(self) -> None:
         original, current = self._original, _bias_of(self.projection)
@@ -441,15 +443,21 @@ def bias_carriers(
         ]
         layers = [displacement.layer for displacement, _, _ in members]
         biases = stored_biases(pushes, owns, dtype, layers, applied.alpha)
-        for (displacement, projection, _), bias in zip(members, biases, strict=True):
-            yield BiasCarrier(applied, displacement, projection, architecture, geometry, bias)
+        # The stubs of torch have it return nothing.
+        copies: tuple[torch.Tensor, ...] = torch.unbind_copy(biases)  # type: ignore[func-returns-value, assignment]
+        for (displacement, projection, _), (bias, copied) in zip(
+            members, zip(biases, copies, strict=True), strict=True
+        ):
+            yield BiasCarrier(applied, displacement, projection, architecture, geometry, bias, copied)
 
 
 def carrier_on(projection: nn.Module) -> Carrier | None:
     """The carrier that sits on a projection, or on what it wraps, if any."""
-    modules = (projection, *(module for module, _ in _wrapped_by(projection)))
-    found = (module.__dict__.get(_ATTRIBUTE) for module in modules)
-    return next((carrier for carrier in found if isinstance(carrier, Carrier)), None)
+    own = projection.__dict__.get(_ATTRIBUTE)
+    if own is None and projection._modules:
+        found = (module.__dict__.get(_ATTRIBUTE) for module, _ in _wrapped_by(projection))
+        own = next((carrier for carrier in found if carrier is not None), None)
+    return own if isinstance(own, Carrier) else None
 
 
 def compile_anew(carriers: Iterable[Carrier]) -> None:
@@ -482,12 +490,8 @@ def _roundoff(dtype: torch.dtype) -> float:
 
 
 def _weight_of(projection: nn.Module) -> torch.Tensor:
-    weight = projection.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
+    return cast("torch.Tensor", projection.weight)
 
 
 def _bias_of(projection: nn.Module) -> nn.Parameter | None:
-    bias = projection.bias
-    assert bias is None or isinstance(bias, nn.Parameter)
-    return bias
+    return cast("nn.Parameter | None", projection.bias)

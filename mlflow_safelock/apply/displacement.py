@@ -13,9 +13,9 @@ weights) within a head and in float64 over heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from typing import Literal
 
@@ -120,13 +120,14 @@ def output_biases(
     Returns:
         Float64 of shape ``[len(parts), hidden]``, as there.
     """
-    columns = [head_weight(head).detach() for head_weight, pushed in parts for head in pushed.heads]
-    values = torch.cat([pushed.values for _, pushed in parts])
+    # Each in its turn: where they are read from a file, the next ones may take the place of the last.
+    columns = (head_weight(head) for head_weight, pushed in parts for head in pushed.heads)
+    first = next(columns)
+    values = torch.cat([pushed.values for _, pushed in parts]).to(first.device, _accumulator(first.dtype))
     counts = [len(pushed.heads) for _, pushed in parts]
-    device, accumulator = columns[0].device, _accumulator(columns[0].dtype)
-    if device.type == "cpu":
-        return _one_by_one(columns, values.to(accumulator), counts, workspace or Workspace())
-    return _at_once(columns, values.to(device, accumulator), counts)
+    if first.device.type == "cpu":
+        return _one_by_one(chain([first], columns), values, counts, workspace or Workspace())
+    return _at_once([first, *columns], values, counts)
 
 
 def base_biases(lock: SafetyLock, alpha: float) -> dict[int, torch.Tensor]:
@@ -204,27 +205,26 @@ def stored_biases(
         nothing = torch.zeros_like(pushes[0])
         totals = pushes + torch.stack([nothing if own is None else own.to(nothing) for own in owns])
     stored = totals.to(dtype)
-    lost = torch.linalg.vector_norm(stored.to(totals) - totals, dim=-1)
-    kept = (lost <= accepted_loss(pushes, totals, dtype)) & pushes.any(dim=-1)
-    if kept.all():
-        return stored
-    first = kept.tolist().index(False)
-    raise _lost(totals[first], dtype, f"the bias of layer {layers[first]}", alpha)
+    # One answer is waited for, whatever the number of layers: on a GPU, waiting is what takes time.
+    lengths = torch.linalg.vector_norm(torch.stack([stored.to(totals) - totals, totals, pushes]), dim=-1)
+    for place, (lost, total, push) in enumerate(zip(*lengths.tolist(), strict=True)):
+        if not (push > 0.0 and lost <= accepted_loss(push, total, dtype)):
+            raise _lost(totals[place], dtype, f"the bias of layer {layers[place]}", alpha)
+    return stored
 
 
-def accepted_loss(push: torch.Tensor, total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def accepted_loss(push: float, total: float, dtype: torch.dtype) -> float:
     """How far a stored bias may be from the exact one for the lock to be in force.
 
     Args:
-        push: What the lock adds, in float64, ``[..., hidden]``.
-        total: The exact bias: the push, and the bias that the model has of its own.
+        push: Length of what the lock adds.
+        total: Length of the exact bias: of the push, and of the bias that the model has of its own.
         dtype: The dtype that it is stored in.
 
     Returns:
-        A length, ``[...]``: a few roundings of the bias, but never more than half of the push.
+        A length: a few roundings of the bias, but never more than half of the push.
     """
-    rounding = _ROUNDINGS * torch.finfo(dtype).eps * torch.linalg.vector_norm(total, dim=-1)
-    return torch.minimum(rounding, torch.linalg.vector_norm(push, dim=-1) / 2)
+    return min(_ROUNDINGS * torch.finfo(dtype).eps * total, push / 2)
 
 
 def check_kept(push: torch.Tensor, dtype: torch.dtype, layer: int, alpha: float) -> None:
@@ -239,7 +239,8 @@ def check_kept(push: torch.Tensor, dtype: torch.dtype, layer: int, alpha: float)
     Raises:
         AlphaError: It is lost in the rounding to the dtype, or beyond what that can hold.
     """
-    if torch.linalg.vector_norm(push.to(dtype).to(push) - push) <= accepted_loss(push, push, dtype):
+    length = float(torch.linalg.vector_norm(push))
+    if torch.linalg.vector_norm(push.to(dtype).to(push) - push) <= accepted_loss(length, length, dtype):
         return
     raise _lost(push, dtype, f"the push on layer {layer}", alpha)
 
@@ -259,9 +260,10 @@ def head_weight_of(weight: torch.Tensor, head_dim: int, layout: Literal["linear"
         head_dim: Width of a head.
         layout: How the weight is laid out.
     """
+    held = weight.detach()
     if layout == "linear":
-        return lambda head: weight[:, head_columns(head, head_dim)]
-    return lambda head: weight[head_columns(head, head_dim)].T
+        return lambda head: held.narrow(1, head * head_dim, head_dim)
+    return lambda head: held.narrow(0, head * head_dim, head_dim).T
 
 
 def _lost(total: torch.Tensor, dtype: torch.dtype, what: str, alpha: float) -> AlphaError:
@@ -295,37 +297,36 @@ def _refuse_beyond_float32(lock: SafetyLock, pushes: npt.NDArray[np.float64], al
 
 
 def _one_by_one(
-    columns: Sequence[torch.Tensor], values: torch.Tensor, counts: Sequence[int], workspace: Workspace
+    columns: Iterable[torch.Tensor], values: torch.Tensor, counts: Sequence[int], workspace: Workspace
 ) -> torch.Tensor:
     """For a CPU: a head's columns fit its caches, those of all heads do not."""
-    products = values.new_empty(len(columns), columns[0].shape[0])
-    for weight, displaced, product in zip(columns, values, products, strict=True):
+    products = []
+    for weight, displaced in zip(columns, values, strict=True):
         if weight.stride(-1) == 1 and not weight.is_contiguous():
             # Also where the dtype stays: a product of rows that lie apart takes twice the time of both.
             gathered = workspace.gathered(weight, values.dtype)
         else:
             gathered = weight.to(values.dtype)
-        torch.mv(gathered, displaced, out=product)
-    return torch.stack(
-        [terms.sum(dim=0, dtype=torch.float64) for terms in torch.split(products, list(counts))]
-    )
+        products.append(torch.mv(gathered, displaced))
+    of_layers = torch.split(torch.stack(products), list(counts))
+    return torch.stack([terms.sum(dim=0, dtype=torch.float64) for terms in of_layers])
 
 
 def _at_once(columns: Sequence[torch.Tensor], values: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """For a GPU: a few long steps in place of many short ones, and no product that may round to TF32."""
     step = max(1, _NUMBERS_AT_ONCE // columns[0].numel())
-    products = [
-        (torch.stack(list(columns[start : start + step])) * values[start : start + step, None]).sum(dim=-1)
+    widest = values.dtype if values.device.type == "mps" else torch.float64
+    terms = [
+        (torch.stack(list(columns[start : start + step])) * values[start : start + step, None]).sum(
+            dim=-1, dtype=widest
+        )
         for start in range(0, len(columns), step)
     ]
-    terms = torch.cat(products)
-    if terms.device.type != "mps":
-        terms = terms.double()
     # As many places for every layer as the fullest needs, so that one sum serves all.
     most = max(counts)
     places = [layer * most + place for layer, count in enumerate(counts) for place in range(count)]
-    padded = terms.new_zeros(len(counts) * most, terms.shape[1])
-    padded.index_copy_(0, torch.tensor(places, device=terms.device), terms)
+    padded = terms[0].new_zeros(len(counts) * most, terms[0].shape[1])
+    padded.index_copy_(0, torch.tensor(places, device=padded.device), torch.cat(terms))
     return padded.view(len(counts), most, -1).sum(dim=1)
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -224,29 +225,39 @@ class _Recorder:
         self._values = values  # [chats, last_tokens, layers, heads, head_dim]
         self._chats: Sequence[int] = ()
         self._positions = torch.empty(0)
-        self._seen: list[int] = []
+        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._seen: list[tuple[int, torch.Tensor]] = []
 
     def start(self, chats: Sequence[int], positions: torch.Tensor) -> None:
         """From now on, inputs belong to these chats, and the tokens at ``[chats, last_tokens]`` are kept."""
-        self._chats, self._positions, self._seen = chats, positions, []
+        self._chats, self._positions, self._places, self._seen = chats, positions, {}, []
 
     def finish(self) -> None:
-        """Make sure that every layer's input was seen, once."""
+        """Make sure that every layer's input was seen, once, and keep what was seen.
+
+        A GPU is waited for once in a pass, and not in each layer, where it would then wait in turn.
+        """
         layers = self._values.shape[2]
-        if sorted(self._seen) != list(range(layers)):
+        if sorted(layer for layer, _ in self._seen) != list(range(layers)):
             raise ForgeError(
-                f"A forward pass used the output projections of {len(set(self._seen))} of {layers} layers.",
+                f"A forward pass used the output projections of {len(dict(self._seen))} of {layers} layers.",
                 next_step="Load the model with transformers' own class, and without skipping layers.",
             )
+        device = self._seen[-1][1].device
+        kept = torch.stack(
+            [outputs.to(device) for _, outputs in sorted(self._seen, key=itemgetter(0))], dim=2
+        )
+        self._values[list(self._chats)] = (
+            kept.cpu().float().reshape(len(self._chats), *self._values.shape[1:])
+        )
 
     def hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def keep(_projection: nn.Module, arguments: tuple[Any, ...]) -> None:
-            outputs = arguments[0]
-            rows = torch.arange(len(self._chats), device=outputs.device)[:, None]
-            kept = outputs.detach()[rows, self._positions.to(outputs.device)]
-            shape = (*kept.shape[:2], *self._values.shape[3:])
-            self._values[list(self._chats), :, layer] = kept.reshape(shape).to("cpu", torch.float32)
-            self._seen.append(layer)
+            outputs = arguments[0].detach()
+            if outputs.device not in self._places:
+                rows = torch.arange(len(self._chats), device=outputs.device)[:, None]
+                self._places[outputs.device] = rows, self._positions.to(outputs.device)
+            self._seen.append((layer, outputs[self._places[outputs.device]]))
             if len(self._seen) == self._values.shape[2]:
                 raise _AllSeen
 
