@@ -126,9 +126,7 @@ def test_the_loaded_model_must_have_the_kinship_that_the_gate_found(
         target="stage:Staging",
         policy=digest,
         actor=Actor(name="somebody", verified=False),
-        kinship=None
-        if found is None
-        else max(found, kinship_of(attention_of(components["model"]), lock.sketch)),
+        kinship=None if found is None else max(found, kinship),
     )
     reference = LockReference(digest=lock.digest, base_model=lock.base_model, model=None, version=None)
     folder = tmp_path / "locked"
