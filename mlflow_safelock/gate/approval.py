@@ -120,6 +120,12 @@ class Approved:
             raise changed_meanwhile(self.request)
 
     @property
+    def was_touched(self) -> bool:
+        """Whether files were changed since in something that may be other than their bytes, such as links."""
+        now = listing_of(self.reader)
+        return now != self.listing and [it[:2] for it in now] == [it[:2] for it in self.listing]
+
+    @property
     def uri(self) -> str:
         """The version's address in the registry."""
         return f"models:/{self.request.name}/{self.request.version}"

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from mlflow_safelock.apply.checkpoint.progress import Progress, silent
-from mlflow_safelock.errors import PromotionRefused, SafelockError
+from mlflow_safelock.errors import PromotionRefused, SafelockError, VerificationError
 from mlflow_safelock.flavors.standalone import Standalone
 from mlflow_safelock.gate.approval import (
     Approved,
@@ -46,6 +46,7 @@ from mlflow_safelock.provenance import (
     Receipt,
     Signatory,
     SteadyArtifacts,
+    check_fingerprint,
     contents_of,
 )
 
@@ -370,7 +371,7 @@ class Gate:
         else:
             location, receipt = self.locked_models.found_prepared(approved)
         # What the receipt is about is what was examined, and nothing that was put in its place since.
-        approved.check_unchanged()
+        self._check_unchanged(approved, receipt)
         promoted = promoted_entry(approved, receipt, location)
         redirection = Redirection(
             name=request.name,
@@ -386,6 +387,23 @@ class Gate:
             # What was written stays for the sweep: a twin that was written in the same millisecond from the
             # same bytes has the same place, and may be in force.
             self._accept_the_faster_one(approved)
+
+    def _check_unchanged(self, approved: Approved, receipt: Receipt) -> None:
+        """Refuse what was written over since it was examined.
+
+        A hard link, or a change of owner, looks like it, and as if the time of writing was set back. So what
+        is there then is examined again, and has to be what the receipt is about.
+        """
+        if approved.was_touched:
+            again = self.weigh(approved.request, approved.policy, approved.rule, approved.found)
+            if not isinstance(again, Approved) or again.lock_reference != approved.lock_reference:
+                raise changed_meanwhile(approved.request)
+            try:
+                check_fingerprint(receipt.predicate.source.fingerprint, again.reader)
+            except VerificationError as error:
+                raise changed_meanwhile(approved.request) from error
+            approved = again
+        approved.check_unchanged()
 
     def let_through(
         self, request: Request, policy: Policy, found: ModelVersion, why: PromotionRefused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from mlflow_safelock.errors import PromotionRefused, SourceError, VerificationEr
 from mlflow_safelock.flavors import locked_model
 from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
 from mlflow_safelock.gate import promotion
+from mlflow_safelock.gate.locked_models import LockedModels
 from mlflow_safelock.lock import SafetyLock
 from tests.models import random_lock, tiny_model
 from tests.registries import (
@@ -642,4 +644,49 @@ def test_what_is_written_over_while_it_is_promoted_is_not(
     with pytest.raises(MlflowException, match=r"\[conflict\].*changed by another request") as info:
         stage(client, version)
     assert info.value.error_code == "RESOURCE_CONFLICT"
+    assert state_of(client, "bot", version) == before
+
+
+def test_a_hard_link_that_is_made_meanwhile_is_no_change(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(base_lock())
+    path = source_of(client, version) / "model" / "model.safetensors"
+    monkeypatch.setattr(
+        promotion, "reach", lambda place: os.link(path, tmp_path / "link") if place == "approved" else None
+    )
+    stage(client, version)
+    assert state_of(client, "bot", version)["stage"] == "Staging"
+
+
+@pytest.mark.parametrize("is_bad_at_the_end", [True, False])
+def test_what_is_written_over_with_its_time_set_back_is_examined_again(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_bad_at_the_end: bool
+) -> None:
+    version = log_fine_tune("bot")
+    register_lock(enrolled(base_lock(), fine_tune()["model"]))
+    path = source_of(client, version) / "model" / "model.safetensors"
+    good, times = path.read_bytes(), path.stat()
+    tiny_model("llama", seed=77).save_pretrained(tmp_path / "other")
+    bad = (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert len(bad) == len(good)
+    before = state_of(client, "bot", version)
+
+    def put(data: bytes) -> None:
+        path.write_bytes(data)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    monkeypatch.setattr(promotion, "reach", lambda place: put(bad) if place == "approved" else None)
+    if not is_bad_at_the_end:
+        writing = LockedModels.write_overlay
+
+        def written(*args: Any) -> Any:
+            found = writing(*args)
+            put(good)  # though the receipt is about the other one
+            return found
+
+        monkeypatch.setattr(LockedModels, "write_overlay", written)
+    with pytest.raises(MlflowException, match=r"\[conflict\]|\[not_a_descendant\]"):
+        stage(client, version)
     assert state_of(client, "bot", version) == before
