@@ -116,7 +116,7 @@ def fault_of(
     taken, _ = shares[layer]
     # Not without a bias that takes something back: of what arrives alone another check decides.
     if least <= TAKEN_BACK and taken < 0:
-        arrives = f", of which {1 + missing[layer]:.0%} arrives" if missing[layer] else ""
+        arrives = f", of which {1 + missing[layer]:.0%} arrives" if round(missing[layer], 2) else ""
         return Fault(
             False,
             f"take back {-taken:.0%} of what the lock at alpha {alpha:g} adds in layer {layer}{arrives}",
