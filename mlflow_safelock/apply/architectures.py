@@ -182,14 +182,14 @@ def _row(values: Mapping[str, Any]) -> Architecture:
 def _text_config(config: PretrainedConfig | Mapping[str, Any]) -> Mapping[str, Any]:
     values = _values(config)
     nested = values.get("text_config")
-    return values if nested is None else _values(nested)
+    return _values(nested) if isinstance(nested, Mapping) or hasattr(nested, "model_type") else values
 
 
 def _values(config: Any) -> Mapping[str, Any]:
     """What a configuration says by name; without the deep copy that ``to_dict`` makes."""
     if isinstance(config, Mapping):
         return config
-    return {**vars(config), "model_type": config.model_type} if hasattr(config, "model_type") else {}
+    return {**vars(config), "model_type": config.model_type}
 
 
 def _decoder_layers(
