@@ -30,8 +30,9 @@ lint: $(STAMP)   ## formatting, lint, types and import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Of the small models of the tests, threads that wait for one another take twice the time of one alone.
 pytest: $(STAMP) ## all tests, on two processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## measure, side by side, and write benchmarks/results
 	$(BIN)/python -m benchmarks
