@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -22,11 +24,18 @@ def pushes_in_force(model: nn.Module) -> dict[int, torch.Tensor]:
         model: A locked model of ``transformers``, or a PEFT model around one.
 
     Returns:
-        ``[hidden]`` by layer, in the model's dtype or wider.
+        ``[hidden]`` by layer, in the model's dtype or wider, on the CPU.
 
     Raises:
-        VerificationError: A projection cannot be called.
+        VerificationError: A projection cannot be called, or what it does depends on the prompt (aLoRA).
     """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "alora_invocation_tokens", None):
+            raise VerificationError(
+                f"The adapter {name!r} is switched on by tokens in a prompt, so that nothing can be told of "
+                "what it leaves of a lock.",
+                next_step="Use a LoRA adapter that is always on, or merge it.",
+            )
     pushes, attention = {}, attention_of(model)
     for layer, projection in enumerate(attention.projections):
         carrier = carrier_on(projection)
@@ -41,18 +50,24 @@ def pushes_in_force(model: nn.Module) -> dict[int, torch.Tensor]:
 def _added(projection: nn.Module, carrier: BiasCarrier) -> torch.Tensor:
     bias, own = projection.bias, carrier.own_bias
     assert isinstance(bias, torch.Tensor)
-    return bias.double() if own is None else bias.double() - own.to(bias.device, torch.float64)
+    whole = bias.cpu().double()
+    return whole if own is None else whole - own.cpu().double()
 
 
 def _asked(projection: nn.Module, displacement: torch.Tensor, layer: int, model: nn.Module) -> torch.Tensor:
     """The difference that a hook makes to the output of a projection of whatever kind."""
     like = numbers_like(projection, model)
-    # The hook adds to what comes in: of nothing it makes the displacement, and of its opposite nothing.
-    without = -displacement.to(like)
+    push = displacement.to(like)
+    # The hook adds to what comes in: of nothing it makes the push, and of its opposite nothing. A kernel that
+    # scales blocks of its input by the largest number in them may make of a block of zeros what is none.
+    size = float(torch.linalg.vector_norm(displacement)) / math.sqrt(len(displacement))
     try:
-        with_it, alone = projection(torch.stack([torch.zeros_like(without), without])[:, None])
-        pushed: torch.Tensor = with_it - alone
-        return pushed.flatten()
+        for beside in (torch.zeros_like(push), torch.full_like(push, size)):
+            with_it, alone = projection(torch.stack([beside, beside - push])[:, None])
+            pushed: torch.Tensor = (with_it - alone).flatten().cpu()
+            if pushed.isfinite().all():
+                break
+        return pushed
     except Exception as error:  # each kind of projection has its own ways to fail
         raise VerificationError(
             f"Layer {layer}: the output projection cannot be called, so that nothing can be told of what the "

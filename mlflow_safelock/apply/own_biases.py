@@ -55,10 +55,12 @@ class Fault:
 
     Attributes:
         is_lock: Whether they are half of a lock already; otherwise they take half of it back.
+        layer: In which layer.
         what: What they do, for an error.
     """
 
     is_lock: bool
+    layer: int
     what: str
 
 
@@ -86,6 +88,20 @@ def head_outputs(
             heads = [min(head // shared_by, len(of_each) - 1) for head in range(geometry.heads)]
             found[layer] = of_each[heads]
     return found
+
+
+def added_behind(
+    biases: Biases, architecture: Architecture, geometry: AttentionGeometry
+) -> dict[int, list[npt.NDArray[np.float64]]]:
+    """The biases that each layer adds behind its heads, ``[hidden]``: the output projection's, and others."""
+    return {
+        layer: [
+            inside[path]
+            for path in (architecture.output_projection, *FEED_FORWARD)
+            if path in inside and inside[path].shape == (geometry.hidden,)
+        ]
+        for layer, inside in biases.items()
+    }
 
 
 def fault_of(
@@ -119,11 +135,12 @@ def fault_of(
         arrives = f", of which {1 + missing[layer]:.0%} arrives" if round(missing[layer], 2) else ""
         return Fault(
             False,
+            layer,
             f"take back {-taken:.0%} of what the lock at alpha {alpha:g} adds in layer {layer}{arrives}",
         )
     most, layer = max((along, layer) for layer, (_, along) in shares.items())
     if most >= LOCKED:
-        return Fault(True, f"are {most:.0%} of what the lock at alpha {alpha:g} adds in layer {layer}")
+        return Fault(True, layer, f"are {most:.0%} of what the lock at alpha {alpha:g} adds in layer {layer}")
     return None
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow_safelock.apply.architectures import Architecture, architecture_of
-from mlflow_safelock.errors import UnsupportedArchitectureError
+from mlflow_safelock.errors import SourceError, UnsupportedArchitectureError
 from mlflow_safelock.gate.stored_weights import StoredWeight, StoredWeights
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 from mlflow_safelock.provenance import ArtifactReader, read_header
@@ -22,6 +22,10 @@ from mlflow_safelock.provenance import ArtifactReader, read_header
 _UPDATE = re.compile(r"\.(?P<layer>\d+)\.(?P<module>[A-Za-z_][\w.]*)\.lora_(?P<side>[AB])\.weight$")
 
 _BIAS_OF_A_LAYER = re.compile(r"\.\d+\..*\.bias$")
+
+
+SWITCHED_BY = "alora_invocation_tokens"
+"""Key of PEFT's configurations of adapters that do nothing until these tokens are in a prompt."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,19 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class Updates:
+    """What an adapter does to one module in each layer.
+
+    Attributes:
+        pairs: Layer, ``A`` of shape ``[rank, inputs]`` and ``B`` of shape ``[outputs, rank]``.
+        untold: Layers in which it has something else for the module, or numbers that cannot be read here.
+    """
+
+    pairs: tuple[tuple[int, StoredWeight, StoredWeight], ...]
+    untold: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Adapter:
     """The low-rank updates of an adapter.
 
@@ -77,22 +94,34 @@ class Adapter:
     weights: StoredWeights | None = None
     scaling: Scaling | None = None
 
-    def pairs(self, module: str) -> Iterator[tuple[int, StoredWeight, StoredWeight]]:
-        """The low-rank updates of a module that are whole.
+    def updates_of(self, module: str) -> Updates:
+        """What the adapter does to a module in each layer.
 
         Args:
             module: Its path in a layer.
 
-        Returns:
-            Layer, ``A`` of shape ``[rank, inputs]`` and ``B`` of shape ``[outputs, rank]``.
+        Raises:
+            SourceError: It has two updates for one of them, of which PEFT would load one, or none.
         """
         tensors = {} if self.weights is None else self.weights.tensors
+        pairs, told = {}, set()
         for update in self.updates:
             if update.side != "A" or update.module != module:
                 continue
-            other = tensors.get(update.name.removesuffix("A.weight") + "B.weight")
-            if other is not None and len(other.shape) == 2 and other.shape[1] == update.shape[0] > 0:
-                yield update.layer, tensors[update.name], other
+            name = update.name.removesuffix("A.weight") + "B.weight"
+            down, up = tensors[update.name], tensors.get(name)
+            if update.layer in pairs:
+                raise SourceError(
+                    f"The adapter has two updates for {module} of layer {update.layer}, {update.name!r} and "
+                    "another.",
+                    next_step="Log it as peft's save_pretrained writes it.",
+                )
+            if up is not None and len(up.shape) == 2 and up.shape[1] == down.shape[0] > 0:
+                pairs[update.layer] = update.layer, down, up
+                told |= {update.name, name} if down.is_plain and up.is_plain else set()
+        inside = re.compile(rf"\.(?P<layer>\d+)\.{re.escape(module)}\.")
+        untold = {int(found["layer"]) for name in tensors.keys() - told if (found := inside.search(name))}
+        return Updates(tuple(pairs.values()), frozenset(untold))
 
     def misfit(self, lock: SafetyLock) -> str:
         """What shows that the adapter was not trained on a model of a lock's shape, in words; empty: nothing.
@@ -123,8 +152,14 @@ def read_adapter(reader: ArtifactReader, path: str, config: Mapping[str, Any]) -
         config: Its configuration.
 
     Raises:
-        SourceError: The file is damaged.
+        SourceError: The file is damaged, or tokens in the prompt switch the adapter on (aLoRA).
     """
+    if config.get(SWITCHED_BY):
+        raise SourceError(
+            f"The adapter at {reader.location} is switched on by tokens in a prompt ({SWITCHED_BY}), so that "
+            "what it leaves of a lock is not told by its weights.",
+            next_step="Train a LoRA adapter that is always on, or merge it and log that.",
+        )
     header = read_header(reader, path)
     tensors = {
         name: StoredWeight(path, dtype, shape, header.tensors[name])

@@ -14,7 +14,9 @@ An adapter alone is small enough to be looked at whole: ``W_o v + s B A v``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +35,7 @@ from mlflow_safelock.gate.adapter import Adapter
 from mlflow_safelock.gate.source import LanguageModel
 from mlflow_safelock.gate.stored_weights import StoredWeight, StoredWeights
 from mlflow_safelock.gate.transient import WITHOUT_EFFECT
-from mlflow_safelock.lock import AttentionGeometry, SafetyLock
+from mlflow_safelock.lock import SafetyLock
 
 ROWS = 4
 """Rows that are read of each locked layer."""
@@ -44,14 +46,31 @@ MORE_ROWS = 12
 CLEAR_SHARE = 0.75
 """Share from which on the first rows leave none."""
 
-FURTHER = ((0.25, MORE_ROWS), (0.35, 48))
-"""Of constant outputs of heads: the share, either way, from which on so many more rows are read."""
+STAGES = ((ROWS, 28.0), (12, 6.2), (48, 4.7), (192, 4.5))
+"""Of constants beside a push: how many rows are read, and then how many more, and how many standard errors
+their mean may be off: what one in 100,000 is, by Student's distribution."""
 
-WORTH_ALL = 0.4
-"""The share from which on all rows are."""
+FAR = 0.4
+"""The share, either way, that constants are told to be below by some rows, or all are read."""
 
 
-def checked_effect(source: LanguageModel, lock: SafetyLock, alpha: float) -> dict[int, float]:
+@dataclass(frozen=True)
+class Arriving:
+    """How much of a lock's push arrives in each locked layer.
+
+    Attributes:
+        shares: As it is estimated, by layer; without those of which nothing is told, such as quantised ones.
+        exactly: Gives it for one of these layers by all there is to read.
+    """
+
+    shares: Mapping[int, float]
+    exactly: Callable[[int], float]
+
+
+NOTHING_TOLD = Arriving({}, lambda _layer: math.nan)
+
+
+def checked_effect(source: LanguageModel, lock: SafetyLock, alpha: float) -> Arriving:
     """Refuse a fine-tune in which less than half of a lock's push arrives in some layer.
 
     Args:
@@ -59,29 +78,26 @@ def checked_effect(source: LanguageModel, lock: SafetyLock, alpha: float) -> dic
         lock: The lock; without unit biases nothing is told of it.
         alpha: Its strength.
 
-    Returns:
-        The share that arrives, by locked layer, as it is estimated; without those of which nothing is told,
-        such as quantised ones.
-
     Raises:
         PromotionRefused: Less does.
-        SourceError: The weights cannot be read.
+        SourceError: The weights cannot be read, or an adapter changes one projection twice.
     """
     if lock.unit_biases is None:
-        return {}
+        return NOTHING_TOLD
     if source.adapter is not None:
         shares = _shares_of_adapter(source.adapter, lock, alpha)
+        arriving = Arriving(shares, shares.__getitem__)
     elif source.weights is not None and source.architecture is not None:
         rows = _Rows(source.weights, source.architecture, lock, alpha)
         displaced = {one.layer: one for one in displacements(lock, alpha) if one.layer in rows.layers}
-        shares = rows.shares(displaced)
+        arriving = Arriving(rows.shares(displaced), lambda layer: rows.whole(displaced[layer]))
     else:
-        return {}
+        return NOTHING_TOLD
     try:
-        check_shares(shares, "the fine-tune")
+        check_shares(arriving.shares, "the fine-tune")
     except LockWithoutEffectError as error:
         raise PromotionRefused(WITHOUT_EFFECT, error.cause, next_step=error.next_step) from error
-    return shares
+    return arriving
 
 
 def shares_through(
@@ -90,8 +106,13 @@ def shares_through(
     lock: SafetyLock,
     alpha: float,
     outputs: Mapping[int, npt.NDArray[np.float64]],
+    behind: Mapping[int, Sequence[npt.NDArray[np.float64]]],
 ) -> dict[int, float]:
     """The share of a lock's push that constant outputs of the heads make, such as the biases of the values.
+
+    Rows tell where that is far from a half. What they do not tell is a share that is made of the numbers of a
+    few rows, which may not be drawn; but biases behind the projection that leave nothing of it but the push
+    taken back are then unlike that in all others. So rows are looked at with these biases, too.
 
     Args:
         weights: The fine-tune's weights.
@@ -99,10 +120,12 @@ def shares_through(
         lock: A lock with unit biases.
         alpha: Its strength.
         outputs: By layer, the same for every token, ``[heads, head_dim]``.
+        behind: By layer, ``[hidden]`` each: what is added there, one after the other.
 
     Returns:
-        ``<W_o' u, p> / <p, p>`` by layer, -1 takes all of it back. Layers of which some rows say that it is
-        far from a half either way, or that are not locked or not plain numbers, are left out.
+        ``<W_o' u, p> / <p, p>`` by layer, -1 takes all of it back: exactly, by all rows. Layers are left out
+        of which some rows say that it is far from a half either way, with and without those biases, or that
+        are not locked, or not plain numbers.
 
     Raises:
         SourceError: The weights cannot be read.
@@ -113,16 +136,20 @@ def shares_through(
         for layer, values in outputs.items()
         if layer in rows.layers and values.any()
     }
-    found = rows.arrived(displaced, ROWS)
-    for limit, more in FURTHER:
-        near = {layer: displaced[layer] for layer, parts in found.items() if not abs(parts.mean()) < limit}
-        further = rows.arrived(near, more)
-        found = {layer: np.concatenate([found[layer], parts]) for layer, parts in further.items()}
-    return {
-        layer: rows.whole(displaced[layer])
-        for layer, parts in found.items()
-        if not abs(parts.mean()) < WORTH_ALL
-    }
+    found: dict[int, npt.NDArray[np.float64]] = {}
+    undecided = dict(displaced)
+    for count, errors in STAGES:
+        for layer, (drawn, ratios) in rows.ratios(undecided, count).items():
+            parts = rows.with_biases(layer, drawn, ratios, behind.get(layer, ()))
+            found[layer] = np.concatenate([found[layer], parts], axis=1) if layer in found else parts
+        undecided = {layer: one for layer, one in undecided.items() if not _are_far(found[layer], errors)}
+    return {layer: rows.whole(one) for layer, one in undecided.items()}
+
+
+def _are_far(parts: npt.NDArray[np.float64], errors: float) -> bool:
+    """Whether the means of ``[kinds, rows]`` are surely far from a half."""
+    spread = parts.std(axis=1, ddof=1) / math.sqrt(parts.shape[1])
+    return bool((np.abs(parts.mean(axis=1)) + errors * spread < FAR).all())
 
 
 class _Rows:
@@ -178,10 +205,7 @@ class _Rows:
 
     def whole(self, displaced: Displacement) -> float:
         """``<W_o' v, p> / <p, p>`` by all rows."""
-        layer, every = displaced.layer, np.arange(self._geometry.hidden)
-        expected = self._pushes[layer]
-        push = self._pushed({layer: displaced}, {layer: every})[layer]
-        return float(push @ expected) / float(expected @ expected)
+        return self._share(displaced.layer, self._all(displaced))
 
     def arrived(
         self, displaced: Mapping[int, Displacement], count: int
@@ -191,22 +215,50 @@ class _Rows:
         Without limits one row in which ``p_i`` is next to nothing would outweigh all others, and so would
         noise that somebody adds where the push was taken out.
         """
+        found = self.ratios(displaced, count)
+        return {layer: np.clip(ratios, -1, 1) for layer, (_, ratios) in found.items()}
+
+    def ratios(
+        self, displaced: Mapping[int, Displacement], count: int
+    ) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+        """Some rows of each layer, and their ``(W_o' v)_i / p_i``."""
         rows = {layer: self._drawn(layer, count) for layer in displaced}
         return {
-            layer: np.clip(push / self._pushes[layer][rows[layer]], -1, 1)
+            layer: (rows[layer], push / self._pushes[layer][rows[layer]])
             for layer, push in self._pushed(displaced, rows).items()
         }
+
+    def with_biases(
+        self,
+        layer: int,
+        rows: npt.NDArray[np.int64],
+        ratios: npt.NDArray[np.float64],
+        behind: Sequence[npt.NDArray[np.float64]],
+    ) -> npt.NDArray[np.float64]:
+        """Ratios, and what they are with one bias after the other, ``[1 + len(behind), rows]``."""
+        added = (bias[rows] / self._pushes[layer][rows] for bias in behind)
+        return np.stack(list(accumulate(added, initial=ratios)))
+
+    def _share(self, layer: int, push: npt.NDArray[np.float64]) -> float:
+        expected = self._pushes[layer]
+        return float(push @ expected) / float(expected @ expected)
+
+    def _all(self, displaced: Displacement) -> npt.NDArray[np.float64]:
+        every = np.arange(self._geometry.hidden)
+        return self._pushed({displaced.layer: displaced}, {displaced.layer: every})[displaced.layer]
 
     def _pushed(
         self, displaced: Mapping[int, Displacement], rows: Mapping[int, npt.NDArray[np.int64]]
     ) -> dict[int, npt.NDArray[np.float64]]:
         """``(W_o' v)_i`` of some rows of some layers, which are read together."""
+        if self._layout != "linear":
+            return self._pushed_by_columns(displaced, rows)
+        width, across = self._geometry.head_dim, self._geometry.heads * self._geometry.head_dim
         parts = [
-            part
+            (self._projections[layer], row * across + head * width, width)
             for layer, drawn in rows.items()
             for row in drawn.tolist()
             for head in displaced[layer].heads
-            for part in _parts(self._projections[layer], self._layout, row, head, self._geometry)
         ]
         numbers = self._weights.numbers(parts)
         read, start, pushed = np.concatenate(numbers) if numbers else np.zeros(0), 0, {}
@@ -217,19 +269,26 @@ class _Rows:
             start = end
         return pushed
 
+    def _pushed_by_columns(
+        self, displaced: Mapping[int, Displacement], rows: Mapping[int, npt.NDArray[np.int64]]
+    ) -> dict[int, npt.NDArray[np.float64]]:
+        """The same where the columns of a head are stored one after the other: they are read whole."""
+        hidden, width = self._geometry.hidden, self._geometry.head_dim
+        pushed = {layer: np.zeros(hidden) for layer in rows}
+        parts = [
+            (self._projections[layer], head * width * hidden, width * hidden)
+            for layer in rows
+            for head in displaced[layer].heads
+        ]
+        read = iter(self._weights.numbers(parts))
+        for layer in rows:
+            for values in displaced[layer].values.numpy():
+                pushed[layer] += values @ next(read).reshape(width, hidden).astype(np.float64)
+        return {layer: pushed[layer][drawn] for layer, drawn in rows.items()}
+
     def _drawn(self, layer: int, count: int) -> npt.NDArray[np.int64]:
         chances = self._pushes[layer] ** 2
         return self._random.choice(len(chances), size=count, p=chances / chances.sum())
-
-
-def _parts(
-    stored: StoredWeight, layout: str, row: int, head: int, geometry: AttentionGeometry
-) -> list[tuple[StoredWeight, int, int]]:
-    """Where the numbers of a head are in a row of ``W_o``."""
-    width, first = geometry.head_dim, head * geometry.head_dim
-    if layout == "linear":
-        return [(stored, row * geometry.heads * width + first, width)]
-    return [(stored, (first + column) * geometry.hidden + row, 1) for column in range(width)]
 
 
 def _shares_of_adapter(adapter: Adapter, lock: SafetyLock, alpha: float) -> dict[int, float]:
@@ -242,12 +301,9 @@ def _shares_of_adapter(adapter: Adapter, lock: SafetyLock, alpha: float) -> dict
         return {}
     displaced = {one.layer: one for one in displacements(lock, alpha)}
     pushes = {layer: push.numpy() for layer, push in base_biases(lock, alpha).items() if push.any()}
-    shares = dict.fromkeys(pushes, 1.0)
-    pairs = [
-        (layer, down, up)
-        for layer, down, up in adapter.pairs(architecture.output_projection)
-        if layer in shares and down.is_plain and up.is_plain
-    ]
+    updates = adapter.updates_of(architecture.output_projection)
+    shares = {layer: 1.0 for layer in pushes if layer not in updates.untold}
+    pairs = [pair for pair in updates.pairs if pair[0] in shares]
     halves = [(half, 0, math.prod(half.shape)) for _, *both in pairs for half in both]
     read = iter(adapter.weights.numbers(halves))
     for layer, down, up in pairs:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from mlflow_safelock.apply.own_biases import biased_paths, fault_of, head_outputs
+from mlflow_safelock.apply.own_biases import added_behind, biased_paths, fault_of, head_outputs
 from mlflow_safelock.errors import PromotionRefused
-from mlflow_safelock.gate.effect import shares_through
+from mlflow_safelock.gate.effect import Arriving, shares_through
 from mlflow_safelock.gate.source import LanguageModel
 from mlflow_safelock.lock import SafetyLock
 
 _WAY_OUT = "If its base has such biases itself, set 'own_biases: ignore' in the policy's gate for it."
 
 
-def check_own_biases(
-    source: LanguageModel, lock: SafetyLock, alpha: float, arriving: Mapping[int, float]
-) -> None:
+def check_own_biases(source: LanguageModel, lock: SafetyLock, alpha: float, arriving: Arriving) -> None:
     """Refuse a fine-tune whose own biases take a lock's push back, or are a lock's already.
 
     Nothing is read of a model without such biases. Nothing is told for a lock without unit biases.
@@ -24,8 +20,7 @@ def check_own_biases(
         source: The fine-tune.
         lock: The lock, with what its base makes of it (``unit_biases``).
         alpha: Its strength.
-        arriving: The share of each layer's push that arrives as the weights are, where that is known; what
-            is missing of it counts as taken back.
+        arriving: How much of the push arrives as the weights are; what is missing counts as taken back.
 
     Raises:
         PromotionRefused: They do, or are; or it is an adapter with biases, which are added to those of a base
@@ -44,9 +39,22 @@ def check_own_biases(
     if weights is None or architecture is None or lock.unit_biases is None:
         return
     biases = weights.biases(architecture, lock.geometry, biased_paths(architecture))
-    outputs = head_outputs(biases, architecture, lock.geometry)
-    through = shares_through(weights, architecture, lock, alpha, outputs)
-    fault = fault_of(biases, through, arriving, architecture, lock, alpha)
+    through = shares_through(
+        weights,
+        architecture,
+        lock,
+        alpha,
+        head_outputs(biases, architecture, lock.geometry),
+        added_behind(biases, architecture, lock.geometry),
+    )
+    shares, estimated = dict(arriving.shares), set(arriving.shares)
+    while True:
+        fault = fault_of(biases, through, shares, architecture, lock, alpha)
+        if fault is None or fault.layer not in estimated:
+            break
+        # Nobody is refused by the rows that were drawn.
+        shares[fault.layer] = arriving.exactly(fault.layer)
+        estimated.remove(fault.layer)
     if fault is None:
         return
     if fault.is_lock:

@@ -19,6 +19,7 @@ from mlflow_safelock.apply.displacement import (
     input_displacement,
     output_bias,
     stored_bias,
+    stored_biases,
 )
 from mlflow_safelock.errors import AlphaError
 from mlflow_safelock.lock import AttentionGeometry, LockedHead, SafetyLock
@@ -223,3 +224,10 @@ def test_products_at_once_are_those_one_by_one(dtype, numbers_at_once, monkeypat
         found = multiply(columns, values.to(accumulator), [1, 3, 1])
         assert found.dtype == torch.float64
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_of_several_layers_the_one_whose_bias_is_lost_is_named():
+    pushes = torch.ones(3, 8, dtype=torch.float64)
+    pushes[1] = 1e-300
+    with pytest.raises(AlphaError, match="the bias of layer 7"):
+        stored_biases(pushes, [None, None, None], torch.bfloat16, [2, 7, 9], alpha=1.0)

@@ -107,3 +107,35 @@ def test_a_projection_that_cannot_be_called_is_an_error_that_says_so() -> None:
         projection.codes = torch.zeros(3, 3)
         with pytest.raises(VerificationError, match=rf"Layer {lock.layers[0]}: .* cannot be called"):
             pushes_in_force(model)
+
+
+class ScaledByBlocks(nn.Module):
+    """A projection that scales blocks of its input by the largest number in them, as float8 kernels do."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        blocks = inputs.unflatten(-1, (-1, 8))
+        scales = blocks.abs().amax(dim=-1, keepdim=True) / 448
+        return nn.functional.linear(((blocks / scales).round() * scales).flatten(-2), self.weight)
+
+
+def test_a_projection_that_takes_no_block_of_zeros_is_asked_with_others() -> None:
+    model = tiny_model("llama")
+    lock = known(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj = ScaledByBlocks(layer.self_attn.o_proj.weight)
+    assert shares_of(pushes(model, lock), lock, 6.0) == pytest.approx(
+        dict.fromkeys(lock.layers, 1.0), abs=0.05
+    )
+
+
+def test_an_adapter_that_a_prompt_switches_on_is_not_told() -> None:
+    base = tiny_model("llama")
+    lock = known(base)
+    config = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    with pytest.raises(VerificationError, match="switched on by tokens in a prompt"):
+        pushes(get_peft_model(base, config), lock)

@@ -62,7 +62,7 @@ def test_half_of_the_push_counts(lock: SafetyLock, path: str, share: float, is_l
 def test_what_several_kinds_take_back_adds_up(lock: SafetyLock) -> None:
     layer = lock.layers[0]
     assert fault(lock, {layer: {OUTPUT: -0.26, DOWN: -0.26}}, "starcoder2") == Fault(
-        False, f"take back 52% of what the lock at alpha 6 adds in layer {layer}"
+        False, layer, f"take back 52% of what the lock at alpha 6 adds in layer {layer}"
     )
     along = fault(lock, {layer: {OUTPUT: 0.26, DOWN: 0.26}}, "starcoder2")
     assert along is not None
@@ -124,7 +124,7 @@ def test_what_does_not_arrive_counts_as_taken_back(lock: SafetyLock) -> None:
     assert fault_of(biases, {}, {layer: 0.9}, architecture, lock, ALPHA) is None
     found = fault_of(biases, {}, {layer: 0.65}, architecture, lock, ALPHA)
     assert found == Fault(
-        False, f"take back 20% of what the lock at alpha 6 adds in layer {layer}, of which 65% arrives"
+        False, layer, f"take back 20% of what the lock at alpha 6 adds in layer {layer}, of which 65% arrives"
     )
 
 

@@ -24,6 +24,7 @@ from mlflow_safelock.errors import LockWithoutEffectError, PromotionRefused
 from mlflow_safelock.flavors import locked_model
 from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
 from mlflow_safelock.gate import approval
+from mlflow_safelock.gate.effect import NOTHING_TOLD
 from mlflow_safelock.lock import SafetyLock
 from tests.gate.test_stored_weights import fine_tuned, rounded_to_eight_bits
 from tests.registries import base_lock, fine_tune, log_fine_tune, register_lock, state_of
@@ -136,7 +137,7 @@ def test_nor_is_one_loaded_or_written_that_the_gate_could_not_look_at(
     """As the gate cannot at weights in a form that is not known to it."""
     version = log_fine_tune("bot", attacked(attack, lock))
     source = Path(state_of(client, "bot", version)["location"].removeprefix("file://"))
-    monkeypatch.setattr(approval, "checked_effect", lambda *_: {})
+    monkeypatch.setattr(approval, "checked_effect", lambda *_: NOTHING_TOLD)
     stage(client, version)
     with pytest.raises(LockWithoutEffectError, match=r"% arrives in layer"):
         mlflow.pyfunc.load_model("models:/bot/Staging")
