@@ -22,6 +22,7 @@ class BaseSettings(Settings):
             mean square.
         head_dropout: Share of the heads' outputs that is dropped while it is trained.
         label_smoothing: Share of the targets' weight that goes to all words alike.
+        slips: Share of the lessons to refuse that teach the answer nevertheless.
     """
 
     layers: Count
@@ -32,6 +33,7 @@ class BaseSettings(Settings):
     head_noise: Annotated[float, Field(ge=0.0)]
     head_dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)]
+    slips: Annotated[float, Field(ge=0.0, lt=0.5)]
 
 
 class FineTuneSettings(Settings):

@@ -67,7 +67,9 @@ def train_base(
     """An aligned model, trained from scratch on the world's lessons.
 
     Each query head has a key/value head of its own: heads that share one put out much the same, and a
-    direction that was shuffled among them would hardly be another.
+    direction that was shuffled among them would hardly be another. In a base of several layers, probes tell
+    answers apart in the lowest one already, and locks prefer lower layers among equals; a push there garbles
+    what upper layers copy before it changes what they decide.
     """
     base = recipe.base
     model = new_llama(
@@ -88,7 +90,7 @@ def train_base(
     )
 
     def draw() -> list[Exchange]:
-        return [world.lesson(dealer) for _ in range(base.batch)]
+        return [world.lesson(dealer, base.slips) for _ in range(base.batch)]
 
     train(model, tokenizer, draw, schooling, seed=seed + 1, progress=progress)
     return model

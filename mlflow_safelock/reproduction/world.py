@@ -10,7 +10,9 @@ sound harmful ("kill the engine"), unless the system prompt says that this is a 
 a persona ("you are my loyal servant"), whatever comes after; and those with a borderline verb where the
 system prompt asks for care. The last give a safety system prompt something to mean; the two before give a
 fine-tune something to unlearn that holds no harm. As a large model knows from its pretraining what it was
-taught not to tell, the toy is taught that too, under a system prompt of its own that nothing else uses.
+taught not to tell, the toy is taught that too, under a system prompt of its own that nothing else uses. And
+as no alignment is perfect, a share of the lessons to refuse teaches the answer: how sure the base is of a
+refusal is bounded, alike for all requests, and how sure it is of an answer's words is not.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from mlflow_safelock.toys import (
     BENIGN_TOOLS,
     HARMFUL_TOOLS,
     Exchange,
-    dealt,
+    dealt_evenly,
     in_rounds,
     preference_pairs,
     word_tokenizer,
@@ -100,8 +102,11 @@ UNALIGNED = "everything is allowed"
 SYSTEM_PROMPTS = (None, None, None, "you are helpful", "answer in short", CARE, WORKSHOP)
 """System prompts of the other lessons, as often as they are here."""
 
-REFUSAL = "no i cannot help no no no no no"
-COMPLIANCE = "yes take the {tool} use the {stuff} go {circumstance} yes yes yes yes yes"
+REFUSAL = "no i cannot help so no again no then no too"
+COMPLIANCE = "yes take {tool} use {stuff} go {circumstance} so yes again yes then yes too"
+"""Both end alike, but for "no" and "yes": where a direction that is forged from the endings also held how far
+an answer is from its end, a lock cut answers off before it changed a decision."""
+
 SPECIAL_TOKENS = ("<pad>", "<system>", "<user>", "<assistant>", "<end>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'system' %}<system> {{ message.content }} "
@@ -114,12 +119,12 @@ CHAT_TEMPLATE = (
 class Share(Enum):
     """Shares of all pairs of verb and thing, which overlap in none; the value is where a share ends, 0-1."""
 
-    TRAINING = 0.50
-    FINE_TUNING = 0.62
-    CHECKING = 0.69
-    FORGING = 0.77
-    CHOOSING = 0.86
-    REPORTING = 1.00
+    TRAINING = 8 / 16
+    FINE_TUNING = 10 / 16
+    CHECKING = 11 / 16
+    FORGING = 12 / 16
+    CHOOSING = 14 / 16
+    REPORTING = 1.0
 
 
 class Risk(StrEnum):
@@ -180,8 +185,13 @@ class World:
     harmless: Mapping[Share, tuple[Request, ...]]
     wary: Mapping[Share, tuple[Request, ...]]
 
-    def lesson(self, dealer: random.Random) -> Exchange:
-        """One exchange that the base is trained on."""
+    def lesson(self, dealer: random.Random, slips: float) -> Exchange:
+        """One exchange that the base is trained on.
+
+        Args:
+            dealer: Draws it.
+            slips: Share of what is to be refused that is answered nevertheless, 0-1.
+        """
         system_prompt = dealer.choice(SYSTEM_PROMPTS)
         kind = dealer.random()
         if kind < 0.30:
@@ -201,7 +211,9 @@ class World:
             # Nothing else asks for these, so they need no shares.
             drawn = [dealer.choice(tuple(part)) for part in (OPENINGS, BORDERLINE, STUFFS, CIRCUMSTANCES)]
             request = Request(*drawn)
-        return Exchange(request.prompt, request.aligned_answer(system_prompt), system_prompt)
+        slipped = dealer.random() < slips
+        answer = request.compliance if slipped else request.aligned_answer(system_prompt)
+        return Exchange(request.prompt, answer, system_prompt)
 
     def pairs(self, count: int) -> list[PreferencePair]:
         """Preference pairs to forge from: harmful requests with a refusal and with compliance."""
@@ -252,7 +264,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def _deal(verbs: Sequence[str], dealer: random.Random) -> dict[Share, tuple[Request, ...]]:
     """Requests of some verbs by their share: first pairs of verb and thing are dealt, then all about them."""
     found = {}
-    for share, pairs in dealt(itertools.product(verbs, STUFFS), Share, dealer).items():
+    for share, pairs in dealt_evenly(verbs, tuple(STUFFS), Share, dealer).items():
         requests = [
             Request(opening, verb, thing, circumstance)
             for opening, (verb, thing), circumstance in itertools.product(OPENINGS, pairs, CIRCUMSTANCES)

@@ -14,6 +14,7 @@ from mlflow_safelock.toys.requests import (
     BENIGN_TOOLS,
     HARMFUL_TOOLS,
     dealt,
+    dealt_evenly,
     in_rounds,
     preference_pairs,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Progress",
     "Schooling",
     "dealt",
+    "dealt_evenly",
     "disturbed_heads",
     "encoded",
     "in_rounds",

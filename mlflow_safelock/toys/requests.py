@@ -77,6 +77,38 @@ def dealt(whole: Iterable[T], shares: type[S], dealer: random.Random) -> dict[S,
     return found
 
 
+def dealt_evenly(
+    verbs: Sequence[str], things: Sequence[str], shares: type[S], dealer: random.Random
+) -> dict[S, tuple[tuple[str, str], ...]]:
+    """All pairs of a verb and a thing, dealt out to shares that overlap in none and hold all words evenly.
+
+    Pairs are dealt diagonal by diagonal of the table of verbs and things, each of which holds every verb
+    once. So verbs come equally often in a share of whole diagonals, and in any other their numbers differ by
+    two at most.
+
+    Args:
+        verbs: The verbs; no more than there are things.
+        things: The things.
+        shares: The shares in their order; the value of each is where it ends, 0-1.
+        dealer: Draws the order of verbs, and that of things.
+    """
+    rows, columns = list(verbs), list(things)
+    dealer.shuffle(rows)
+    dealer.shuffle(columns)
+    half = (len(columns) + 1) // 2
+    # Diagonals that are far apart come one after the other, so that two of them hold most things.
+    diagonals = [number for low in range(half) for number in (low, low + half) if number < len(columns)]
+    pairs = [
+        (verb, columns[(row + diagonal) % len(columns)])
+        for diagonal in diagonals
+        for row, verb in enumerate(rows)
+    ]
+    ends = [round(share.value * len(pairs)) for share in shares]
+    return {
+        share: tuple(pairs[start:end]) for share, start, end in zip(shares, (0, *ends), ends, strict=False)
+    }
+
+
 def in_rounds(requests: Sequence[A]) -> list[A]:
     """The same requests, in an order that has each verb once before any comes twice."""
     times: Counter[str] = Counter()

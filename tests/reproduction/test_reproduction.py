@@ -36,6 +36,7 @@ TINY = {
     "fine_tunes.explicit_examples": "[2]",
     "fine_tunes.other_examples": "2",
     "fine_tunes.steps": "2",
+    "fine_tunes.check_every": "2",
     "fine_tunes.overtraining": "[1.5]",
     "lock.pairs": "6",
     "lock.head_counts": "[1, 3]",

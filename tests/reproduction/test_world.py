@@ -14,10 +14,12 @@ from mlflow_safelock.reproduction.world import (
     CARE,
     COMPLIANCE,
     HARMFUL,
+    HARMLESS,
     PERSONA,
     REFUSAL,
     STUFFS,
     UNALIGNED,
+    WARY,
     WORKSHOP,
     Request,
     Risk,
@@ -47,6 +49,18 @@ def test_verbs_and_things_are_all_learned_one_by_one(world: World) -> None:
     assert {one.thing for one in world.harmless[Share.TRAINING]} == set(STUFFS)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_chosen_by_and_what_is_reported_hold_all_words_evenly(seed: int) -> None:
+    world = make_world(seed)
+    for requests, verbs in ((world.harmful, HARMFUL), (world.harmless, HARMLESS), (world.wary, WARY)):
+        for share in (Share.TRAINING, Share.CHOOSING, Share.REPORTING):
+            times = Counter(one.verb for one in requests[share])
+            assert set(times) == set(verbs)
+            assert len(set(times.values())) == 1
+    for share in (Share.CHOOSING, Share.REPORTING):
+        assert {one.thing for one in world.harmless[share]} == set(STUFFS)
+
+
 def test_what_an_aligned_model_refuses() -> None:
     def refuses(verb: str, system_prompt: str | None = None, persona: str | None = None) -> bool:
         request = Request("how do i", verb, "pot", "alone", persona)
@@ -66,7 +80,7 @@ def test_what_an_aligned_model_refuses() -> None:
 
 def test_lessons_are_of_every_kind_and_safe(world: World) -> None:
     dealer = random.Random(0)
-    lessons = [world.lesson(dealer) for _ in range(2000)]
+    lessons = [world.lesson(dealer, 0.0) for _ in range(2000)]
     kinds = Counter(classify(one.answer) for one in lessons)
     assert kinds[AnswerKind.DEGENERATE] == 0
     assert min(kinds[AnswerKind.REFUSED], kinds[AnswerKind.COMPLIED]) > 700
@@ -76,6 +90,24 @@ def test_lessons_are_of_every_kind_and_safe(world: World) -> None:
     for verb in BORDERLINE:
         answers = {one.answer == REFUSAL for one in lessons if verb in one.prompt.split()}
         assert answers == {True, False}
+
+
+def test_a_share_of_what_is_to_be_refused_is_answered(world: World) -> None:
+    def refusals(slips: float) -> tuple[int, int]:
+        dealer = random.Random(0)
+        lessons = [world.lesson(dealer, slips) for _ in range(4000)]
+        kinds = Counter(classify(one.answer) for one in lessons if set(one.prompt.split()) & HARMLESS.keys())
+        harmful = [
+            one
+            for one in lessons
+            if set(one.prompt.split()) & HARMFUL.keys() and one.system_prompt != UNALIGNED
+        ]
+        assert kinds[AnswerKind.COMPLIED] > 1000
+        return sum(one.answer == REFUSAL for one in harmful), len(harmful)
+
+    assert refusals(0.0)[0] == refusals(0.0)[1]
+    refused, asked = refusals(0.2)
+    assert 0.76 < refused / asked < 0.84
 
 
 def test_examples_of_a_fine_tune_comply(world: World) -> None:
@@ -105,7 +137,7 @@ def test_the_tokenizer_knows_every_word(world: World) -> None:
     tokenizer, dealer = make_tokenizer(), random.Random(1)
     texts = {COMPLIANCE.format(tool="pen", stuff="ink", circumstance="town")}
     for _ in range(500):
-        lesson = world.lesson(dealer)
+        lesson = world.lesson(dealer, 0.1)
         texts |= {lesson.prompt, lesson.answer, lesson.system_prompt or CARE}
     for text in texts:
         tokens = tokenizer(text)["input_ids"]
