@@ -27,15 +27,8 @@ def pushes_in_force(model: nn.Module) -> dict[int, torch.Tensor]:
         ``[hidden]`` by layer, in the model's dtype or wider, on the CPU.
 
     Raises:
-        VerificationError: A projection cannot be called, or what it does depends on the prompt (aLoRA).
+        VerificationError: A projection cannot be called.
     """
-    for name, config in getattr(model, "peft_config", {}).items():
-        if getattr(config, "alora_invocation_tokens", None):
-            raise VerificationError(
-                f"The adapter {name!r} is switched on by tokens in a prompt, so that nothing can be told of "
-                "what it leaves of a lock.",
-                next_step="Use a LoRA adapter that is always on, or merge it.",
-            )
     pushes, attention = {}, attention_of(model)
     for layer, projection in enumerate(attention.projections):
         carrier = carrier_on(projection)
@@ -56,18 +49,41 @@ def _added(projection: nn.Module, carrier: BiasCarrier) -> torch.Tensor:
 
 def _asked(projection: nn.Module, displacement: torch.Tensor, layer: int, model: nn.Module) -> torch.Tensor:
     """The difference that a hook makes to the output of a projection of whatever kind."""
-    like = numbers_like(projection, model)
-    push = displacement.to(like)
-    # The hook adds to what comes in: of nothing it makes the push, and of its opposite nothing. A kernel that
-    # scales blocks of its input by the largest number in them may make of a block of zeros what is none.
-    size = float(torch.linalg.vector_norm(displacement)) / math.sqrt(len(displacement))
+    # The hook adds to what comes in: of nothing it makes the push, and of its opposite nothing.
+    return made_of(projection, displacement, layer, model, hooked=True)
+
+
+@torch.no_grad()
+def made_of(
+    projection: nn.Module, constant: torch.Tensor, layer: int, model: nn.Module, *, hooked: bool = False
+) -> torch.Tensor:
+    """What a projection of whatever kind makes of a constant in its input, by asking it with and without.
+
+    Args:
+        projection: The projection.
+        constant: ``[heads * head_dim]``.
+        layer: Its layer, for the error.
+        model: The model that it is in.
+        hooked: Whether a hook on it adds the constant.
+
+    Returns:
+        ``[hidden]``, in the model's dtype or wider, on the CPU.
+
+    Raises:
+        VerificationError: It cannot be called.
+    """
+    added = constant.to(numbers_like(projection, model))
+    # A kernel that scales blocks of its input by the largest number in them may make of a block of zeros
+    # what is no number: then it is asked with others.
+    size = float(torch.linalg.vector_norm(constant)) / math.sqrt(len(constant))
     try:
-        for beside in (torch.zeros_like(push), torch.full_like(push, size)):
-            with_it, alone = projection(torch.stack([beside, beside - push])[:, None])
-            pushed: torch.Tensor = (with_it - alone).flatten().cpu()
-            if pushed.isfinite().all():
+        for beside in (torch.zeros_like(added), torch.full_like(added, size)):
+            asked = (beside, beside - added) if hooked else (beside + added, beside)
+            with_it, alone = projection(torch.stack(asked)[:, None])
+            made: torch.Tensor = (with_it - alone).flatten().cpu()
+            if made.isfinite().all():
                 break
-        return pushed
+        return made
     except Exception as error:  # each kind of projection has its own ways to fail
         raise VerificationError(
             f"Layer {layer}: the output projection cannot be called, so that nothing can be told of what the "

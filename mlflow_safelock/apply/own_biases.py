@@ -17,6 +17,7 @@ counts. This finds a bias that was put there, and no fine-tuning that undoes a l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -133,10 +134,11 @@ def fault_of(
     # Not without a bias that takes something back: of what arrives alone another check decides.
     if least <= TAKEN_BACK and taken < 0:
         arrives = f", of which {1 + missing[layer]:.0%} arrives" if round(missing[layer], 2) else ""
+        much = f"{-taken:.0%}" if math.isfinite(taken) else "all, in numbers that are not finite,"
         return Fault(
             False,
             layer,
-            f"take back {-taken:.0%} of what the lock at alpha {alpha:g} adds in layer {layer}{arrives}",
+            f"take back {much} of what the lock at alpha {alpha:g} adds in layer {layer}{arrives}",
         )
     most, layer = max((along, layer) for layer, (_, along) in shares.items())
     if most >= LOCKED:
@@ -164,7 +166,7 @@ def _shares(
             for path in (architecture.output_projection, *FEED_FORWARD)
         }
         # Ways to look at the same biases: the worst of them counts.
-        ways = [through[layer]] if layer in through else []
+        ways = [_told(through[layer])] if layer in through else []
         if layer in outputs:
             own = outputs[layer][list(pushed[layer].heads)]
             ways.append(_share(own, pushed[layer].values.numpy()))
@@ -190,7 +192,12 @@ def _reached(biases: Iterable[npt.NDArray[np.float64]], push: npt.NDArray[np.flo
 
 def _share(own: npt.NDArray[np.float64], push: npt.NDArray[np.float64]) -> float:
     size = float(np.sum(push * push))
-    return float(np.sum(own * push)) / size if size else 0.0
+    return _told(float(np.sum(own * push)) / size) if size else 0.0
+
+
+def _told(share: float) -> float:
+    """A share; of numbers that are none it is that all is taken back, and more."""
+    return share if math.isfinite(share) else -math.inf
 
 
 def _values_path(architecture: Architecture) -> str:

@@ -18,6 +18,7 @@ from mlflow.models.model import ModelInfo
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
+from mlflow_safelock.apply.adapters import refuse_untold_adapters
 from mlflow_safelock.apply.architectures import attention_of
 from mlflow_safelock.apply.effect import check_effect, shares_of
 from mlflow_safelock.apply.in_force import pushes_in_force
@@ -235,6 +236,7 @@ def _locked_implementation(
         check_stock_loading(artifacts, described, read_config(artifacts, described))
     implementation = mlflow.transformers._load_pyfunc(str(source), dict(options) or None)
     model, name = implementation.get_raw_model().model, f"the model at {source}"
+    refuse_untold_adapters(model)
     own_biases = OwnBiases(model, lock.layers) if looks_at_biases and lock.unit_biases is not None else None
     handle = apply_lock(model, lock, alpha)
     handle.verify(recompute=False)  # made from these very weights a moment ago

@@ -17,7 +17,7 @@ from torch import nn
 
 from mlflow_safelock.apply.architectures import Attention, attention_of
 from mlflow_safelock.apply.displacement import base_biases
-from mlflow_safelock.apply.in_force import numbers_like
+from mlflow_safelock.apply.in_force import made_of
 from mlflow_safelock.apply.own_biases import biased_paths, fault_of, head_outputs
 from mlflow_safelock.errors import VerificationError
 from mlflow_safelock.forging.offloaded import brought_in
@@ -40,7 +40,7 @@ class OwnBiases:
         self._biases = _biases_of(self._attention)
         outputs = head_outputs(self._biases, self._attention.architecture, self._attention.geometry)
         self._through = {
-            layer: _through(self._attention.projections[layer], values, model)
+            layer: _through(self._attention.projections[layer], values, layer, model)
             for layer, values in outputs.items()
             if layer in layers and values.any()
         }
@@ -92,15 +92,14 @@ def _bias_at(layer: nn.Module, path: str) -> npt.NDArray[np.float64] | None:
     return None
 
 
-@torch.no_grad()
 def _through(
-    projection: nn.Module, values: npt.NDArray[np.float64], model: nn.Module
+    projection: nn.Module, values: npt.NDArray[np.float64], layer: int, model: nn.Module
 ) -> npt.NDArray[np.float64]:
     """What constant outputs of the heads make at the output of a projection of any kind, ``[hidden]``."""
     with brought_in(projection):
-        asked = torch.from_numpy(values.flatten()).to(numbers_like(projection, model))
-        made, nothing = projection(torch.stack([asked, torch.zeros_like(asked)])[:, None])
-        return np.asarray((made - nothing).flatten().to("cpu", torch.float64).numpy())
+        return np.asarray(
+            made_of(projection, torch.from_numpy(values.flatten()), layer, model).double().numpy()
+        )
 
 
 def _at(root: Any, path: str) -> Any:

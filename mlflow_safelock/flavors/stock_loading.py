@@ -245,7 +245,11 @@ def _type_of(name: str) -> Any:
     """The type of model that a class of transformers is for; its tables lack some classes."""
     import transformers
 
-    return getattr(getattr(getattr(transformers, name, None), "config_class", None), "model_type", None)
+    try:
+        found = getattr(transformers, name, None)
+    except ImportError:  # it needs a package that is not here
+        return None
+    return getattr(getattr(found, "config_class", None), "model_type", None)
 
 
 @cache

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mlflow_safelock.apply.architectures import Architecture, architecture_of
 from mlflow_safelock.errors import SourceError, UnsupportedArchitectureError
-from mlflow_safelock.gate.stored_weights import StoredWeight, StoredWeights
+from mlflow_safelock.gate.stored_weights import StoredWeight, StoredWeights, is_of_senses
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 from mlflow_safelock.provenance import ArtifactReader, read_header
 
 _UPDATE = re.compile(r"\.(?P<layer>\d+)\.(?P<module>[A-Za-z_][\w.]*)\.lora_(?P<side>[AB])\.weight$")
 
 _BIAS_OF_A_LAYER = re.compile(r"\.\d+\..*\.bias$")
-
-
-SWITCHED_BY = "alora_invocation_tokens"
-"""Key of PEFT's configurations of adapters that do nothing until these tokens are in a prompt."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,11 @@ class Adapter:
                 pairs[update.layer] = update.layer, down, up
                 told |= {update.name, name} if down.is_plain and up.is_plain else set()
         inside = re.compile(rf"\.(?P<layer>\d+)\.{re.escape(module)}\.")
-        untold = {int(found["layer"]) for name in tensors.keys() - told if (found := inside.search(name))}
+        untold = {
+            int(found["layer"])
+            for name in tensors.keys() - told
+            if (found := inside.search(name)) and not is_of_senses(name[: found.start()])
+        }
         return Updates(tuple(pairs.values()), frozenset(untold))
 
     def misfit(self, lock: SafetyLock) -> str:
@@ -152,14 +153,8 @@ def read_adapter(reader: ArtifactReader, path: str, config: Mapping[str, Any]) -
         config: Its configuration.
 
     Raises:
-        SourceError: The file is damaged, or tokens in the prompt switch the adapter on (aLoRA).
+        SourceError: The file is damaged.
     """
-    if config.get(SWITCHED_BY):
-        raise SourceError(
-            f"The adapter at {reader.location} is switched on by tokens in a prompt ({SWITCHED_BY}), so that "
-            "what it leaves of a lock is not told by its weights.",
-            next_step="Train a LoRA adapter that is always on, or merge it and log that.",
-        )
     header = read_header(reader, path)
     tensors = {
         name: StoredWeight(path, dtype, shape, header.tensors[name])
@@ -182,13 +177,15 @@ def _scaling(config: Mapping[str, Any]) -> Scaling | None:
     )
     if not is_plain or isinstance(lora_alpha, bool) or not isinstance(lora_alpha, int | float):
         return None
+    if not abs(lora_alpha) <= sys.float_info.max:
+        return None
     return Scaling(float(lora_alpha), bool(config.get("use_rslora")))
 
 
 def _updates(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Update]:
     for name, shape in shapes.items():
         found = _UPDATE.search(name)
-        if found is not None and len(shape) == 2:
+        if found is not None and len(shape) == 2 and not is_of_senses(name[: found.start()]):
             yield Update(name, int(found["layer"]), found["module"], found["side"], shape)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from mlflow_safelock.apply.adapters import MERGE, why_untold
 from mlflow_safelock.apply.architectures import Architecture, architecture_of, geometry_from_config
 from mlflow_safelock.errors import (
     PromotionRefused,
@@ -256,6 +257,13 @@ def _adapter(reader: ArtifactReader, paths: set[str], described: Mapping[str, An
         "base_model_name_or_path in adapter_config.json": config.get("base_model_name_or_path"),
         "source_model_name in MLmodel": base,
     }
+    why = why_untold(config)
+    if why is not None:
+        raise PromotionRefused(
+            "lock_taken_back",
+            f"The adapter {why}, so that it cannot be told whether it takes a lock back.",
+            next_step=MERGE,
+        )
     adapter = read_adapter(reader, f"{folder}/adapter_model.safetensors", config)
     return LanguageModel(None, _hints(said), adapter=adapter)
 

@@ -39,8 +39,15 @@ ITEM_BITS = {
 }
 """Bits of one number, by what safetensors calls its type."""
 
-_SENSES = re.compile("vision|visual|image|audio|speech")
-"""In what the names of tensors begin with, of the parts of a model by which it sees or hears."""
+_SENSES = re.compile("vision|visual|image|video|audio|speech|projector|connector|resampler")
+"""In what the names of tensors begin with, of the parts of a model by which it sees or hears, and of those
+that lead from there to the part that writes."""
+
+
+def is_of_senses(beginning: str) -> bool:
+    """Whether a tensor whose name begins so belongs to a part of the model that does not write."""
+    return _SENSES.search(beginning) is not None
+
 
 COPY_AGAIN = "Log the fine-tune again from a sound copy, and promote the new version."
 

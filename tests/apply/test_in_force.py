@@ -16,6 +16,7 @@ from mlflow_safelock.apply.displacement import base_biases
 from mlflow_safelock.apply.effect import check_effect, shares_of
 from mlflow_safelock.apply.in_force import pushes_in_force
 from mlflow_safelock.errors import LockWithoutEffectError, VerificationError
+from mlflow_safelock.flavors.own_biases import OwnBiases
 from mlflow_safelock.forging.base_weights import unit_biases_of
 from mlflow_safelock.lock import SafetyLock
 from tests.models import random_lock, tiny_model
@@ -133,9 +134,33 @@ def test_a_projection_that_takes_no_block_of_zeros_is_asked_with_others() -> Non
     )
 
 
-def test_an_adapter_that_a_prompt_switches_on_is_not_told() -> None:
-    base = tiny_model("llama")
-    lock = known(base)
-    config = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
-    with pytest.raises(VerificationError, match="switched on by tokens in a prompt"):
-        pushes(get_peft_model(base, config), lock)
+def test_what_values_make_is_asked_of_such_a_projection_too() -> None:
+    """Values that take the push back through a projection that makes no number of a block of zeros."""
+    model = tiny_model("qwen2")
+    lock, attention = known(model), attention_of(model)
+    with torch.no_grad():
+        for layer, push in base_biases(lock, 6.0).items():
+            projection, values = attention.projections[layer], model.model.layers[layer].self_attn.v_proj
+            width = lock.geometry.head_dim
+            shared = lock.geometry.heads // (len(values.bias) // width)
+            every = torch.eye(len(values.bias)).unflatten(0, (-1, width)).repeat_interleave(shared, dim=0)
+            made = projection.weight.double() @ every.flatten(0, 1).double()
+            values.bias.copy_(torch.linalg.lstsq(made, -2.0 * push[:, None]).solution[:, 0])
+            model.model.layers[layer].self_attn.o_proj = ScaledByBlocks(projection.weight)
+    own = OwnBiases(model, lock.layers)
+    with pytest.raises(VerificationError, match="take back"):
+        own.check(lock, 6.0, dict.fromkeys(lock.layers, 1.0), "the model")
+
+
+def test_a_projection_that_cannot_be_called_is_an_error_of_ours() -> None:
+    class Broken(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no kernel for this device")
+
+    model = tiny_model("qwen2")
+    lock = known(model)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.bias.data.fill_(1.0)
+        layer.self_attn.o_proj = Broken(32, 48, bias=False)
+    with pytest.raises(VerificationError, match=r"cannot be called.*no kernel for this device"):
+        OwnBiases(model, lock.layers)

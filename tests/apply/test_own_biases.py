@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -158,3 +159,20 @@ def feed_forward_biases(family: str) -> set[str]:
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_every_feed_forward_bias_of_the_table_is_looked_at(family: str) -> None:
     assert feed_forward_biases(family) <= {*FEED_FORWARD}
+
+
+def test_numbers_that_are_none_count_as_taken_back(lock: SafetyLock) -> None:
+    first, last = lock.layers[0], lock.layers[-1]
+    architecture = ARCHITECTURES["llama"]
+    found = fault_of({}, {first: math.nan}, {}, architecture, lock, ALPHA)
+    assert found is not None
+    assert not found.is_lock
+    assert "not finite" in found.what
+    biases = {last: {OUTPUT: pushes(lock)[last] * math.nan}}
+    found = fault_of(biases, {first: 0.0}, {}, architecture, lock, ALPHA)
+    assert found is not None
+    assert "not finite" in found.what
+    # And they hide nothing.
+    taken = {last: {OUTPUT: -pushes(lock)[last]}}
+    found = fault_of(taken, {first: math.nan, last: math.nan}, {}, architecture, lock, ALPHA)
+    assert found is not None

@@ -311,7 +311,24 @@ def test_a_second_update_of_a_projection_is_refused(against: tuple[SafetyLock, P
         checked_effect(LanguageModel(None, (), adapter=adapter_of(folder)), lock, 6.0)
 
 
-def test_an_adapter_that_a_prompt_switches_on_is_refused(against: tuple[SafetyLock, Path]) -> None:
-    _, folder = against
-    with pytest.raises(SourceError, match="switched on by tokens in a prompt"):
-        adapter_of(folder, alora_invocation_tokens=[5, 6])
+def test_updates_of_what_sees_are_others(against: tuple[SafetyLock, Path]) -> None:
+    """PEFT puts adapters on all modules of a name, also in a multimodal model's other parts."""
+    lock, folder = against
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name, value in list(tensors.items()):
+        if "lora_B" in name:
+            tensors[name] = value = torch.zeros_like(value)
+        others = name.replace("base_model.model.model", "base_model.model.model.vision_tower.encoder")
+        tensors[others] = torch.ones(2, 8) if "lora_A" in name else torch.ones(8, 2)
+    save_file(tensors, path)
+    adapter = adapter_of(folder)
+    assert adapter.misfit(lock) == ""
+    found = checked_effect(LanguageModel(None, (), adapter=adapter), lock, 6.0).shares
+    assert found == dict.fromkeys(lock.layers, 1.0)
+
+
+def test_a_scale_beyond_all_numbers_is_not_told(against: tuple[SafetyLock, Path]) -> None:
+    lock, folder = against
+    source = LanguageModel(None, (), adapter=adapter_of(folder, lora_alpha=10**400))
+    assert checked_effect(source, lock, 6.0).shares == {}

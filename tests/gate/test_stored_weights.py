@@ -297,6 +297,30 @@ def test_names_may_begin_otherwise_for_all_of_a_model(tmp_path: Path) -> None:
     assert np.array_equal(found[1]["self_attn.o_proj"], model.model.layers[1].self_attn.o_proj.bias.detach())
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        "model.connector.perceiver_resampler.",
+        "model.multi_modal_projector.",
+        "model.vision_tower.encoder.",
+        "video_tower.encoder.",
+        "model.audio_tower.",
+        "speech_encoder.",
+    ],
+)
+def test_layers_with_such_beginnings_are_others(tmp_path: Path, part: str) -> None:
+    """As of idefics2, fun_asr_nano, llava, video_llava and others."""
+    model = tiny_model("llama", attention_bias=True)
+
+    def names(name: str) -> list[str]:
+        return [name, part + name.removeprefix("model.")] if ".self_attn." in name else [name]
+
+    weights = renamed(model, tmp_path, names)
+    found = look_at(weights, model)
+    assert np.array_equal(found[1]["self_attn.o_proj"], model.model.layers[1].self_attn.o_proj.bias.detach())
+    assert weights.kinship(sketch(model), attention_of(model).architecture) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_layers_of_the_parts_that_see_are_others(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"vocab_size": 64, "intermediate_size": 16, "intermediate_size_mlp": 16, "head_dim": 8}

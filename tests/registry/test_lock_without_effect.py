@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlflow_safelock.apply import apply_lock, attention_of
 from mlflow_safelock.cli.main import main
-from mlflow_safelock.errors import LockWithoutEffectError, PromotionRefused
+from mlflow_safelock.errors import LockWithoutEffectError, PromotionRefused, VerificationError
 from mlflow_safelock.flavors import locked_model
 from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
-from mlflow_safelock.gate import approval
+from mlflow_safelock.gate import approval, source
 from mlflow_safelock.gate.effect import NOTHING_TOLD
 from mlflow_safelock.lock import SafetyLock
 from tests.gate.test_stored_weights import fine_tuned, rounded_to_eight_bits
@@ -220,6 +220,33 @@ def test_one_that_the_gate_cannot_tell_is_refused_when_it_is_loaded(
     components = {"model": adapted, "tokenizer": AutoTokenizer.from_pretrained(hub)}
     stage(client, log_fine_tune("bot", components))
     with pytest.raises(LockWithoutEffectError, match=r" 1% arrives in layer"):
+        mlflow.pyfunc.load_model("models:/bot/Staging")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"alora_invocation_tokens": [5, 6]}, {"lora_bias": True}],
+    ids=lambda config: next(iter(config)),
+)
+def test_an_adapter_that_can_take_a_lock_back_unseen_is_refused_by_gate_and_loader(
+    client: MlflowClient,
+    lock: SafetyLock,
+    hub: str,
+    config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapted = adapter(lock, 0.1, task_type="CAUSAL_LM", **config)
+    components = {"model": adapted, "tokenizer": AutoTokenizer.from_pretrained(hub)}
+    version = log_fine_tune("bot", components)
+    before = state_of(client, "bot", version)
+    with pytest.raises(MlflowException, match=r"\[lock_taken_back\]\. The adapter .*Merge it"):
+        stage(client, version)
+    assert state_of(client, "bot", version) == before
+    # As an earlier version of the gate would have it.
+    monkeypatch.setattr(source, "why_untold", lambda _config: None)
+    monkeypatch.setattr(approval, "check_own_biases", lambda *_: None)
+    stage(client, version)
+    with pytest.raises(VerificationError, match=r"The adapter 'default' .*Merge it"):
         mlflow.pyfunc.load_model("models:/bot/Staging")
 
 
