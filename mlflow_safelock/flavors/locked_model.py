@@ -38,7 +38,13 @@ from mlflow_safelock.flavors.stock_loading import check_stock_code, check_stock_
 from mlflow_safelock.forging.base_weights import kinship_of
 from mlflow_safelock.kinship import MIN_KINSHIP
 from mlflow_safelock.lock import SafetyLock
-from mlflow_safelock.provenance import LocalArtifacts, LockReference, check_every_byte, configured_signer
+from mlflow_safelock.provenance import (
+    LocalArtifacts,
+    LockReference,
+    OwnBiasesRule,
+    check_every_byte,
+    configured_signer,
+)
 
 __all__ = [
     "FLAVOR_NAME",
@@ -69,6 +75,7 @@ def save_model(
     source_uri: str,
     alpha: float | None = None,
     mlflow_model: Model | None = None,
+    own_biases: OwnBiasesRule = "check",
 ) -> None:
     """Save the overlay of a fine-tune that was logged with ``mlflow.transformers``.
 
@@ -78,16 +85,21 @@ def save_model(
         source_uri: Any MLflow model URI of the fine-tune, or its folder.
         alpha: Strength; the lock's default where it is not given.
         mlflow_model: MLflow's description of the model, where it is being logged.
+        own_biases: Whether biases of the model's own are compared with the lock's, now and when it is loaded;
+            ``ignore`` is for bases that have such biases themselves.
 
     Raises:
         SourceError: The source cannot be reached, or is not a model of ``mlflow.transformers``.
         ApplyError: The lock cannot be applied to it.
-        VerificationError: It does not descend from the lock's base, or too little of the push arrives in it.
+        VerificationError: It does not descend from the lock's base, or too little of the push arrives in it,
+            or its own biases take half of the push back, or are a lock's.
     """
     folder = Path(path)
     strength = lock.metadata.default_alpha if alpha is None else alpha
     source = _fetch(source_uri)
-    _check_descent(_locked_implementation(source, lock, strength, {}), lock, source_uri)
+    looks_at_biases = own_biases == "check"
+    implementation = _locked_implementation(source, lock, strength, {}, looks_at_biases=looks_at_biases)
+    _check_descent(implementation, lock, source_uri)
     _validate_and_prepare_target_save_path(str(folder))
     write_overlay(
         folder,
@@ -99,6 +111,7 @@ def save_model(
         None,
         mlflow_model,
         signer=configured_signer(),
+        own_biases=own_biases,
     )
 
 
@@ -108,9 +121,10 @@ def log_model(
     *,
     source_uri: str,
     alpha: float | None = None,
+    own_biases: OwnBiasesRule = "check",
     **kwargs: Any,
 ) -> ModelInfo:
-    """Log the overlay of a fine-tune; further arguments are those of ``mlflow.models.Model.log``.
+    """Log the overlay of a fine-tune; arguments are those of ``save_model`` and ``mlflow.models.Model.log``.
 
     Raises:
         SourceError: The source cannot be reached, or is not a model of ``mlflow.transformers``.
@@ -124,6 +138,7 @@ def log_model(
         lock=lock,
         source_uri=source_uri,
         alpha=alpha,
+        own_biases=own_biases,
         **kwargs,
     )
 
@@ -157,7 +172,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> An
         overlay.lock,
         predicate.alpha,
         options,
-        looks_at_biases=promotion is None or promotion.own_biases == "check",
+        looks_at_biases=predicate.own_biases == "check",
     )
     kinship = None if promotion is None else promotion.kinship
     _check_descent(implementation, overlay.lock, predicate.source.uri, kinship)
@@ -218,7 +233,7 @@ def _fetch(uri: str) -> Path:
 
 
 def _locked_implementation(
-    source: Path, lock: SafetyLock, alpha: float, options: Mapping[str, Any], *, looks_at_biases: bool = True
+    source: Path, lock: SafetyLock, alpha: float, options: Mapping[str, Any], *, looks_at_biases: bool
 ) -> Any:
     """MLflow's own pyfunc implementation of the fine-tune, locked."""
     described = read_mlmodel(LocalArtifacts(source))

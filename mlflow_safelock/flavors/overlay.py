@@ -26,6 +26,7 @@ from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
     ArtifactReader,
     LockReference,
+    OwnBiasesRule,
     Promotion,
     Receipt,
     ReceiptPredicate,
@@ -82,6 +83,7 @@ def write_overlay(
     mlflow_model: Model | None = None,
     fingerprint: SourceFingerprint | None = None,
     signer: Signer | None = None,
+    own_biases: OwnBiasesRule = "check",
 ) -> Receipt:
     """Write the overlay of ``source`` into an empty folder and return its receipt.
 
@@ -96,6 +98,7 @@ def write_overlay(
         mlflow_model: MLflow's description of a model that is being logged; otherwise the fine-tune's own.
         fingerprint: The source's, where it was measured before; otherwise it is taken now.
         signer: What its receipt is signed with; ``None``: it is not signed.
+        own_biases: Whether the loader compares the model's own biases with the lock's.
 
     Raises:
         SourceError: The source is not an MLflow model, or cannot be read.
@@ -126,6 +129,7 @@ def write_overlay(
             alpha=float(alpha),
             carrier="overlay",
             promotion=promotion,
+            own_biases=own_biases,
             files={path.name: _sha256(path.read_bytes()) for path in sorted(folder.iterdir())},
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             tools=tool_versions(),

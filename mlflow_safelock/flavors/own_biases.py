@@ -66,7 +66,7 @@ class OwnBiases:
             raise VerificationError(
                 f"{name[:1].upper()}{name[1:]} has biases of its own that {fault.what}.",
                 next_step="Use a fine-tune, and a base, without them. If the base has such biases itself, "
-                "promote it through a gate with 'own_biases: ignore'.",
+                "promote it through a gate with 'own_biases: ignore', or save it with own_biases='ignore'.",
             )
 
 

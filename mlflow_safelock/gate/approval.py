@@ -151,7 +151,6 @@ class Approved:
             actor=self.request.actor,
             kinship=None if self.kinship is None else round(self.kinship, 6),
             evaluations=self.evaluations,
-            own_biases=self.rule.own_biases,
         )
 
 

@@ -113,6 +113,7 @@ class LockedModels:
             approved.promotion,
             fingerprint=approved.measured,
             signer=signer,
+            own_biases=approved.rule.own_biases,
         )
 
     def prepare_standalone(self, approved: Approved, progress: Progress) -> tuple[str, Standalone | None]:

@@ -70,6 +70,10 @@ class LockReference(_Part):
     version: Natural | None
 
 
+OwnBiasesRule = Literal["check", "ignore"]
+"""What is done about biases of a model's own: they are compared with the lock's, or left alone."""
+
+
 class Promotion(_Part):
     """The decision of the gate.
 
@@ -83,8 +87,6 @@ class Promotion(_Part):
             1; ``None`` where they could not be compared.
         evaluations: Digests of the evaluations that it rests on. Of a standalone model there are none, since
             it is written before the promotion.
-        own_biases: Whether the model's own biases are compared with the lock's, as the policy had it; not
-            written down where they are, as in receipts from before this was there.
     """
 
     model: NonEmpty
@@ -94,7 +96,6 @@ class Promotion(_Part):
     actor: Actor
     kinship: float | None = None
     evaluations: tuple[Digest, ...] = ()
-    own_biases: Literal["check", "ignore"] = "check"
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -102,8 +103,6 @@ class Promotion(_Part):
         values: dict[str, Any] = serialize(self)
         if not self.evaluations:
             del values["evaluations"]
-        if self.own_biases == "check":
-            del values["own_biases"]
         return values
 
 
@@ -122,6 +121,8 @@ class ReceiptPredicate(_Part):
         patched: Files of a standalone model that are files of the source but for biases that the lock
             changed: their own fingerprints, the biases included.
         check: How a standalone model was confirmed before it was there, in words.
+        own_biases: Whether the loader of an overlay compares the model's own biases with the lock's; not
+            written down where it does, as in receipts from before this was there.
         created: When, ISO 8601 in UTC.
         tools: Versions of the software that made it.
     """
@@ -135,6 +136,7 @@ class ReceiptPredicate(_Part):
     shared: dict[str, str] = Field(default_factory=dict)
     patched: tuple[FileFingerprint, ...] = ()
     check: NonEmpty | None = None
+    own_biases: OwnBiasesRule = "check"
     created: NonEmpty
     tools: dict[str, str]
 
@@ -142,7 +144,11 @@ class ReceiptPredicate(_Part):
     def _without_what_is_not_stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As receipts were written before there were these, so that those still read back the same."""
         values: dict[str, Any] = serialize(self)
-        absent = {"patched": not self.patched, "check": self.check is None}
+        absent = {
+            "patched": not self.patched,
+            "check": self.check is None,
+            "own_biases": self.own_biases == "check",
+        }
         return {name: value for name, value in values.items() if not absent.get(name, False)}
 
 

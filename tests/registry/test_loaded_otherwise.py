@@ -514,7 +514,7 @@ class TestOwnBiases:
         stage(client, version)
         assert handle_of(mlflow.pyfunc.load_model("models:/bot/Staging").get_raw_model().model).alpha == 6.0
         receipt = json.loads((source_of(client, version) / "receipt.json").read_text())
-        assert receipt["predicate"]["promotion"]["own_biases"] == "ignore"
+        assert receipt["predicate"]["own_biases"] == "ignore"
 
     @pytest.mark.parametrize(
         ("share", "path", "why"),
@@ -544,6 +544,8 @@ class TestOwnBiases:
             return
         with pytest.raises(VerificationError, match=why):
             locked_model.save_model(lock, tmp_path / "locked", str(tmp_path / "source"))
+        locked_model.save_model(lock, tmp_path / "locked", str(tmp_path / "source"), own_biases="ignore")
+        locked_model.load_model(str(tmp_path / "locked"))
 
     @torch.no_grad()
     def test_those_of_values_are_looked_at_by_hand_too(self, client: MlflowClient, tmp_path: Path) -> None:
