@@ -14,7 +14,7 @@ from torch import nn
 from mlflow_safelock.apply import apply_lock, attention_of
 from mlflow_safelock.apply.displacement import base_biases
 from mlflow_safelock.apply.effect import check_effect, shares_of
-from mlflow_safelock.apply.in_force import pushes_in_force
+from mlflow_safelock.apply.in_force import made_of, pushes_in_force
 from mlflow_safelock.errors import LockWithoutEffectError, VerificationError
 from mlflow_safelock.flavors.own_biases import OwnBiases
 from mlflow_safelock.forging.base_weights import unit_biases_of
@@ -132,6 +132,16 @@ def test_a_projection_that_takes_no_block_of_zeros_is_asked_with_others() -> Non
     assert shares_of(pushes(model, lock), lock, 6.0) == pytest.approx(
         dict.fromkeys(lock.layers, 1.0), abs=0.05
     )
+
+
+def test_what_a_constant_makes_of_such_a_projection_is_told() -> None:
+    model = tiny_model("llama")
+    weight = attention_of(model).projections[0].weight
+    constant = torch.arange(32.0)
+    constant[8:16] = 0
+    made = made_of(ScaledByBlocks(weight.detach()), constant, 0, model)
+    expected = weight @ constant
+    assert (made - expected).norm() < 0.02 * expected.norm()
 
 
 def test_what_values_make_is_asked_of_such_a_projection_too() -> None:
