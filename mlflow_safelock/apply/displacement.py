@@ -304,10 +304,11 @@ def _one_by_one(
     for weight, displaced in zip(columns, values, strict=True):
         if weight.stride(-1) == 1 and not weight.is_contiguous():
             # Also where the dtype stays: a product of rows that lie apart takes twice the time of both.
-            gathered = workspace.gathered(weight, values.dtype)
+            product = workspace.gathered(weight, values.dtype).mul_(displaced)
         else:
-            gathered = weight.to(values.dtype)
-        products.append(torch.mv(gathered, displaced))
+            product = weight * displaced
+        # And not by a product of matrices: MKL's of this size may wait for a second thread for as long again.
+        products.append(product.sum(dim=1))
     of_layers = torch.split(torch.stack(products), list(counts))
     return torch.stack([terms.sum(dim=0, dtype=torch.float64) for terms in of_layers])
 
