@@ -127,7 +127,7 @@ class StoredWeights:
             layers: dict[int, dict[str, list[str]]] = {}
             for name in self.tensors:
                 parts = ending.fullmatch(name)
-                if parts is not None and not _SENSES.search(parts[1]):
+                if parts is not None and not is_of_senses(parts[1]):
                     layers.setdefault(int(parts[2]), {}).setdefault(parts[3], []).append(parts[1])
             self._found[list_of_layers] = layers
         return self._found[list_of_layers]
