@@ -12,7 +12,13 @@ from mlflow_safelock.apply.checkpoint.columns import bias_dtype, columns_of
 from mlflow_safelock.apply.checkpoint.fp8 import CODE, unknown_scheme
 from mlflow_safelock.apply.checkpoint.source import CheckpointSource
 from mlflow_safelock.apply.checkpoint.weights import StoredWeights
-from mlflow_safelock.apply.displacement import Displacement, displacements, output_bias, stored_bias
+from mlflow_safelock.apply.displacement import (
+    Displacement,
+    Workspace,
+    displacements,
+    output_bias,
+    stored_bias,
+)
 from mlflow_safelock.errors import CheckpointError, UnsupportedArchitectureError
 from mlflow_safelock.lock import SafetyLock
 
@@ -53,9 +59,10 @@ def biases_of(source: CheckpointSource, lock: SafetyLock, alpha: float) -> Biase
         UnsupportedArchitectureError: The architecture has no place for the biases.
     """
     paths = [projection_path(source, layer) for layer in range(source.geometry.layers)]
+    workspace = Workspace()
     found = {
         f"{paths[displacement.layer]}.bias": _layer_bias(
-            source, paths[displacement.layer], displacement, alpha
+            source, paths[displacement.layer], displacement, alpha, workspace
         )
         for displacement in displacements(lock, alpha)
     }
@@ -115,8 +122,10 @@ class _LayerBias:
     push: torch.Tensor
 
 
-def _layer_bias(source: CheckpointSource, path: str, displacement: Displacement, alpha: float) -> _LayerBias:
-    push = output_bias(columns_of(source, path), displacement)
+def _layer_bias(
+    source: CheckpointSource, path: str, displacement: Displacement, alpha: float, workspace: Workspace
+) -> _LayerBias:
+    push = output_bias(columns_of(source, path), displacement, workspace)
     own = _own_bias(source.weights, f"{path}.bias") if has_output_bias(source) else None
     exact = push if own is None else push + own.to(push)
     dtype = bias_dtype(source, path) if own is None else own.dtype
