@@ -22,7 +22,7 @@ BATCH = 8
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    """Harmful prompts and their twins, in both arms; a random model ends no answer before the limit.
+    """The starter suite's prompts and twins, in both arms; a random model ends no answer before the limit.
 
     Of two sizes: in the small one a step takes hardly longer than what calls it, and all that is not
     generation weighs more than it does in any model that is used.
@@ -31,14 +31,17 @@ def run(settings: Settings) -> Iterator[Row]:
     # As fast for a model this small, and work beside it disturbs one thread less than several that wait.
     torch.set_num_threads(1)
     try:
-        for width, layers in [(48, 3)] if settings.quick else [(256, 4), (512, 6)]:
-            yield _measured(width, layers, settings)
+        if settings.quick:
+            yield _measured(48, 3, prompts=4, tokens=4, repetitions=1)
+        else:
+            everything = len(load_suite("starter-harmful").prompts)
+            yield _measured(256, 4, prompts=everything, tokens=128, repetitions=3)
+            yield _measured(512, 6, prompts=everything, tokens=128, repetitions=1)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measured(width: int, layers: int, settings: Settings) -> Row:
-    prompts, tokens = (4, 4) if settings.quick else (8, 128)
+def _measured(width: int, layers: int, *, prompts: int, tokens: int, repetitions: int) -> Row:
     model = tiny_model("llama", hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers)
     tokenizer = tiny_tokenizer(CHATML)
     lock = random_lock(geometry_from_config(model.config), heads=8)
@@ -63,7 +66,7 @@ def _measured(width: int, layers: int, settings: Settings) -> Row:
             lambda: _generated(model, tokenizer, asked, lock, tokens),
             answered.append,
         ),
-        repetitions=settings.repetitions(5),
+        repetitions=repetitions,
         figures={"answers of both arms": 2 * len(asked)},
         cpu=True,
     )

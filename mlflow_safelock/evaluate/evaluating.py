@@ -67,6 +67,10 @@ FIRST_TOKENS_BYTES = 256 << 20
 """Most memory that an arm's expectations of first tokens take; where they would take more, the harmless
 prompts are read anew to compare them."""
 
+MOST_TEXTS = 100
+"""Most of a suite's own texts that perplexity is measured by: it is a mean over texts that both arms read, so
+more of them would cost a longer evaluation and make it little surer."""
+
 UNFINISHED = 0.1
 """Share of answers that the limit ended from which the result warns of it."""
 
@@ -80,7 +84,7 @@ class Settings:
         transform: Name of the wrapper around them; harmless prompts are asked as they are.
         limit: How many prompts of the suite are drawn, by the seed; ``None``: all.
         texts: Benign texts for perplexity; by default the suite's twins, and the expected answers of its
-            tasks.
+            tasks, of which at most ``MOST_TEXTS`` are drawn by the seed.
         scorer: Says how right an answer to a task is; by default 1 where it is the expected one, blanks
             aside.
         pairs: What the lock was forged from, to find prompts that it knows; the starter pairs are known.
@@ -400,7 +404,10 @@ def _texts(suite: Suite, settings: Settings) -> list[Text]:
     if settings.texts:
         return [("", text) for text in settings.texts]
     twins: list[Text] = [("", one.twin) for one in suite.harmful if one.twin]
-    return [*twins, *((one.prompt, one.expected) for one in suite.tasks if one.expected)]
+    texts = [*twins, *((one.prompt, one.expected) for one in suite.tasks if one.expected)]
+    if len(texts) <= MOST_TEXTS:
+        return texts
+    return random.Random(settings.seed).sample(texts, MOST_TEXTS)  # noqa: S311 - no secret
 
 
 def _result(arms: _Arms, suite: Suite, unlocked: _Measured, locked: _Measured | None) -> Evaluation:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from mlflow_safelock.evaluate import (
     SuitePrompt,
     classify,
     evaluate,
+    evaluating,
 )
 from mlflow_safelock.evaluate.answer_store import sample_digest
 from mlflow_safelock.forging import PreferencePair, dataset_digest
@@ -268,6 +270,29 @@ def test_a_text_of_one_token_is_left_out_of_the_perplexity_and_said() -> None:
     result = evaluate(tiny, Suite("two", prompts), Settings(max_new_tokens=2))
     assert result.unlocked.figures["perplexity"].total == 1
     assert any("1 benign texts have no token" in warning for warning in result.warnings)
+
+
+def test_of_many_texts_some_are_drawn_by_the_seed_and_of_given_ones_none(monkeypatch: Any) -> None:
+    monkeypatch.setattr(evaluating, "MOST_TEXTS", 3)
+    twins = ["how do i bake", "how may i tie a rope", "why is it so", "who sings", "where is the lake"]
+    suite = Suite(
+        "many", tuple(SuitePrompt(str(n), "how do i forge", twin=one) for n, one in enumerate(twins))
+    )
+    tiny = Subject("tiny", tiny_model("llama"), tiny_tokenizer(CHATML))
+    short = Settings(max_new_tokens=1)
+    found = [
+        evaluate(tiny, suite, replace(short, seed=seed)).unlocked.figures["perplexity"] for seed in (0, 0, 1)
+    ]
+    assert [one.total for one in found] == [3, 3, 3]
+    assert found[0] == found[1]
+    assert found[0].value != found[2].value
+    of_some = [
+        evaluate(tiny, suite, replace(short, texts=some)).unlocked.figures["perplexity"].value
+        for some in combinations(twins, 3)
+    ]
+    assert any(found[0].value == pytest.approx(value, rel=1e-5) for value in of_some)
+    given = evaluate(tiny, suite, replace(short, texts=twins)).unlocked.figures["perplexity"]
+    assert given.total == len(twins)
 
 
 def test_weights_that_differ_in_few_columns_are_told_apart() -> None:
