@@ -83,7 +83,7 @@ def attention_of(model: PreTrainedModel) -> Attention:
         architecture = _seen[unwrapped] = discovered(unwrapped, values)
     geometry = _geometry(values, architecture)
     layers = tuple(_decoder_layers(unwrapped, architecture, geometry))
-    projections = tuple(_at(layer, architecture.output_projection) for layer in layers)
+    projections = tuple(part_at(layer, architecture.output_projection) for layer in layers)
     for index, projection in enumerate(projections):
         _check_projection(projection, index, architecture, geometry)
     if architecture.model_type not in ARCHITECTURES and _seen.get(unwrapped) != architecture:
@@ -198,7 +198,7 @@ def _decoder_layers(
     for root in (model, model.get_decoder()):
         # A bare model lacks the path's first names, which a model with a language modelling head has.
         for path in _suffixes(architecture.layers):
-            layers = _at(root, path)
+            layers = part_at(root, path)
             if hasattr(layers, "__len__") and len(layers) == geometry.layers:
                 found: Iterable[nn.Module] = layers
                 return found
@@ -233,9 +233,10 @@ def _suffixes(path: str) -> Iterator[str]:
     return (".".join(names[start:]) for start in range(len(names)))
 
 
-def _at(root: Any, path: str) -> Any:
+def part_at(root: Any, path: str) -> Any:
+    """What is at a dotted path below a module; itself at none, ``None`` where nothing is."""
     found = root
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         # A module looks its parts up where attributes are that it lacks: slow, for something done per layer.
         parts = getattr(found, "_modules", {})
         found = parts[name] if name in parts else getattr(found, name, None)

@@ -7,15 +7,13 @@ biases a model has is told by the model.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from functools import reduce
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from mlflow_safelock.apply.architectures import Attention, attention_of
+from mlflow_safelock.apply.architectures import Attention, attention_of, part_at
 from mlflow_safelock.apply.displacement import base_biases
 from mlflow_safelock.apply.in_force import made_of
 from mlflow_safelock.apply.own_biases import biased_paths, fault_of, head_outputs
@@ -83,7 +81,7 @@ def _biases_of(attention: Attention) -> dict[int, dict[str, npt.NDArray[np.float
 def _bias_at(layer: nn.Module, path: str) -> npt.NDArray[np.float64] | None:
     """The bias of a module of a layer, or that of experts, which is one parameter beside their weights."""
     parent, _, last = path.rpartition(".")
-    for owner, name in ((_at(layer, path), "bias"), (_at(layer, parent), f"{last}_bias")):
+    for owner, name in ((part_at(layer, path), "bias"), (part_at(layer, parent), f"{last}_bias")):
         if isinstance(owner, nn.Module):
             with brought_in(owner):
                 bias = getattr(owner, name, None)
@@ -100,8 +98,3 @@ def _through(
         return np.asarray(
             made_of(projection, torch.from_numpy(values.flatten()), layer, model).double().numpy()
         )
-
-
-def _at(root: Any, path: str) -> Any:
-    names = path.split(".") if path else []
-    return reduce(lambda module, name: getattr(module, name, None), names, root)
