@@ -9,7 +9,7 @@ one that other tokens switch on is off when it is asked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mlflow_safelock.errors import VerificationError
 
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 LINEAR = frozenset(
     {
-        *("ADALORA", "BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA"),
-        *("LOKR", "LORA", "OFT", "OSF", "RANDLORA", "TINYLORA", "UNILORA", "VERA"),
+        *("ADALORA", "BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "LORA"),
+        *("OFT", "OSF", "RANDLORA", "TINYLORA", "UNILORA", "VERA"),
     }
 )
-"""Kinds of PEFT by which a projection remains a linear map of its input."""
+"""Kinds of PEFT by which a projection remains a linear map of its input, with a constant if it has a bias."""
 
-OF_PROMPTS = frozenset({"CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"})
-"""Kinds that leave the weights alone."""
+OF_PROMPTS = frozenset({"CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING", "P_TUNING"})
+"""Kinds that leave the weights alone and give the model no more than embeddings of further tokens. By a
+prefix of keys and values a head could be made to give any constant."""
 
 MERGE = "Merge it, model.merge_and_unload(), and log that; or train a LoRA adapter."
 
@@ -56,9 +57,16 @@ def refuse_untold_adapters(model: nn.Module) -> None:
     """Raise where a loaded model has an adapter of which it cannot be told what it leaves of a lock.
 
     Raises:
-        VerificationError: It has.
+        VerificationError: It has, or an adapter on one.
     """
     for name, config in getattr(model, "peft_config", {}).items():
         why = why_untold(config.to_dict())
         if why is not None:
             raise VerificationError(f"The adapter {name!r} {why}.", next_step=MERGE)
+    # transformers loads what a base's repository holds of adapters itself, onto whatever base that names.
+    base = cast("Any", model).get_base_model() if hasattr(model, "get_base_model") else model
+    if base is not model and getattr(base, "_hf_peft_config_loaded", False):
+        raise VerificationError(
+            "The adapter is on a base that has an adapter of its own, on a base that no commit is named of.",
+            next_step="Merge both, model.merge_and_unload(), and log that.",
+        )

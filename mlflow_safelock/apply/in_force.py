@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import nn
@@ -76,18 +77,48 @@ def made_of(
     # A kernel that scales blocks of its input by the largest number in them may make of a block of zeros
     # what is no number: then it is asked with others.
     size = float(torch.linalg.vector_norm(constant)) / math.sqrt(len(constant))
+    for beside in (torch.zeros_like(added), torch.full_like(added, size)):
+        asked = (beside, beside - added) if hooked else (beside + added, beside)
+        with_it, alone = _outputs(projection, torch.stack(asked), layer)
+        made: torch.Tensor = (with_it - alone).flatten().cpu()
+        if made.isfinite().all():
+            break
+    return made
+
+
+@torch.no_grad()
+def constant_of(projection: nn.Module, width: int, layer: int, model: nn.Module) -> torch.Tensor:
+    """What a projection of whatever kind gives of nothing: its bias, as adapters on it make it.
+
+    Args:
+        projection: The projection.
+        width: How many numbers it takes.
+        layer: Its layer, for the error.
+        model: The model that it is in.
+
+    Returns:
+        ``[outputs]``, in the model's dtype or wider, on the CPU.
+
+    Raises:
+        VerificationError: It cannot be called.
+    """
+    nothing = torch.zeros(width).to(numbers_like(projection, model))
+    given: torch.Tensor = _outputs(projection, nothing[None], layer)[0]
+    if not given.isfinite().all():
+        # As above.
+        once, twice = _outputs(projection, torch.stack([nothing + 1, nothing + 2]), layer)
+        given = 2 * once - twice
+    return given.flatten().cpu()
+
+
+def _outputs(projection: nn.Module, inputs: torch.Tensor, layer: int) -> torch.Tensor:
+    """What a projection makes of each of some inputs, ``[inputs, width]``."""
     try:
-        for beside in (torch.zeros_like(added), torch.full_like(added, size)):
-            asked = (beside, beside - added) if hooked else (beside + added, beside)
-            with_it, alone = projection(torch.stack(asked)[:, None])
-            made: torch.Tensor = (with_it - alone).flatten().cpu()
-            if made.isfinite().all():
-                break
-        return made
+        return cast("torch.Tensor", projection(inputs[:, None]))
     except Exception as error:  # each kind of projection has its own ways to fail
         raise VerificationError(
-            f"Layer {layer}: the output projection cannot be called, so that nothing can be told of what the "
-            f"lock adds there: {error}.",
+            f"Layer {layer}: a projection cannot be called, so that it cannot be told what the lock adds: "
+            f"{error}.",
             next_step="Load the model where it can run.",
         ) from error
 

@@ -7,6 +7,7 @@ biases a model has is told by the model.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from torch import nn
 
 from mlflow_safelock.apply.architectures import Attention, attention_of, part_at
 from mlflow_safelock.apply.displacement import base_biases
-from mlflow_safelock.apply.in_force import made_of
+from mlflow_safelock.apply.in_force import constant_of, made_of
 from mlflow_safelock.apply.own_biases import biased_paths, fault_of, head_outputs
 from mlflow_safelock.errors import VerificationError
 from mlflow_safelock.forging.offloaded import brought_in
@@ -35,7 +36,7 @@ class OwnBiases:
 
     def __init__(self, model: nn.Module, layers: Collection[int]) -> None:
         self._attention = attention_of(model)
-        self._biases = _biases_of(self._attention)
+        self._biases = _biases_of(self._attention, model)
         outputs = head_outputs(self._biases, self._attention.architecture, self._attention.geometry)
         self._through = {
             layer: _through(self._attention.projections[layer], values, layer, model)
@@ -68,26 +69,42 @@ class OwnBiases:
             )
 
 
-def _biases_of(attention: Attention) -> dict[int, dict[str, npt.NDArray[np.float64]]]:
+def _biases_of(attention: Attention, model: nn.Module) -> dict[int, dict[str, npt.NDArray[np.float64]]]:
     found: dict[int, dict[str, npt.NDArray[np.float64]]] = {}
     for index, layer in enumerate(attention.layers):
         for path in biased_paths(attention.architecture):
-            bias = _bias_at(layer, path)
+            bias = _bias_at(layer, path, index, model)
             if bias is not None:
                 found.setdefault(index, {})[path] = bias
     return found
 
 
-def _bias_at(layer: nn.Module, path: str) -> npt.NDArray[np.float64] | None:
+def _bias_at(layer: nn.Module, path: str, index: int, model: nn.Module) -> npt.NDArray[np.float64] | None:
     """The bias of a module of a layer, or that of experts, which is one parameter beside their weights."""
     parent, _, last = path.rpartition(".")
     for owner, name in ((part_at(layer, path), "bias"), (part_at(layer, parent), f"{last}_bias")):
         if isinstance(owner, nn.Module):
+            within = _without_adapters(owner)
             with brought_in(owner):
-                bias = getattr(owner, name, None)
+                bias = getattr(within, name, None)
                 if isinstance(bias, torch.Tensor):
+                    if within is not owner and name == "bias":
+                        # An adapter may scale it with all else that comes out, as IA3 does.
+                        bias = constant_of(owner, _width(within), index, model)
                     return np.asarray(bias.detach().to("cpu", torch.float64).numpy())
     return None
+
+
+def _without_adapters(module: nn.Module) -> nn.Module:
+    """What adapters were put around; they change the weights of experts, and never their biases."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def _width(projection: Any) -> int:
+    """How many numbers a projection takes; GPT-2's classes say it by the shape of their weight alone."""
+    return int(getattr(projection, "in_features", projection.weight.shape[0]))
 
 
 def _through(

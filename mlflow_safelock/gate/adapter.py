@@ -22,7 +22,7 @@ from mlflow_safelock.provenance import ArtifactReader, read_header
 
 _UPDATE = re.compile(r"\.(?P<layer>\d+)\.(?P<module>[A-Za-z_][\w.]*)\.lora_(?P<side>[AB])\.weight$")
 
-_BIAS_OF_A_LAYER = re.compile(r"\.\d+\..*\.bias$")
+_BIAS_OF_A_LAYER = re.compile(r"\.\d+\..*[._]bias$")
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,12 @@ def read_adapter(reader: ArtifactReader, path: str, config: Mapping[str, Any]) -
         name: StoredWeight(path, dtype, shape, header.tensors[name])
         for name, (dtype, shape) in header.kinds.items()
     }
+    # Halves that are blocks on a diagonal (BD-LoRA) are narrower than the projection.
+    is_whole = not config.get("use_bdlora")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     biases = tuple(sorted(name for name in shapes if _BIAS_OF_A_LAYER.search(name)))
     weights = StoredWeights(reader, tensors)
-    return Adapter(tuple(_updates(shapes)), biases, weights, _scaling(config))
+    return Adapter(tuple(_updates(shapes)) if is_whole else (), biases, weights, _scaling(config))
 
 
 def _scaling(config: Mapping[str, Any]) -> Scaling | None:

@@ -18,14 +18,14 @@ KINDS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.item
 
 
 def adapted(kind: str) -> Any:
-    """A tiny model with an adapter on its output projections that does something."""
-    options: dict[str, Any] = {"target_modules": ["o_proj"]}
+    """A tiny model, whose projections have biases, with an adapter on the output's that does something."""
+    options: dict[str, Any] = {"target_modules": ["dense"]}
     if kind == "IA3":
         options["feedforward_modules"] = []
     if kind == "ADALORA":
         options["total_step"] = 10
     torch.manual_seed(0)
-    model = get_peft_model(tiny_model("llama"), KINDS[kind](**options)).eval()
+    model = get_peft_model(tiny_model("phi"), KINDS[kind](**options)).eval()
     with torch.no_grad():
         for name, parameter in attention_of(model).projections[0].named_parameters():
             if "base_layer" not in name and parameter.is_floating_point():
@@ -33,7 +33,7 @@ def adapted(kind: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", sorted(LINEAR - {"LN_TUNING"}))
+@pytest.mark.parametrize("kind", sorted(LINEAR))
 @torch.no_grad()
 def test_with_kinds_that_are_known_a_projection_is_linear(kind: str) -> None:
     if kind not in KINDS:
@@ -42,11 +42,14 @@ def test_with_kinds_that_are_known_a_projection_is_linear(kind: str) -> None:
     refuse_untold_adapters(model)
     projection = attention_of(model).projections[0]
     first, second = torch.randn(2, 1, 1, 32) * 3
-    zero = torch.zeros(1, 1, 32)
-    assert projection(zero).abs().max() < 1e-5
-    both = projection(first + second)
-    assert torch.allclose(both, projection(first) + projection(second), atol=1e-4 * float(both.abs().max()))
-    plain = tiny_model("llama").model.layers[0].self_attn.o_proj(first)
+    constant, own = projection(torch.zeros(1, 1, 32)), projection.bias
+    assert own.abs().max() > 0.01
+    # Of the kinds that scale what comes out, the bias is scaled with it.
+    assert torch.allclose(constant, own, atol=1e-5) == (kind != "IA3")
+    both = projection(first + second) - constant
+    apart = projection(first) + projection(second) - 2 * constant
+    assert torch.allclose(both, apart, atol=1e-4 * float(both.abs().max()))
+    plain = tiny_model("phi").model.layers[0].self_attn.dense(first)
     assert not torch.allclose(projection(first), plain, atol=1e-2), "the adapter does nothing"
 
 
@@ -55,6 +58,8 @@ def test_with_kinds_that_are_known_a_projection_is_linear(kind: str) -> None:
     [
         ({"peft_type": "BEFT"}, "of the kind BEFT"),
         ({"peft_type": "LILY"}, "of the kind LILY"),
+        ({"peft_type": "LN_TUNING"}, "of the kind LN_TUNING"),
+        ({"peft_type": "PREFIX_TUNING"}, "of the kind PREFIX_TUNING"),
         ({"peft_type": None}, "of the kind None"),
         ({}, "of the kind None"),
         ({"peft_type": "LORA", "alora_invocation_tokens": [5, 6]}, "switched on by tokens"),

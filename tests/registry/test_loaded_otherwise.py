@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from mlflow_safelock.apply import apply_lock, attention_of, handle_of
 from mlflow_safelock.errors import PromotionRefused, SourceError, VerificationError
@@ -436,17 +438,22 @@ class TestOwnBiases:
         return components, known
 
     @torch.no_grad()
+    def take_back_by_values(self, model: Any, lock: SafetyLock, share: float) -> None:
+        """Give the values biases that take a share of a lock back in its own heads."""
+        width, kv_heads = lock.geometry.head_dim, model.config.num_key_value_heads
+        for locked in lock.heads:
+            taken = torch.tensor(-6.0 * share * locked.std * locked.direction.astype(np.float64))
+            bias = model.model.layers[locked.layer].self_attn.v_proj.bias
+            number = locked.head * kv_heads // lock.geometry.heads
+            bias[number * width : (number + 1) * width] = taken
+
+    @torch.no_grad()
     @pytest.mark.parametrize("kv_heads", [4, 2])
     def test_those_of_values_reach_the_output_whole(self, client: MlflowClient, kv_heads: int) -> None:
         one_of_each = {(one.layer, one.head // 2): one for one in base_lock().heads}
         plain = SafetyLock(tuple(one_of_each.values()), base_lock().metadata, base_lock().scores)
         components, lock = self.with_value_biases(kv_heads, plain)
-        width = lock.geometry.head_dim
-        for locked in lock.heads:
-            taken = torch.tensor(-6.0 * locked.std * locked.direction.astype(np.float64))
-            bias = components["model"].model.layers[locked.layer].self_attn.v_proj.bias
-            number = locked.head * kv_heads // lock.geometry.heads
-            bias[number * width : (number + 1) * width] = taken
+        self.take_back_by_values(components["model"], lock, 1.0)
         with pytest.raises(MlflowException, match=r"lock_taken_back.*1\d\d%"):
             stage(client, log_fine_tune("bot", components))
 
@@ -515,6 +522,65 @@ class TestOwnBiases:
         assert handle_of(mlflow.pyfunc.load_model("models:/bot/Staging").get_raw_model().model).alpha == 6.0
         receipt = json.loads((source_of(client, version) / "receipt.json").read_text())
         assert receipt["predicate"]["own_biases"] == "ignore"
+
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+    @pytest.mark.parametrize(("scale", "is_served"), [(3.0, False), (1.2, True)])
+    @pytest.mark.parametrize("path", ["self_attn.o_proj", "self_attn.v_proj", "mlp.down_proj"])
+    def test_what_an_adapter_makes_of_a_base_s_biases_is_looked_at_when_it_is_loaded(
+        self,
+        client: MlflowClient,
+        lock: SafetyLock,
+        hub: str,
+        tmp_path: Path,
+        path: str,
+        scale: float,
+        is_served: bool,
+    ) -> None:
+        """A base may have a third of what takes a lock back in its biases; multiplied by three it is all."""
+        if path == "self_attn.v_proj":
+            base, lock = self.with_value_biases(4, lock)
+            self.take_back_by_values(base["model"], lock, 1 / 3)
+        else:
+            base = self.biased(attention_bias=True, mlp_bias=True)
+            self.put(base, lock, -1 / 3, path)
+        base["model"].save_pretrained(tmp_path / f"hub/models--{hub.replace('/', '--')}/snapshots/{COMMIT}")
+        _, _, name = path.rpartition(".")
+        config = IA3Config(target_modules=[name], feedforward_modules=[], task_type="CAUSAL_LM")
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(hub), config).eval()
+        with torch.no_grad():
+            for layer in adapted.base_model.model.model.layers:
+                layer.get_submodule(path).ia3_l["default"].fill_(scale)
+        stage(
+            client, log_fine_tune("bot", {"model": adapted, "tokenizer": AutoTokenizer.from_pretrained(hub)})
+        )
+        if is_served:
+            served = mlflow.pyfunc.load_model("models:/bot/Staging").get_raw_model().model
+            assert handle_of(served).alpha == 6.0
+            return
+        with pytest.raises(VerificationError, match="take back"):
+            mlflow.pyfunc.load_model("models:/bot/Staging")
+
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+    def test_a_base_that_is_an_adapter_itself_is_refused_when_it_is_loaded(
+        self, client: MlflowClient, lock: SafetyLock, hub: str, tmp_path: Path
+    ) -> None:
+        version, _ = log_adapter_alone(["q_proj"])
+        snapshots = tmp_path / "hub"
+        folder = snapshots / f"models--{hub.replace('/', '--')}" / "snapshots" / COMMIT
+        inner = "org/inner"
+        below = snapshots / "models--org--inner" / "snapshots" / COMMIT
+        below.parent.mkdir(parents=True)
+        (below.parents[1] / "refs").mkdir()
+        (below.parents[1] / "refs" / "main").write_text(COMMIT)
+        shutil.move(folder, below)
+        model = AutoModelForCausalLM.from_pretrained(inner)
+        config = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")
+        get_peft_model(model, config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(inner).save_pretrained(folder)
+        assert AutoModelForCausalLM.from_pretrained(hub).peft_config, "transformers puts it on"
+        stage(client, version)
+        with pytest.raises(VerificationError, match="has an adapter of its own"):
+            mlflow.pyfunc.load_model("models:/bot/Staging")
 
     @pytest.mark.parametrize(
         ("share", "path", "why"),
