@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlflow_safelock.gate.asked import own_biases_in
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.ports import ModelVersion
 from mlflow_safelock.gate.tags import LOCK_TAGS, STATE_TAG, UNLOCKED, Stated
@@ -92,6 +93,8 @@ class Evidence:
         verified: Whether MLflow's authentication vouched for them, as far as the record can be believed.
         receipt: Digest of the locked model's receipt.
         kinship: Cosine between the weights of fine-tune and base; ``None`` where it is not known.
+        own_biases: Whether biases of the fine-tune's own were compared with the lock's: ``check`` or
+            ``ignore``.
     """
 
     kind: Literal["ledger", "receipt", "signed receipt"]
@@ -108,6 +111,7 @@ class Evidence:
     verified: bool
     receipt: str
     kinship: float | None
+    own_biases: str
 
     @classmethod
     def from_ledger(cls, entry: LedgerEntry) -> Evidence:
@@ -130,6 +134,7 @@ class Evidence:
             verified=entry.actor.verified,
             receipt=receipt,
             kinship=entry.kinship,
+            own_biases=own_biases_in(entry),
         )
 
     @classmethod
@@ -154,6 +159,7 @@ class Evidence:
             verified=signed_by is not None and promotion.actor.verified,
             receipt=receipt.digest,
             kinship=promotion.kinship,
+            own_biases=predicate.own_biases,
         )
 
     @property
@@ -207,6 +213,8 @@ class AuditRow:
         violation: Why it may not be where it is: in a gated stage or under a gated alias, and not as the gate
             decided about it, so that the gate hands it to nobody. ``None`` where it may, and where that is
             not told: without a policy, or through a server.
+        own_biases: Whether biases of the fine-tune's own were compared with the lock's: ``check`` or
+            ``ignore``; ``None`` where no promotion is on record.
         lock_faults: Why a promotion would not apply the lock that it runs in a gated place any more (revoked,
             below the policy's floor, too old), one sentence each. Empty where that is not told either.
     """
@@ -227,6 +235,7 @@ class AuditRow:
     by_verified: bool | None
     evidence: EvidenceKind
     drift: tuple[str, ...]
+    own_biases: str | None = None
     violation: str | None = None
     lock_faults: tuple[str, ...] = ()
 
@@ -234,6 +243,13 @@ class AuditRow:
     def findings(self) -> tuple[str, ...]:
         """What somebody has to do something about."""
         return self.lock_faults if self.violation is None else (self.violation, *self.lock_faults)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What somebody should know, and the policy allowed."""
+        if self.own_biases != "ignore":
+            return ()
+        return ("Biases of its own were not compared with the lock's (own_biases: ignore).",)
 
 
 def row_of(version: RegisteredVersion, evidence: Evidence) -> AuditRow:
@@ -266,6 +282,7 @@ def row_of(version: RegisteredVersion, evidence: Evidence) -> AuditRow:
         by_verified=evidence.verified,
         evidence=evidence.kind,
         drift=tuple(drift),
+        own_biases=evidence.own_biases,
     )
 
 

@@ -36,7 +36,7 @@ def show_rows(rows: Sequence[AuditRow]) -> None:
 
 
 def _facts(row: AuditRow) -> tuple[str, ...]:
-    return (*row.findings, *row.drift)
+    return (*row.findings, *row.drift, *row.notes)
 
 
 def _lock_cells(row: AuditRow) -> tuple[object, ...]:

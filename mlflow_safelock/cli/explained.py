@@ -50,6 +50,7 @@ def _show(explained: Explanation) -> None:
         ("alpha", alpha),
         ("kinship", None if explained.kinship is None else f"{explained.kinship:.4f}"),
         ("tokenizer", explained.tokenizer),
+        ("own biases", explained.own_biases),
         ("carrier", explained.carrier),
     ]
     show_table(facts_table("Nothing was promoted", facts))

@@ -129,7 +129,8 @@ def log_model(
     Raises:
         SourceError: The source cannot be reached, or is not a model of ``mlflow.transformers``.
         ApplyError: The lock cannot be applied to it.
-        VerificationError: It does not descend from the lock's base, or too little of the push arrives in it.
+        VerificationError: It does not descend from the lock's base, too little of the push arrives in it, or
+            its own biases, or an adapter, take it back.
     """
     return Model.log(
         artifact_path=None,

@@ -33,9 +33,9 @@ def asked_of(rule: GateRule) -> dict[str, JsonValue] | None:
     return asked if looks_at_biases else {**asked, "own_biases": rule.own_biases}
 
 
-def own_biases_in(decision: LedgerEntry) -> JsonValue:
+def own_biases_in(decision: LedgerEntry) -> str:
     """What the gate of a promotion had of the model's own biases: ``check`` or ``ignore``."""
-    return (decision.asked or {}).get("own_biases", "check")
+    return str((decision.asked or {}).get("own_biases", "check"))
 
 
 def was_asked_as_much(rule: GateRule, decision: LedgerEntry) -> bool:

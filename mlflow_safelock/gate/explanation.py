@@ -49,6 +49,7 @@ class Explanation:
         alpha_from: Where that comes from.
         kinship: Cosine between the weights of fine-tune and base, -1 to 1; ``None`` where it is not known.
         tokenizer: Whether the fine-tune's tokenizer is its base's: ``same``, ``unknown`` or ``ignored``.
+        own_biases: Whether its own biases are compared with the lock's: ``check`` or ``ignore``.
         carrier: ``overlay`` or ``standalone``.
         writes: What would be written, and where.
         refusal: Why it would be refused.
@@ -70,6 +71,7 @@ class Explanation:
     alpha_from: str | None = None
     kinship: float | None = None
     tokenizer: str | None = None
+    own_biases: str | None = None
     carrier: str | None = None
     writes: tuple[str, ...] = ()
     refusal: Refusal | None = None
@@ -131,6 +133,7 @@ def _explained(
         alpha_from=f"the tag {ALPHA_TAG}" if ALPHA_TAG in found.tags else "the policy's default",
         kinship=approved.promotion.kinship,
         tokenizer=approved.tokenizer,
+        own_biases=rule.own_biases,
         carrier=rule.carrier,
     )
     try:

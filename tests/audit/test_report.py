@@ -195,6 +195,7 @@ def test_the_fields_of_a_row_are_stable() -> None:
         "by_verified",
         "evidence",
         "drift",
+        "own_biases",
         "violation",
         "lock_faults",
     ]

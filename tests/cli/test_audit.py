@@ -39,6 +39,7 @@ FIELDS = {
     ),
     *("base_model", "alpha", "when", "by", "by_verified", "evidence", "drift", "violation"),
     "lock_faults",
+    "own_biases",
 }
 
 

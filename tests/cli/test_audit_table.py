@@ -81,6 +81,12 @@ def test_workspaces_are_shown_where_there_are_several() -> None:
     assert (cells(first)[0], cells(second)[0]) == ("default", "team-b")
 
 
+def test_it_is_said_where_biases_were_not_looked_at() -> None:
+    said = "bot version 1: Biases of its own were not compared with the lock's (own_biases: ignore)."
+    assert said in lines_of(replace(ROW, own_biases="ignore"))
+    assert said not in lines_of(replace(ROW, own_biases="check"))
+
+
 def test_each_state_is_counted_and_each_drift_named() -> None:
     copy = replace(ROW, state="locked (copy)", drift=("It serves another.", "A tag says more."))
     lines = lines_of(ROW, copy, replace(ROW, state="unknown"), replace(ROW, state="unlocked"))

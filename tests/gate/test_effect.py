@@ -283,6 +283,26 @@ def test_of_adapters_that_do_something_else_nothing_is_told(
     assert checked_effect(source, lock, 6.0).shares == {}
 
 
+def test_an_adapter_s_biases_are_found_by_either_name(against: tuple[SafetyLock, Path]) -> None:
+    _, folder = against
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    assert adapter_of(folder).biases == ()
+    names = ("base_model.model.model.layers.0.mlp.experts.down_proj_bias", "base_model.model.h.1.c_proj.bias")
+    save_file(tensors | {name: torch.ones(3) for name in names}, path)
+    assert set(adapter_of(folder).biases) == set(names)
+
+
+def test_blocks_on_a_diagonal_are_no_misfit(against: tuple[SafetyLock, Path]) -> None:
+    lock, folder = against
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("o_proj.lora_A.weight"))
+    save_file(tensors | {name: tensors[name][:, ::2].contiguous()}, path)
+    assert "inputs" in adapter_of(folder).misfit(lock)
+    assert adapter_of(folder, use_bdlora={"nblocks": 2}).misfit(lock) == ""
+
+
 def test_a_projection_that_an_adapter_replaces_is_not_told_to_be_the_bases(
     against: tuple[SafetyLock, Path],
 ) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from mlflow_safelock.apply import apply_lock, attention_of, handle_of
+from mlflow_safelock.audit import audit
 from mlflow_safelock.errors import PromotionRefused, SourceError, VerificationError
 from mlflow_safelock.flavors import locked_model
 from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
@@ -522,6 +523,8 @@ class TestOwnBiases:
         assert handle_of(mlflow.pyfunc.load_model("models:/bot/Staging").get_raw_model().model).alpha == 6.0
         receipt = json.loads((source_of(client, version) / "receipt.json").read_text())
         assert receipt["predicate"]["own_biases"] == "ignore"
+        (row,) = audit(client._registry_uri, models="bot")
+        assert (row.own_biases, row.evidence, row.state) == ("ignore", "ledger", "locked")
 
     @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
     @pytest.mark.parametrize(("scale", "is_served"), [(3.0, False), (1.2, True)])
