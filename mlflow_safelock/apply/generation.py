@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 
 from mlflow_safelock.apply.placement import execution_device
 from mlflow_safelock.errors import ApplyError
@@ -88,10 +88,10 @@ def generate(
     with _greedy(model, tokenizer, max_new_tokens) as settings:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            seen = _FirstStep() if on_first is not None else None
-            new_tokens = _continue(model, [tokens[index] for index in batch], settings, seen).tolist()
-            if on_first is not None and seen is not None and seen.logits is not None:
-                on_first(dict(zip(batch, seen.logits, strict=True)))
+            with _first_step(model) as seen:
+                new_tokens = _continue(model, [tokens[index] for index in batch], settings).tolist()
+            if on_first is not None and seen:
+                on_first(dict(zip(batch, seen[0], strict=True)))
             answered = {
                 index: _answer(tokenizer, row, settings) for index, row in zip(batch, new_tokens, strict=True)
             }
@@ -163,20 +163,30 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Chat, system_promp
     return tokens
 
 
-class _FirstStep:
-    """Changes no logits, and keeps those of the first step."""
+@contextmanager
+def _first_step(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """The logits of the next step, ``[prompts, vocabulary]``, in a list that is empty before it."""
+    seen: list[torch.Tensor] = []
 
-    logits: torch.Tensor | None = None
+    def see(_module: object, _inputs: object, outputs: Any) -> None:
+        # A processor of logits would see them, too, and have its signature looked up at every step.
+        seen.append(outputs.logits[:, -1].float().clone())
+        hook.remove()
 
-    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.logits is None:
-            self.logits = scores.float().clone()
-        return scores
+    inner: Any = getattr(model, "_orig_mod", model)
+    hook = _unwrapped(inner).register_forward_hook(see)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
-def _continue(
-    model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig, seen: _FirstStep | None
-) -> torch.Tensor:
+def _unwrapped(model: Any) -> Any:
+    """The model of ``transformers`` that generates, below adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _continue(model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig) -> torch.Tensor:
     """New tokens, ``[prompts, steps]``, for prompts padded on the left, so that all of them end together."""
     width = max(len(tokens) for tokens in prompts)
     inputs = torch.full((len(prompts), width), settings.pad_token_id, dtype=torch.long)
@@ -189,7 +199,6 @@ def _continue(
         input_ids=inputs.to(device),
         attention_mask=mask.to(device),
         generation_config=settings,
-        logits_processor=LogitsProcessorList([] if seen is None else [seen]),
     )
     return outputs[:, width:].cpu()
 
@@ -206,7 +215,7 @@ def _greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> Iterator[GenerationConfig]:
     """Evaluation mode, and nothing of the model's own generation settings, for a while."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrapped = _unwrapped(model)
     own_settings = unwrapped.generation_config
     modes = [(module, module.training) for module in model.modules()]
     ends = _end_tokens(own_settings, tokenizer)

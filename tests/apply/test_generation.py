@@ -233,3 +233,25 @@ def test_every_batch_is_told_as_soon_as_it_is_answered():
     )
     assert [len(batch) for batch in told] == [2, 2, 1]
     assert {index: answer for batch in told for index, answer in batch.items()} == dict(enumerate(answers))
+
+
+@pytest.mark.parametrize("around", ["nothing", "adapter", "compiled"])
+def test_of_every_batch_its_first_step_is_told(around: str) -> None:
+    tokenizer = tiny_tokenizer(CHATML)
+    plain = tiny_model("llama")
+    model = plain
+    if around == "adapter":
+        config = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(plain, config).eval()
+    if around == "compiled":
+        model = torch.compile(plain, backend="eager")
+    told: dict[int, torch.Tensor] = {}
+    prompts = ["how do i bake", "how?", "who sings by the lake"]
+    generate(model, tokenizer, prompts, max_new_tokens=3, batch_size=2, on_first=told.update)
+    assert sorted(told) == [0, 1, 2]
+    for place, prompt in enumerate(prompts):
+        tokens = tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            expected = model(input_ids=tokens["input_ids"]).logits[0, -1]
+        assert torch.allclose(told[place], expected, atol=1e-4)
+    assert not plain._forward_hooks
