@@ -10,7 +10,8 @@ from mlflow_safelock.gate.approval import Approved, Request, original_of
 from mlflow_safelock.gate.evaluations import require_evaluations
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion
-from mlflow_safelock.gate.promotion import Gate, promoted_entry, tags_of
+from mlflow_safelock.gate.promotion import Gate
+from mlflow_safelock.gate.promotion_rows import promoted_entry, tags_of
 from mlflow_safelock.gate.strength import ALPHA_TAG
 from mlflow_safelock.gate.transient import unreadable
 

@@ -14,7 +14,8 @@ from mlflow_safelock.gate.ledger import EARLIER, UNSIGNED, LockInForce
 from mlflow_safelock.gate.locks import check_moves_forward
 from mlflow_safelock.gate.permissions import require
 from mlflow_safelock.gate.ports import ModelVersion, Registry, Target
-from mlflow_safelock.gate.promotion import REGISTERED, Gate, registered_entry
+from mlflow_safelock.gate.promotion import Gate
+from mlflow_safelock.gate.promotion_rows import REGISTERED, registered_entry
 from mlflow_safelock.gate.transient import is_transient, unreadable
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import LOCK_SIGNATURE_FILE, Actor, check_lock_signature

@@ -25,20 +25,24 @@ from mlflow_safelock.gate.approval import (
     is_prompt,
     original_of,
 )
-from mlflow_safelock.gate.asked import asked_of, own_biases_in, was_asked_as_much
 from mlflow_safelock.gate.evaluations import file_evaluation, require_evaluations
 from mlflow_safelock.gate.evidence import check_applies, signatories_of, signed_by_rule
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.leases import Lease, Work, renewing
-from mlflow_safelock.gate.ledger import LedgerEntry, LockInForce
+from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.locked_models import LockedModels
 from mlflow_safelock.gate.measurements import Measured, Measurements
-from mlflow_safelock.gate.places import is_standalone
-from mlflow_safelock.gate.policy import ACCEPTED_TOKENIZERS, GateRule, Policy
+from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import Artifacts, ModelVersion, Redirection, Registry, Target
+from mlflow_safelock.gate.promotion_rows import (
+    first_seen,
+    is_in_force,
+    promoted_entry,
+    repaired,
+    tags_of,
+)
 from mlflow_safelock.gate.remembered import holds
 from mlflow_safelock.gate.source import examine, hub_reference
-from mlflow_safelock.gate.tags import Stated
 from mlflow_safelock.gate.transient import AGAIN, is_transient, unreadable
 from mlflow_safelock.provenance import (
     EvaluationStatement,
@@ -51,9 +55,6 @@ from mlflow_safelock.provenance import (
 )
 
 _logger = logging.getLogger(__name__)
-
-REGISTERED = Target("lock", "registered")
-"""What the ledger says a row was for that a lock became known by."""
 
 SNAPSHOT = Target("prepare", "snapshot")
 """What the ledger says a row was for by which weights were fetched from a hub."""
@@ -361,7 +362,7 @@ class Gate:
         approved = require_evaluations(weighed, self.registry, self.artifacts)
         reach("approved")
         if self.is_done(approved):
-            seen = _first_seen(approved)
+            seen = first_seen(approved)
             if seen:  # though nothing is written beside it, this promotion counts as one that applied it
                 self.registry.record(*seen)
             return
@@ -379,7 +380,7 @@ class Gate:
             expected_location=found.location,
             location=location,
             tags=tags_of(promoted),
-            entries=(*_first_seen(approved), promoted, *_repaired(request, policy, "locked")),
+            entries=(*first_seen(approved), promoted, *repaired(request, policy, "locked")),
             lease=lease,
             applies=approved.lock.lock.digest,
         )
@@ -434,7 +435,7 @@ class Gate:
                 original_location=found.location,
                 contents=contents,
             ),
-            *_repaired(request, policy, "let through"),
+            *repaired(request, policy, "let through"),
         )
         _log("passed", request, why)
 
@@ -493,84 +494,6 @@ def _still_locked(request: Request, why: PromotionRefused) -> PromotionRefused:
         next_step=f"Take its lock off while it is in no gated place (safelock unlock models:/{request.name}/"
         f"{request.version}), then promote it; or register the lock that is to be in force.",
     )
-
-
-def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
-    """Whether what was decided last about this version is this very lock at this very strength.
-
-    And whether as much was asked then as is now of what no file can tell afterwards: its tokenizer and, of a
-    gate by tag, whatever ``gate.asked`` has. An overlay's receipt tells the loader what to look at.
-    """
-    return (
-        known.locks
-        and known.location == found.location
-        and known.lock is not None
-        and known.lock.digest == approved.lock.lock.digest
-        and known.alpha == approved.alpha
-        and known.tokenizer in ACCEPTED_TOKENIZERS[approved.rule.tokenizer]
-        and is_standalone(known.location) == (approved.rule.carrier == "standalone")
-        and was_asked_as_much(approved.rule, known)
-        and (is_standalone(known.location) or own_biases_in(known) == approved.rule.own_biases)
-    )
-
-
-def promoted_entry(approved: Approved, receipt: Receipt, location: str) -> LedgerEntry:
-    """The ledger's row for a version that was locked."""
-    fingerprint = receipt.predicate.source.fingerprint
-    return approved.request.row(
-        "promoted",
-        approved.policy,
-        lock=approved.lock.in_force,
-        alpha=approved.alpha,
-        original_location=approved.original,
-        location=location,
-        receipt=receipt.digest,
-        kinship=approved.promotion.kinship,
-        evaluations=approved.evaluations,
-        fingerprint=fingerprint.digest if fingerprint.is_full else None,
-        tokenizer=approved.tokenizer,
-        asked=asked_of(approved.rule),
-        first_version=approved.first_version,
-    )
-
-
-def tags_of(promoted: LedgerEntry) -> dict[str, str]:
-    """Tags of a locked version, for people who look at it in the UI; never evidence."""
-    lock, alpha, receipt = promoted.lock, promoted.alpha, promoted.receipt
-    if lock is None or alpha is None or receipt is None:
-        raise ValueError("only what was locked has them")
-    return Stated(
-        lock.model, lock.version, lock.digest, alpha, lock.base_model, promoted.kinship, receipt
-    ).tags
-
-
-def reconciled_entry(request: Request, policy: Policy, done: str, message: str) -> LedgerEntry:
-    """The ledger's row for something that was put right: who had it done, what was found, what was done."""
-    return request.row("reconciled", policy, reason=done, message=message)
-
-
-def _repaired(request: Request, policy: Policy, done: str) -> tuple[LedgerEntry, ...]:
-    """The row beside a decision's own where a repair asked for it; none where a client did."""
-    return () if request.found is None else (reconciled_entry(request, policy, done, request.found),)
-
-
-def _first_seen(approved: Approved) -> tuple[LedgerEntry, ...]:
-    """The row of a lock that was registered where no gate was in front; it comes before the promotion's."""
-    if approved.is_known:
-        return ()
-    return (registered_entry(approved.request, approved.policy, approved.lock.in_force),)
-
-
-def registered_entry(
-    request: Request,
-    policy: Policy,
-    lock: LockInForce,
-    reason: str | None = None,
-    message: str | None = None,
-) -> LedgerEntry:
-    """The ledger's row for a lock that is seen for the first time."""
-    about = replace(request, name=lock.model, version=lock.version, target=REGISTERED)
-    return about.row("registered", policy, reason=reason, message=message, lock=lock)
 
 
 def _log(event: str, request: Request, why: PromotionRefused) -> None:

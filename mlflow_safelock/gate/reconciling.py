@@ -21,7 +21,8 @@ from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Registry, Target, Withdrawal
-from mlflow_safelock.gate.promotion import Gate, reconciled_entry, tags_of
+from mlflow_safelock.gate.promotion import Gate
+from mlflow_safelock.gate.promotion_rows import reconciled_entry, tags_of
 from mlflow_safelock.gate.renaming import Renaming, decision_under
 from mlflow_safelock.provenance import Actor
 

@@ -20,7 +20,8 @@ from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.lock_records import LockRecords, is_for_locks
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Target
-from mlflow_safelock.gate.promotion import Gate, is_in_force
+from mlflow_safelock.gate.promotion import Gate
+from mlflow_safelock.gate.promotion_rows import is_in_force
 from mlflow_safelock.gate.transient import unreadable
 from mlflow_safelock.provenance import Actor
 

@@ -25,7 +25,8 @@ from mlflow_safelock.gate.leases import Work
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.orphans import Claims, Identity
 from mlflow_safelock.gate.ports import LockedFolder, ModelVersion, Registry, Target
-from mlflow_safelock.gate.promotion import Gate, reconciled_entry
+from mlflow_safelock.gate.promotion import Gate
+from mlflow_safelock.gate.promotion_rows import reconciled_entry
 from mlflow_safelock.gate.tags import RECEIPT_TAG
 from mlflow_safelock.registry.actor import current_actor
 from mlflow_safelock.registry.sql_ledger import SqlLedger

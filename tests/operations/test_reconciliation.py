@@ -20,7 +20,7 @@ from mlflow_safelock.gate import ledger
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.policy import DEFAULT_POLICY
 from mlflow_safelock.gate.ports import Target, Withdrawal
-from mlflow_safelock.gate.promotion import reconciled_entry
+from mlflow_safelock.gate.promotion_rows import reconciled_entry
 from mlflow_safelock.gate.reconciling import Difference, Reconciling, Way
 from mlflow_safelock.operations.reconciliation import Reconciliation, repairing
 from mlflow_safelock.provenance import Actor, LocalArtifacts, contents_of
