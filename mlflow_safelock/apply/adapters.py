@@ -47,8 +47,7 @@ def why_untold(config: Mapping[str, Any]) -> str | None:
         return "chooses by its input what it does (arrow_config)"
     if config.get("lora_bias"):
         return "adds a constant to what it changes (lora_bias)"
-    parameters = config.get("target_parameters") or ()
-    if any("bias" in str(parameter) for parameter in parameters):
+    if "bias" in str(config.get("target_parameters")):
         return "changes biases (target_parameters)"
     return None
 

@@ -94,7 +94,7 @@ class Evidence:
         receipt: Digest of the locked model's receipt.
         kinship: Cosine between the weights of fine-tune and base; ``None`` where it is not known.
         own_biases: Whether biases of the fine-tune's own were compared with the lock's: ``check`` or
-            ``ignore``.
+            ``ignore``; ``None`` where a receipt does not say, which is so of a standalone model.
     """
 
     kind: Literal["ledger", "receipt", "signed receipt"]
@@ -111,7 +111,7 @@ class Evidence:
     verified: bool
     receipt: str
     kinship: float | None
-    own_biases: str
+    own_biases: str | None
 
     @classmethod
     def from_ledger(cls, entry: LedgerEntry) -> Evidence:
@@ -159,7 +159,7 @@ class Evidence:
             verified=signed_by is not None and promotion.actor.verified,
             receipt=receipt.digest,
             kinship=promotion.kinship,
-            own_biases=predicate.own_biases,
+            own_biases=predicate.own_biases if predicate.carrier == "overlay" else None,
         )
 
     @property
@@ -214,7 +214,8 @@ class AuditRow:
             decided about it, so that the gate hands it to nobody. ``None`` where it may, and where that is
             not told: without a policy, or through a server.
         own_biases: Whether biases of the fine-tune's own were compared with the lock's: ``check`` or
-            ``ignore``; ``None`` where no promotion is on record.
+            ``ignore``; ``None`` where no promotion is on record, or by a receipt of a standalone model alone,
+            which does not say.
         lock_faults: Why a promotion would not apply the lock that it runs in a gated place any more (revoked,
             below the policy's floor, too old), one sentence each. Empty where that is not told either.
     """

@@ -18,10 +18,18 @@ REGISTERED = Target("lock", "registered")
 
 
 def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
+    """Whether a promotion has nothing to do: ``suffices``, and receipt and row say no more than is asked now.
+
+    An overlay's receipt tells the loader what to look at.
+    """
+    return suffices(known, approved, found) and own_biases_in(known) == approved.rule.own_biases
+
+
+def suffices(known: LedgerEntry, approved: Approved, found: ModelVersion) -> bool:
     """Whether what was decided last about this version is this very lock at this very strength.
 
-    And whether as much was asked then as is now of what no file can tell afterwards: its tokenizer and, of a
-    gate by tag, whatever ``gate.asked`` has. An overlay's receipt tells the loader what to look at.
+    And whether as much was asked then as is now of what no file can tell afterwards: its tokenizer, its own
+    biases and, of a gate by tag, whatever ``gate.asked`` has.
     """
     return (
         known.locks
@@ -32,7 +40,7 @@ def is_in_force(known: LedgerEntry, approved: Approved, found: ModelVersion) -> 
         and known.tokenizer in ACCEPTED_TOKENIZERS[approved.rule.tokenizer]
         and is_standalone(known.location) == (approved.rule.carrier == "standalone")
         and was_asked_as_much(approved.rule, known)
-        and (is_standalone(known.location) or own_biases_in(known) == approved.rule.own_biases)
+        and (approved.rule.own_biases == "ignore" or own_biases_in(known) == "check")
     )
 
 

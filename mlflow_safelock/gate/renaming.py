@@ -21,7 +21,7 @@ from mlflow_safelock.gate.lock_records import LockRecords, is_for_locks
 from mlflow_safelock.gate.policy import GateRule, Policy
 from mlflow_safelock.gate.ports import ModelVersion, Target
 from mlflow_safelock.gate.promotion import Gate
-from mlflow_safelock.gate.promotion_rows import is_in_force
+from mlflow_safelock.gate.promotion_rows import suffices
 from mlflow_safelock.gate.transient import unreadable
 from mlflow_safelock.provenance import Actor
 
@@ -152,7 +152,7 @@ class Renaming:
             raise
         if approved is None:
             return True
-        return is_in_force(decision, require_evaluations(approved, registry, artifacts), found)
+        return suffices(decision, require_evaluations(approved, registry, artifacts), found)
 
     def is_half_done(self, name: str, new_name: str, workspace: str) -> bool:
         """Whether a model has a new name that the ledger does not know of, since somebody died between.

@@ -235,12 +235,11 @@ def _adapter(reader: ArtifactReader, paths: set[str], described: Mapping[str, An
     flavor = described["flavors"]["transformers"]
     folder = flavor["peft_adaptor"]
     base, commit = flavor.get("source_model_name"), str(flavor.get("source_model_revision"))
-    is_pinned = isinstance(base, str) and _COMMIT.fullmatch(commit) is not None
-    if not is_pinned or "local_base_model_path" in flavor:
+    if not is_hub_reference(base, commit) or "local_base_model_path" in flavor:
         raise PromotionRefused(
             "base_not_pinned",
-            "The model was logged as a PEFT adapter whose base is not named by a repository and a commit, so "
-            "its weights could change after the promotion.",
+            "The model was logged as a PEFT adapter whose base is not named by a repository of a hub "
+            "(owner/name) and a commit, so its weights could change after the promotion.",
             next_step="Log it over a base that was loaded from a hub by its name, or merge it: "
             + MERGE_FIRST,
         )
@@ -250,7 +249,8 @@ def _adapter(reader: ArtifactReader, paths: set[str], described: Mapping[str, An
         raise PromotionRefused(
             "no_weights",
             f"The adapter's configuration or its safetensors weights are missing in {folder!r}.",
-            next_step="Log it again: mlflow.transformers.log_model saves both.",
+            next_step="Log it again: mlflow.transformers.log_model saves both, of an adapter that is named "
+            "'default', as PeftModel.from_pretrained(base, folder) names it.",
         )
     config = read_json(reader, config_path)
     said = {

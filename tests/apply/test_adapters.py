@@ -73,6 +73,11 @@ def test_of_others_nothing_is_told(config: dict[str, Any], why: str) -> None:
     assert why in str(why_untold(config))
 
 
+@pytest.mark.parametrize("parameters", [5, ["mlp.experts.down_proj"], {}, None])
+def test_parameters_that_are_no_biases_are_left_alone(parameters: Any) -> None:
+    assert why_untold({"peft_type": "LORA", "target_parameters": parameters}) is None
+
+
 @pytest.mark.parametrize("kind", sorted(LINEAR | OF_PROMPTS))
 def test_of_these_it_is(kind: str) -> None:
     assert why_untold({"peft_type": kind, "target_parameters": None, "lora_bias": False}) is None

@@ -23,12 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from mlflow_safelock.apply import apply_lock, attention_of, handle_of
 from mlflow_safelock.audit import audit
+from mlflow_safelock.audit.rows import Evidence
 from mlflow_safelock.errors import PromotionRefused, SourceError, VerificationError
 from mlflow_safelock.flavors import locked_model
 from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
 from mlflow_safelock.gate import promotion
 from mlflow_safelock.gate.locked_models import LockedModels
 from mlflow_safelock.lock import SafetyLock
+from mlflow_safelock.provenance import Receipt
 from tests.models import random_lock, tiny_model
 from tests.registries import (
     BASE,
@@ -49,6 +51,7 @@ from tests.registry.test_promotion import (
     open_with_policy,
     stage,
 )
+from tests.registry.test_standalone import prepare
 
 __all__ = ["hub"]
 
@@ -525,6 +528,47 @@ class TestOwnBiases:
         assert receipt["predicate"]["own_biases"] == "ignore"
         (row,) = audit(client._registry_uri, models="bot")
         assert (row.own_biases, row.evidence, row.state) == ("ignore", "ledger", "locked")
+
+    @pytest.mark.parametrize(("before", "after", "is_renamed"), [("a", "b", False), ("b", "a", True)])
+    def test_a_name_at_which_less_is_asked_may_be_given(
+        self,
+        client: MlflowClient,
+        lock: SafetyLock,
+        tmp_path: Path,
+        monkeypatch: Any,
+        before: str,
+        after: str,
+        is_renamed: bool,
+    ) -> None:
+        policy = "version: 1\ngates: [{models: a, own_biases: ignore}, {}]\n"
+        client = open_with_policy(tmp_path, monkeypatch, policy)
+        version = log_fine_tune(before)
+        client.transition_model_version_stage(before, str(version), "Staging")
+        if not is_renamed:
+            with pytest.raises(MlflowException, match="asks for more"):
+                client.rename_registered_model(before, after)
+            return
+        client.rename_registered_model(before, after)
+        served = mlflow.pyfunc.load_model(f"models:/{after}/Staging").get_raw_model().model
+        assert handle_of(served).alpha == 6.0
+
+    def test_a_standalone_model_has_it_on_record_and_its_receipt_says_nothing_of_it(
+        self, client: MlflowClient, lock: SafetyLock, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        ignoring = "version: 1\ngates: [{carrier: standalone, own_biases: ignore}]\n"
+        client = open_with_policy(tmp_path, monkeypatch, ignoring)
+        version = log_fine_tune("bot")
+        prepare(tmp_path, version)
+        stage(client, version)
+        (row,) = audit(client._registry_uri, models="bot")
+        assert (row.own_biases, row.evidence) == ("ignore", "ledger")
+        receipt = (source_of(client, version) / "receipt.json").read_bytes()
+        assert Evidence.from_receipt(Receipt.parse(receipt, origin="test")).own_biases is None
+        # Promoted again where they are compared, that is on record as well.
+        client = open_with_policy(tmp_path, monkeypatch, ignoring.replace(", own_biases: ignore", ""))
+        stage(client, version)
+        (row,) = audit(client._registry_uri, models="bot")
+        assert (row.own_biases, row.state) == ("check", "locked")
 
     @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
     @pytest.mark.parametrize(("scale", "is_served"), [(3.0, False), (1.2, True)])

@@ -599,6 +599,14 @@ def test_an_adapter_whose_base_could_change_is_refused(
     version, _ = log_adapter_alone(["q_proj"], base_model_path=str(folder))
     with pytest.raises(MlflowException, match=r"base_not_pinned.*merge_and_unload"):
         stage(client, version)
+    # Nor is a folder pinned by whatever commit stands beside it.
+    version, _ = log_adapter_alone(["q_proj"])
+    mlmodel = Path(client.get_model_version_download_uri("bot", str(version))) / "MLmodel"
+    logged = mlmodel.read_text()
+    mlmodel.write_text(logged.replace(f"source_model_name: {BASE}", f"source_model_name: {folder}"))
+    assert mlmodel.read_text() != logged
+    with pytest.raises(MlflowException, match=r"base_not_pinned.*merge_and_unload"):
+        stage(client, version)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
