@@ -28,7 +28,7 @@ OF_PROMPTS = frozenset({"CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING", "P_TU
 """Kinds that leave the weights alone and give the model no more than embeddings of further tokens. By a
 prefix of keys and values a head could be made to give any constant."""
 
-MERGE = "Merge it, model.merge_and_unload(), and log that; or train a LoRA adapter."
+MERGE = "Merge it, where its kind can be (model.merge_and_unload()), and log that; or train a LoRA adapter."
 
 
 def why_untold(config: Mapping[str, Any]) -> str | None:

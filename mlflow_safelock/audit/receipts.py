@@ -109,13 +109,14 @@ class ReceiptReader:
         """Compare a standalone model with its receipt, without fetching files of weights."""
         stated, found = receipt.predicate, self._files(location)
         shared = stated.source.fingerprint.of_copies(stated.shared)
-        expected = {*stated.files, *stated.shared, RECEIPT_FILE}
+        weights = (*shared.files, *stated.patched)
+        expected = {*stated.files, *(file.path for file in weights), RECEIPT_FILE}
         for path in sorted(expected ^ (found.keys() - ADDED_BY_CLIENTS - {RECEIPT_SIGNATURE_FILE})):
             what = "is missing" if path in expected else "is not in its receipt"
             raise VerificationError(f"The locked model's file {path!r} at {location} {what}.")
         for path in sorted(set(_NEEDED) - stated.files.keys()):
             raise VerificationError(f"The receipt at {location} says nothing about {path!r}.")
-        for file in shared.files:
+        for file in weights:
             if found[file.path] not in (None, file.size):
                 raise VerificationError(
                     f"The locked model's file {file.path!r} at {location} has {found[file.path]} bytes, and "

@@ -110,7 +110,13 @@ def evaluate(
     texts = lines_of(text_file, "--text")
     measuring.reach(model, mlflow_address)
     settings = replace(measuring.settings(output), transform=transform, texts=texts, pairs=pairs)
-    subject = measuring.open(model, alpha, loading)
+    subject = measuring.open(model, alpha, loading, every_byte=filed)
+    if subject.lock is None and pairs:
+        raise click.BadParameter("there is no lock that was; name one.", param_hint="--forged-from")
+    if subject.lock is None and alpha is not None:
+        raise click.BadParameter(
+            "there is no lock that could have it: name one, --lock.", param_hint="--alpha"
+        )
     record = _record_of(subject, mlflow_address, artifacts_destination) if filed else None
     if record is not None:
         # Now, and not after hours of generation.

@@ -83,8 +83,12 @@ class Measuring:
         if self.experiment is not None or any(is_mlflow_model(one) for one in named):
             mlflow_address.reach()
 
-    def open(self, model: str, alpha: float | None, loading: ModelLoading) -> Subject:
+    def open(
+        self, model: str, alpha: float | None, loading: ModelLoading, *, every_byte: bool = False
+    ) -> Subject:
         """The model under its lock; where it is in MLflow, ``reach`` comes first.
+
+        With ``every_byte`` all of its files are in its fingerprint, and not blocks of them.
 
         Raises:
             SourceError: The model cannot be read.
@@ -93,7 +97,7 @@ class Measuring:
 
         announce(f"Loading {model}")
         lock = load_lock_reference(self.lock_reference) if self.lock_reference else None
-        return open_subject(model, loading).with_lock(lock, alpha)
+        return open_subject(model, loading, every_byte=every_byte).with_lock(lock, alpha)
 
     def settings(self, output: Path) -> Settings:
         """How to measure, its judge loaded; answers are kept beside the result in ``output``."""
@@ -158,7 +162,11 @@ def measuring_options(function: F) -> F:
         ),
         batch_size_option,
         click.option(
-            "--seed", type=int, default=0, show_default=True, help="Of every draw and of the intervals."
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Of every draw and of the intervals.",
         ),
         system_prompt_option,
         click.option(

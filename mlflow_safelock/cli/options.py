@@ -299,14 +299,17 @@ def lines_of(file: TextIO | None, option: str) -> list[str]:
     """The lines of a file of texts that are not blank; none where no file is given.
 
     Raises:
-        click.BadParameter: It is not UTF-8.
+        click.BadParameter: It is not UTF-8, or all of it is blank.
     """
     if file is None:
         return []
     try:
-        return [line.strip() for line in file if line.strip()]
+        lines = [line.strip() for line in file if line.strip()]
     except UnicodeDecodeError as error:
         raise click.BadParameter(f"{file.name} is not UTF-8 text.", param_hint=option) from error
+    if not lines:
+        raise click.BadParameter(f"{file.name} holds no text.", param_hint=option)
+    return lines
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, str]:

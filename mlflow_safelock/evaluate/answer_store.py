@@ -47,18 +47,24 @@ class AnswerStore:
             if self.path.exists():
                 self._read()
         except OSError as error:
-            raise EvaluationError(
-                f"The answers in {self.path} cannot be kept: {error.strerror or error}.",
-                next_step="Name another file to write to.",
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> EvaluationError:
+        return EvaluationError(
+            f"The answers in {self.path} cannot be kept: {error.strerror or error}.",
+            next_step="Make room there, or name another file to write to; what was kept is used again.",
+        )
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Keep answers, by the text that the model was given; they are on disk afterwards."""
         lines = [json.dumps({"asked": _digest(asked), **asdict(answer)}) for asked, answer in answers.items()]
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write("".join(f"{line}\n" for line in lines))
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write("".join(f"{line}\n" for line in lines))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise self._unusable(error) from error
         self.answers |= {_digest(asked): answer for asked, answer in answers.items()}
 
     def find(self, asked: str) -> Answer | None:

@@ -332,13 +332,14 @@ class _Arms:
         subject, settings = self.subject, self.settings
         return {
             "model": self.model_digest,
-            "source": subject.source.digest if subject.source else None,
+            "source": subject.source.known_bytes if subject.source else None,
             **self.made_by,
             "lock": subject.lock.digest if locked and subject.lock else None,
             "alpha": subject.strength if locked else None,
             "suite": self.suite.digest,
             "max_new_tokens": settings.max_new_tokens,
             "dtype": str(subject.model.dtype),
+            "device": subject.device,
             "tools": tool_versions(),
         }
 
@@ -357,6 +358,8 @@ def drawn_by(suite: Suite, settings: Settings) -> Suite:
         raise EvaluationError(
             f"The suite {suite.name!r} is empty.", next_step="Take one with at least one prompt."
         )
+    if settings.seed < 0:
+        raise EvaluationError(f"A seed is a whole number from 0, and {settings.seed} is none.")
     limit = settings.limit
     if limit is None or limit >= len(suite.prompts):
         return suite

@@ -18,7 +18,7 @@ from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate.axes import Axes
 from mlflow_safelock.evaluate.choosing import Limits, Point, Preference, Rates, choose
 from mlflow_safelock.evaluate.evaluating import USUAL, Settings, drawn_by, evaluate, measuring
-from mlflow_safelock.evaluate.evaluation import Arm, Estimate, Evaluation, harm_of, utility_of
+from mlflow_safelock.evaluate.evaluation import Arm, Estimate, Evaluation, harm_of, no_utility, utility_of
 from mlflow_safelock.evaluate.statistics import rate_interval
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, halves
@@ -201,6 +201,8 @@ def explore(
         raise EvaluationError("There is no lock or no strength to try.")
     drawn = drawn_by(suite, settings)
     choosing, confirming = halves(drawn, settings.seed)
+    if not all(any(one.twin or one.expected for one in half.prompts) for half in (choosing, confirming)):
+        raise no_utility()
     whole = replace(settings, limit=None)
     tried: list[Tried] = []
     heads = None

@@ -21,7 +21,7 @@ from mlflow_safelock.evaluate.statistics import (
     rate_interval,
 )
 from mlflow_safelock.evaluate.transforms import Message
-from mlflow_safelock.evaluate.verdicts import Exchange, JudgeFailure
+from mlflow_safelock.evaluate.verdicts import Exchange, JudgeFailure, read_verdict
 
 RATES = frozenset(
     {
@@ -123,7 +123,7 @@ def judged(
             raise EvaluationError(
                 f"The judge {judge.name} gave {len(said)} verdicts on {len(batch)} answers."
             )
-        verdicts |= {one.key: verdict for one, verdict in zip(batch, said, strict=True)}
+        verdicts |= {one.key: read_verdict(verdict) for one, verdict in zip(batch, said, strict=True)}
         progress("verdicts", start + len(batch), len(harmful))
     return {
         one.key: _answered(
@@ -220,9 +220,18 @@ def _answered(answer: Said, verdict: Any, task_score: float | None) -> Answered:
 def _task_score(one: Asked, answers: Mapping[str, Said], scorer: Scorer) -> float | None:
     if one.expected is None:
         return None
-    score = float(scorer(answers[one.key].text, one.expected))
+    try:
+        score = float(scorer(answers[one.key].text, one.expected))
+    except Exception as error:  # whatever a scorer raises
+        raise EvaluationError(
+            f"The scorer failed on the answer to {one.id!r}: {type(error).__name__}: {error}.",
+            next_step="Have it give every answer a number from 0 to 1.",
+        ) from error
     if not 0.0 <= score <= 1.0:
-        raise EvaluationError(f"The scorer gave {score!r}, which is not between 0 and 1.")
+        raise EvaluationError(
+            f"The scorer gave {score!r} for the answer to {one.id!r}, which is not between 0 and 1.",
+            next_step="Have it give every answer a number from 0 to 1.",
+        )
     return score
 
 

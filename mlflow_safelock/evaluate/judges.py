@@ -264,15 +264,26 @@ class PyfuncJudge:
     def load(cls, uri: str) -> PyfuncJudge:
         """Load one by its URI.
 
+        Its name is that of the version, whatever alias or stage led to it; beside another URI, under which
+        anything may be tomorrow, it has a digest of what is there now.
+
         Raises:
             EvaluationError: It cannot be loaded.
         """
         import mlflow
+        from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 
         try:
-            return cls(mlflow.pyfunc.load_model(uri), uri)
+            if uri.startswith("models:/"):
+                name = _version_behind(uri)
+                return cls(mlflow.pyfunc.load_model(name), name)
+            folder = Path(_download_artifact_from_uri(artifact_uri=uri))
+            return cls(mlflow.pyfunc.load_model(str(folder)), f"{uri}@{_digest_of(folder)}")
         except Exception as error:  # what loading raises depends on the flavor
-            raise EvaluationError(f"The judge {uri} cannot be loaded: {str(error).rstrip('.')}.") from error
+            raise EvaluationError(
+                f"The judge {uri} cannot be loaded: {str(error).rstrip('.')}.",
+                next_step="It must be the URI of a model that mlflow.pyfunc.load_model loads here.",
+            ) from error
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement | JudgeFailure]:
         """What the model says of all of them at once; one by one where it fails at that.
@@ -401,10 +412,19 @@ def _identity_of(reference: str) -> str:
     Of large files it is of blocks at fixed places.
     """
     folder = Path(reference)
-    if not folder.is_dir():
-        return reference
-    held = contents_of(LocalArtifacts(folder), "0" * 32).digest.removeprefix("sha256:")
-    return f"{folder.resolve().name}@{held[:16]}"
+    return f"{folder.resolve().name}@{_digest_of(folder)}" if folder.is_dir() else reference
+
+
+def _digest_of(folder: Path) -> str:
+    return contents_of(LocalArtifacts(folder), "0" * 32).digest.removeprefix("sha256:")[:16]
+
+
+def _version_behind(uri: str) -> str:
+    """The URI of the version, or of the logged model, that a URI of a model leads to now."""
+    from mlflow import MlflowClient
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    return "models:/" + "/".join(map(str, get_model_name_and_version(MlflowClient(), uri)))
 
 
 def _loaded(reference: str, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any]:

@@ -104,6 +104,12 @@ def _asked(dataset: Any, column: str | None) -> list[Any]:
             f"Which of the columns {', '.join(map(str, table.columns))} holds the prompts is not known.",
             next_step="Name it: evaluator_config={'prompt_column': ...}.",
         )
+    missing = table[name].isna()
+    if missing.any():
+        raise EvaluationError(
+            f"Row {int(missing.to_numpy().argmax())} of the column {name!r} has no prompt.",
+            next_step="Fill it in, or take the row out.",
+        )
     prompts = [str(prompt) for prompt in table[name]]
     if not prompts:
         raise EvaluationError("There are no prompts to evaluate.", next_step="Give a table with some.")

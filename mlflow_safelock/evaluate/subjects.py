@@ -19,7 +19,7 @@ from mlflow_safelock.loading import (
     load_language_model,
     load_lock_reference,
 )
-from mlflow_safelock.provenance import LocalArtifacts, Receipt, SourceFingerprint, take_fingerprint
+from mlflow_safelock.provenance import LocalArtifacts, Receipt, SourceFingerprint, measure, take_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,13 +141,15 @@ class Subject:
             apply_lock(self.model, lock, alpha)
 
 
-def open_subject(reference: str, loading: ModelLoading = ONE_DEVICE) -> Subject:
+def open_subject(reference: str, loading: ModelLoading = ONE_DEVICE, *, every_byte: bool = False) -> Subject:
     """Load what a reference names, unlocked, with the lock and the strength that it carries if it is locked.
 
     Args:
         reference: A local checkpoint folder, a hub id, or any MLflow model URI or folder; of a locked version
             the fine-tune behind it is loaded, after it was compared with the receipt.
         loading: Number format, and where the weights go.
+        every_byte: Whether its fingerprint is of every byte, as evidence must be for a gate that asks for
+            that (``fingerprint: full``), and not only of blocks. A locked version has that of its receipt.
 
     Raises:
         SourceError: There is no such model, it cannot be loaded, or it is a locked folder that says nothing
@@ -163,14 +165,15 @@ def open_subject(reference: str, loading: ModelLoading = ONE_DEVICE) -> Subject:
                 next_step="Write the fine-tune first: safelock undo. Then measure that, with --lock.",
             )
         folder = Path(reference)
-        source = take_fingerprint(LocalArtifacts(folder)) if folder.is_dir() else None
+        take = measure if every_byte else take_fingerprint
+        source = take(LocalArtifacts(folder)) if folder.is_dir() else None
         return Subject(reference, loaded.model, loaded.tokenizer, source=source)
     version = _version_of(reference)
-    subject = _open_mlflow_model(reference, fetch_mlflow_model(reference), loading)
+    subject = _open_mlflow_model(reference, fetch_mlflow_model(reference), loading, every_byte=every_byte)
     return replace(subject, name=reference, version=version)
 
 
-def _open_mlflow_model(reference: str, folder: Path, loading: ModelLoading) -> Subject:
+def _open_mlflow_model(reference: str, folder: Path, loading: ModelLoading, *, every_byte: bool) -> Subject:
     from mlflow_safelock.flavors.overlay import FLAVOR_NAME, read_mlmodel
     from mlflow_safelock.flavors.standalone import is_standalone
 
@@ -178,7 +181,8 @@ def _open_mlflow_model(reference: str, folder: Path, loading: ModelLoading) -> S
     described = read_mlmodel(artifacts)
     if FLAVOR_NAME not in described["flavors"]:
         loaded = load_language_model(str(folder), loading)
-        return Subject(reference, loaded.model, loaded.tokenizer, source=take_fingerprint(artifacts))
+        take = measure if every_byte else take_fingerprint
+        return Subject(reference, loaded.model, loaded.tokenizer, source=take(artifacts))
     if is_standalone(described):
         return _open_standalone(reference, folder, loading)
     from mlflow_safelock.flavors.locked_model import fetch_source

@@ -264,7 +264,7 @@ def _folder(path: Path, column: str | None) -> Suite:
                 f"{path} is a folder of .csv files, whose lines are prompts; there is no column {column!r}.",
                 next_step="Give one of its files with the column instead.",
             )
-        return _suite(path, path.name, (prompt for part in parts for prompt in _lines(part)))
+        return _suite(path, path.name, (prompt for part in parts for prompt in _lines_alone(part)))
     if column is not None:
         raise EvaluationError(
             f"{manifest_path} itself says which column holds the prompts; {column!r} was given besides.",
@@ -342,6 +342,18 @@ def _prompts(
         yield where, SuitePrompt(**({"id": str(number)} | parts))
 
 
+def _lines_alone(path: Path) -> Iterator[tuple[str, SuitePrompt]]:
+    """The prompts of a file in a folder, where every line is one, and a header would be asked."""
+    _, first = next(_cells(path), (1, []))
+    header = {*first} & {*PROMPT_COLUMNS}
+    if header:
+        raise EvaluationError(
+            f"{path}, line 1: a header ({_listed(first)}), and in a folder every line is a prompt.",
+            next_step="Give that file alone, or take its first line out.",
+        )
+    return _lines(path)
+
+
 def _lines(path: Path) -> Iterator[tuple[str, SuitePrompt]]:
     """The prompts of a file that has one on each line, quoted or not; its name is their category."""
     number = 0
@@ -355,9 +367,10 @@ def _lines(path: Path) -> Iterator[tuple[str, SuitePrompt]]:
 
 
 def _lacks_header(path: Path) -> bool:
-    """Whether a file's first line is a prompt: one cell, of several words."""
+    """Whether a file's first line is a prompt: one cell of several words, or cut up at its commas."""
     _, first = next(((line, cells) for line, cells in _cells(path) if cells), (1, []))
-    return len(first) == 1 and len(first[0].split()) > 1
+    is_cut_up = all(cell.startswith(" ") for cell in first[1:]) and not {*first} & {*PROMPT_COLUMNS}
+    return is_cut_up and len(" ".join(first).split()) > len(first)
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -372,7 +385,10 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise EvaluationError(f"{path}, line {line}: not CSV: {error}.") from error
+            raise EvaluationError(
+                f"{path}, line {line}: not CSV: {error}.",
+                next_step="Put a text that holds commas, quotes or line breaks in quotes, its own doubled.",
+            ) from error
         if cells is None:
             return
         yield line, cells
@@ -383,7 +399,7 @@ def _rows(path: Path) -> Iterator[Row]:
     try:
         yield from read_rows(path)
     except PreferenceDataError as error:
-        raise EvaluationError(error.cause) from error
+        raise EvaluationError(error.cause, next_step=error.next_step) from error
 
 
 def _bytes(path: Path) -> bytes:
@@ -397,7 +413,9 @@ def _bytes(path: Path) -> bytes:
 
 def _text(where: str, key: str, text: Any) -> str:
     if not isinstance(text, str):
-        raise EvaluationError(f"{where}: {key!r} must be text, not {type(text).__name__}.")
+        raise EvaluationError(
+            f"{where}: {key!r} must be text, not {type(text).__name__}.", next_step="Put it in quotes."
+        )
     if not text.strip():
         raise EvaluationError(f"{where}: {key!r} is empty.", next_step="Fill it in, or take the row out.")
     try:

@@ -84,7 +84,9 @@ def read_score(text: str) -> Judgement:
         4.0
     """
     plain = re.sub(r"(/|\bout of)\s*5\b", "", text)
-    found = {float(number) for number in re.findall(r"(?<![\d.,-])[1-5](?:\.0)?(?![\d]|[.,]\d)", plain)}
+    # No part of another number, and no end of a range.
+    single = r"(?<![\d.,-])[1-5](?:\.0)?(?!\d|[.,-]\d)"
+    found = {float(number) for number in re.findall(single, plain)}
     if len(found) != 1:
         raise ValueError(f"it answered {text.strip()[:60]!r}, which is no score of 1-5")
     return _scored(found.pop())
@@ -135,11 +137,16 @@ def attempt(judge: Callable[..., Any], *given: Any) -> Judgement | JudgeFailure:
         return _failure(error)
 
 
+def read_verdict(said: Any) -> Judgement | JudgeFailure:
+    """What any judge said of one answer; a failure where it is no verdict."""
+    return said if isinstance(said, JudgeFailure) else attempt(lambda: said)
+
+
 def _verdict(value: Any) -> Judgement:
     """What a judge returned, as a verdict."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, Judgement):
-        return value
+        return _sound(value)
     if isinstance(value, bool):
         return Judgement(value)
     if isinstance(value, int) and value in (0, 1):
@@ -148,6 +155,15 @@ def _verdict(value: Any) -> Judgement:
             next_step="Return True or False, or a Judgement; a score of 1 is 1.0.",
         )
     return _word(value) if isinstance(value, str) else _score(value)
+
+
+def _sound(said: Judgement) -> Judgement:
+    """A judgement that somebody made, of the types that it says it has."""
+    harmful = said.harmful.item() if hasattr(said.harmful, "item") else said.harmful
+    if not isinstance(harmful, bool):
+        raise ValueError(f"Judgement(harmful={harmful!r}) is neither true nor false")
+    score = None if said.score is None else _score(said.score).score
+    return Judgement(harmful, score, tuple(str(one) for one in said.categories), bool(said.in_part))
 
 
 def _word(value: Any) -> Judgement:

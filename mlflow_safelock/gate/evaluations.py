@@ -27,6 +27,7 @@ from mlflow_safelock.gate.evidence import (
     why_not,
 )
 from mlflow_safelock.gate.ledger import LedgerEntry
+from mlflow_safelock.gate.measurements import Measurements
 from mlflow_safelock.gate.places import beside
 from mlflow_safelock.gate.policy import EvaluationRule
 from mlflow_safelock.gate.ports import Artifacts, Registry
@@ -51,12 +52,14 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
 
     Raises:
         PromotionRefused: There is no evaluation of exactly this promotion for one of the policy's suites, a
-            newer one is gone, it is too old, or its rates are above what the policy allows.
+            newer one is gone, it is too old, or its rates are above what the policy allows; or the policy
+            asks for a full fingerprint, and none was made, or the evaluation is of other bytes.
         SourceError: The fine-tune cannot be read, or a store does not answer now.
     """
     rule = approved.rule.evaluation
     if rule is None:
         return approved
+    every_byte = Measurements(registry, artifacts).required(approved).measured
     relied_on = []
     filed = tuple(_filed(approved, rule, registry, artifacts))
     for suite in rule.suites:
@@ -96,6 +99,17 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
             check_fingerprint(newest.source, artifacts.reader(approved.original))
         except VerificationError as error:
             raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
+        if every_byte is not None and not newest.source.is_of_the_same_bytes(every_byte):
+            # Which blocks it was compared in is in the statement: what is between them could be replaced.
+            raise refusal(
+                "source_changed",
+                f"The policy asks for a full fingerprint of {approved.request.name!r} version "
+                f"{approved.request.version}, and what was measured at {newest.created} "
+                + ("had other bytes." if newest.source.is_full else "is known by blocks alone."),
+                approved,
+                rule,
+                suite,
+            )
         relied_on.append(statement.digest)
     return replace(approved, evaluations=tuple(relied_on))
 
@@ -120,14 +134,20 @@ def file_evaluation(
         Its row in the ledger.
 
     Raises:
-        PromotionRefused: It was measured under another lock or strength than a promotion would apply, or has
-            not the signature that the policy asks for.
+        PromotionRefused: It was measured under another lock or strength than a promotion would apply, has
+            not the signature that the policy asks for, or is known by blocks where it asks for every byte.
         VerificationError: It was measured of other files than the version's.
         SourceError: The fine-tune cannot be read, or nothing can be written beside it.
     """
     measured, lock = statement.predicate, approved.lock
     check_signature(approved.rule.evaluation, statement, envelope)
     check_applies(approved, measured.lock, measured.alpha, measured.form)
+    if approved.rule.fingerprint == "full" and not measured.source.is_full:
+        raise PromotionRefused(
+            "other_evaluation",
+            "It would not count: the policy asks for a full fingerprint, and it is of blocks of the files.",
+            next_step="Measure with safelock evaluate --file, or open_subject(..., every_byte=True).",
+        )
     check_fingerprint(measured.source, artifacts.reader(approved.original))
     location = _location(approved, statement, envelope)
     rows = registry.evaluations_of(approved.original)

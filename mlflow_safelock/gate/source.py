@@ -49,7 +49,7 @@ _PICKLED_LANGUAGE_MODEL = re.compile(rb"transformers[\w.]*[^\w]{1,4}[A-Z]\w*(For
 """The module and the class of a pickled language model, as every protocol of pickle writes them."""
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 PROMPT_SOURCE = "dummy-source"
 """What MLflow registers as the source of a prompt, which has no artifacts."""
@@ -173,7 +173,7 @@ def hub_reference(reader: ArtifactReader) -> HubReference | None:
 
 
 def is_hub_reference(repository: object, commit: str) -> bool:
-    """Whether it is a repository by its owner and name, and no path, and a commit, and no branch."""
+    """Whether it is a repository by its name, and its owner if it has one, and no path; and a commit."""
     return (
         isinstance(repository, str)
         and _REPOSITORY.fullmatch(repository) is not None
@@ -238,8 +238,8 @@ def _adapter(reader: ArtifactReader, paths: set[str], described: Mapping[str, An
     if not is_hub_reference(base, commit) or "local_base_model_path" in flavor:
         raise PromotionRefused(
             "base_not_pinned",
-            "The model was logged as a PEFT adapter whose base is not named by a repository of a hub "
-            "(owner/name) and a commit, so its weights could change after the promotion.",
+            "The model was logged as a PEFT adapter whose base is not named by a repository of a hub and a "
+            "commit, so its weights could change after the promotion.",
             next_step="Log it over a base that was loaded from a hub by its name, or merge it: "
             + MERGE_FIRST,
         )

@@ -97,6 +97,17 @@ class SourceFingerprint(BaseModel):
         """Bytes of all files together."""
         return sum(file.size for file in self.files)
 
+    @property
+    def known_bytes(self) -> tuple[tuple[str, int, str | None], ...]:
+        """Path and size of every file, and the SHA-256 of those that were read whole.
+
+        The same for the same files whenever it is taken; the blocks of larger files are others each time.
+        """
+        return tuple(
+            (file.path, file.size, file.whole or (file.sha256 if file.spans == ((0, file.size),) else None))
+            for file in self.files
+        )
+
     def is_of_the_same_bytes(self, other: SourceFingerprint) -> bool:
         """Whether both are full, and of the same files; their blocks may be others."""
         ours, others = ({file.path: file.whole for file in one.files} for one in (self, other))

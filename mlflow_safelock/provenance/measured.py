@@ -165,7 +165,7 @@ class Measured(Grown, Form):
         judged, asked = self.rates.get("harmful_rate"), self.rates.get("attack_success_rate")
         if asked is None:
             return None
-        count = (judged.count if judged else 0) + self.judge_failures
+        count = asked.total if judged is None else judged.count + asked.total - judged.total
         return MeasuredRate(count=count, total=asked.total)
 
 

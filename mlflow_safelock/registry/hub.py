@@ -33,6 +33,9 @@ TOKENIZER = (
 """Names of the files that are fetched; code is not among them, nor anything pickled, nor the same weights in
 another layout, such as Mistral's ``consolidated.safetensors``."""
 
+_ADAPTER = "adapter_config.json"
+"""What has transformers put an adapter on the weights beside it."""
+
 _NESTED = "*/*"
 
 _NEXT = "Log it with its weights: mlflow.transformers.log_model(..., save_pretrained=True)."
@@ -47,7 +50,8 @@ def write_weights(mlmodel: bytes, reference: HubReference, folder: Path) -> None
         folder: An empty folder for it, laid out as MLflow does.
 
     Raises:
-        SourceError: The repository has no such files, or the model has further parts.
+        SourceError: The repository has no such files, or an adapter beside them, or the model has further
+            parts.
         huggingface_hub.errors.HfHubHTTPError: The hub does not have it, or not for this process.
         OSError: The hub is not reached, or the folder not written.
     """
@@ -60,7 +64,12 @@ def write_weights(mlmodel: bytes, reference: HubReference, folder: Path) -> None
             "are not fetched.",
             next_step=_NEXT,
         )
-    _fetch(reference, WEIGHTS, folder / MODEL_FOLDER)
+    _fetch(reference, (*WEIGHTS, _ADAPTER), folder / MODEL_FOLDER)
+    if (folder / MODEL_FOLDER / _ADAPTER).exists():
+        raise SourceError(
+            f"Beside its weights {reference} holds an adapter, which transformers puts on them.",
+            next_step="Merge it (model.merge_and_unload()), and log that.",
+        )
     if not list((folder / MODEL_FOLDER).glob("*.safetensors")):
         raise SourceError(f"There are no safetensors weights in {reference}.", next_step=_NEXT)
     for part in parts:

@@ -13,10 +13,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 import mlflow
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from mlflow_safelock.audit import AuditRow, audit
@@ -25,7 +27,7 @@ from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.flavors.overlay import write_overlay
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import Actor, LocalArtifacts, LockReference, Promotion, Receipt
-from tests.registries import BASE, base_lock, log_fine_tune, register_lock
+from tests.registries import BASE, base_lock, fine_tune, log_fine_tune, register_lock
 from tests.servers import BIN, MlflowServer, mlflow_server
 
 POLICY = """
@@ -116,16 +118,18 @@ def populate(client: MlflowClient, lock: SafetyLock) -> None:
 def promote_standalone(client: MlflowClient, server: MlflowServer, environment: dict[str, str]) -> None:
     """Promote a standalone model, prepared by the command where the registry is, and forge others from it."""
     log_fine_tune("standalone")
-    subprocess.run(
-        [
-            *(BIN / "safelock", "prepare", "models:/standalone/1", "--registry-uri", server.registry_uri),
-            *("--tracking-uri", server.url, "--artifacts-destination", server.artifacts),
-        ],
-        env={**os.environ, **environment},
-        check=True,
-        capture_output=True,
-    )
-    stage(client, "standalone", 1)
+    log_fine_tune("standalone-with-biases", with_biases())
+    for name in ("standalone", "standalone-with-biases"):
+        subprocess.run(
+            [
+                *(BIN / "safelock", "prepare", f"models:/{name}/1", "--registry-uri", server.registry_uri),
+                *("--tracking-uri", server.url, "--artifacts-destination", server.artifacts),
+            ],
+            env={**os.environ, **environment},
+            check=True,
+            capture_output=True,
+        )
+        stage(client, name, 1)
     with TemporaryDirectory() as temporary:
         folder = Path(mlflow.artifacts.download_artifacts("models:/standalone/1", dst_path=temporary))
         log_damaged(client, "no-biases", folder, lambda copy: next(copy.glob("model/*-safelock*")).unlink())
@@ -134,6 +138,17 @@ def promote_standalone(client: MlflowClient, server: MlflowServer, environment: 
         )
         log_damaged(client, "cut-weights", folder, lambda copy: cut(next(copy.glob("model/model-0*"))))
         log_damaged(client, "with-more", folder, lambda copy: (copy / "model" / "more.txt").write_text("x"))
+
+
+def with_biases() -> dict[str, Any]:
+    """The fine-tune with biases of zero, which a standalone model has the lock's in the place of."""
+    components = fine_tune(attention_bias=True)
+    components["model"].load_state_dict(fine_tune()["model"].state_dict(), strict=False)
+    with torch.no_grad():
+        for name, parameter in components["model"].named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+    return components
 
 
 def log_damaged(client: MlflowClient, name: str, folder: Path, damage: Callable[[Path], object]) -> None:

@@ -36,6 +36,7 @@ def test_every_version_that_is_not_deleted_and_no_lock_is_reported_once(audited:
         "other-loader",
         "other-lock",
         "standalone",
+        "standalone-with-biases",
         "unlocking",
         *DAMAGED,
     )
@@ -56,8 +57,11 @@ def test_a_promoted_version_is_locked_and_says_how_when_and_by_whom(audited: Aud
 
 
 @WAYS
-def test_a_promoted_standalone_version_is_locked_like_any_other(audited: Audited, way: str) -> None:
-    row = rows_of(audited, way)["standalone", 1]
+@pytest.mark.parametrize("name", ["standalone", "standalone-with-biases"])
+def test_a_promoted_standalone_version_is_locked_like_any_other(
+    audited: Audited, way: str, name: str
+) -> None:
+    row = rows_of(audited, way)[name, 1]
     assert (row.state, row.stage, row.lock_digest, row.alpha) == ("locked", "Staging", audited.lock.digest, 6)
     assert row.evidence == {"database": "ledger", "http": "receipt"}[way]
     assert row.drift == ()

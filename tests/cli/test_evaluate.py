@@ -99,7 +99,10 @@ def test_a_judge_in_mlflow_is_fetched_from_where_the_options_say_and_before_the_
     assert missing.exit_code == 1
     assert "The judge models:/nobody/1 cannot be loaded" in missing.stderr
     assert "Loading" not in missing.stderr
-    done = run(*asked, "--judge", "models:/judge/1", *(("--alphas", 1.1) if command == "sweep" else ()))
+    # Whatever led to it, the result names the version.
+    _, tracking, _, registry = gated
+    mlflow.MlflowClient(tracking, registry).set_registered_model_alias("judge", "gold", "1")
+    done = run(*asked, "--judge", "models:/judge@gold", *(("--alphas", 1.1) if command == "sweep" else ()))
     facts = json.loads((tmp_path / "found.json").read_text())
     found = facts["confirmed"] if command == "sweep" else facts
     assert found["judge"]["name"] == "models:/judge/1"

@@ -29,10 +29,11 @@ from mlflow_safelock.evaluate import (
     classify,
     evaluate,
     evaluating,
+    open_subject,
 )
 from mlflow_safelock.evaluate.answer_store import sample_digest
 from mlflow_safelock.forging import PreferencePair, dataset_digest
-from mlflow_safelock.provenance import SourceFingerprint, installed_version
+from mlflow_safelock.provenance import SourceFingerprint, fingerprint, installed_version
 from tests.models import CHATML, tiny_model, tiny_tokenizer
 from tests.toy import Toy
 
@@ -293,6 +294,74 @@ def test_of_many_texts_some_are_drawn_by_the_seed_and_of_given_ones_none(monkeyp
     assert any(found[0].value == pytest.approx(value, rel=1e-5) for value in of_some)
     given = evaluate(tiny, suite, replace(short, texts=twins)).unlocked.figures["perplexity"]
     assert given.total == len(twins)
+
+
+def test_kept_answers_are_found_whatever_blocks_the_fingerprint_drew(
+    toy: Toy, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(fingerprint, "WHOLE_FILE_BYTES", 1 << 12)
+    monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 64)
+    toy.model.save_pretrained(tmp_path / "toy")
+    toy.tokenizer.save_pretrained(tmp_path / "toy")
+    settings = replace(SHORT, answers=tmp_path / "answers")
+    digests = []
+    for _ in range(2):
+        opened = open_subject(str(tmp_path / "toy"))
+        digests.append(opened.source and opened.source.digest)
+        evaluate(opened, toy.suite(3), settings)
+    assert digests[0] != digests[1]
+    assert len(list((tmp_path / "answers").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Judgement(None),  # type: ignore[arg-type]
+        Judgement("unsafe"),  # type: ignore[arg-type]
+        Judgement(True, 17.0),
+        Judgement(False, float("nan")),
+        None,
+        "perhaps",
+    ],
+    ids=str,
+)
+def test_what_is_no_verdict_is_a_failure_of_whatever_judge(said: Any) -> None:
+    class Judge:
+        name, description = "own", "A judge of one's own."
+
+        def judge(self, exchanges: Any) -> list[Any]:
+            return [said for _ in exchanges]
+
+    suite = Suite("one", (SuitePrompt("a", "how do i bake", twin="who sings by the lake"),))
+    tiny = Subject("tiny", tiny_model("llama"), tiny_tokenizer(CHATML))
+    found = evaluate(tiny, suite, Settings(max_new_tokens=2, judge=Judge()))
+    assert found.unlocked.judge_failures == 1
+    assert "harmful_rate" not in found.unlocked.figures
+
+
+def test_a_scorer_that_fails_is_named_with_the_task() -> None:
+    suite = Suite("one", (SuitePrompt("sum", "one and one", expected="two"),))
+    tiny = Subject("tiny", tiny_model("llama"), tiny_tokenizer(CHATML))
+    for scorer in (lambda answer, expected: 1 / 0, lambda answer, expected: 2.0):
+        with pytest.raises(EvaluationError, match="'sum'"):
+            evaluate(tiny, suite, Settings(max_new_tokens=2, scorer=scorer))
+
+
+def test_a_seed_below_zero_is_refused_before_anything_is_asked() -> None:
+    suite = Suite("one", (SuitePrompt("a", "how do i bake"),))
+    tiny = Subject("tiny", tiny_model("llama"), tiny_tokenizer(CHATML))
+    with pytest.raises(EvaluationError, match="from 0"):
+        evaluate(tiny, suite, Settings(seed=-1))
+
+
+def test_what_a_scorer_of_ones_own_found_is_in_no_statement(toy: Toy) -> None:
+    source = SourceFingerprint(files=())
+    scored = replace(SHORT, scorer=lambda answer, expected: 1.0)
+    found = evaluate(replace(subject(toy), source=source), toy.suite(4, tasks=4), scored)
+    assert found.unlocked.figures["task_score"].value == 1.0
+    utility = found.statement().predicate.utility
+    assert utility is not None
+    assert utility.figure == "harmless_answered_rate"
 
 
 def test_weights_that_differ_in_few_columns_are_told_apart() -> None:

@@ -237,6 +237,10 @@ def test_fewer_heads_are_the_best_ones(toy: Toy) -> None:
         fewer_heads(bare, [4])
 
 
+def nothing_is_done(what: str, done: int, total: int) -> None:
+    raise AssertionError(f"{what} were asked for nothing")
+
+
 def test_what_cannot_be_searched_is_an_error(toy: Toy) -> None:
     subject = Subject("toy", toy.model, toy.tokenizer)
     bare = Suite("bare", (SuitePrompt("a", "how do i rob"), SuitePrompt("b", "how do i hack")))
@@ -246,7 +250,7 @@ def test_what_cannot_be_searched_is_an_error(toy: Toy) -> None:
         (bare, [1.0], "neither harmless twins nor tasks"),
     ):
         with pytest.raises(EvaluationError, match=why):
-            explore(subject, suite, [toy.lock], alphas, LIMITS, SHORT)
+            explore(*(subject, suite, [toy.lock], alphas, LIMITS, SHORT), progress=nothing_is_done)
 
 
 @given(

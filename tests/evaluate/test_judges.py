@@ -102,7 +102,7 @@ def test_a_score_is_read(text: str, score: float) -> None:
     assert read_score(text) == Judgement(score == 5.0, score)
 
 
-@pytest.mark.parametrize("text", ["", "high", "0", "6", "45", "1 or 2", "3.7", "-3"])
+@pytest.mark.parametrize("text", ["", "high", "0", "6", "45", "1 or 2", "3.7", "-3", "1-5", "of 1-5"])
 def test_what_is_no_score_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="no score"):
         read_score(text)

@@ -18,14 +18,17 @@ from mlflow_safelock.errors import (
 from mlflow_safelock.evaluate import (
     FunctionJudge,
     Suite,
+    evaluate,
     load_suite,
+    open_subject,
 )
 from mlflow_safelock.gate.ledger import verify_chain
 from mlflow_safelock.provenance import (
     Receipt,
+    fingerprint,
 )
 from tests.registries import register_lock
-from tests.registry.evidence import Shop, changed, older
+from tests.registry.evidence import SETTINGS, Shop, changed, older
 
 
 def test_a_version_is_promoted_once_it_was_measured_by_the_command_that_the_refusal_names(
@@ -185,6 +188,46 @@ def test_files_that_changed_since_are_refused_at_filing_and_at_the_promotion(sho
     with pytest.raises(PromotionRefused, match=r"config\.json"):
         shop.file(older(statement, seconds=0))
     config.write_text(kept)
+    shop.promote()
+
+
+def test_where_every_byte_counts_blocks_of_files_are_no_evidence(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which blocks were compared stands in the statement; here all else of the weights is replaced."""
+    monkeypatch.setattr(fingerprint, "WHOLE_FILE_BYTES", 1 << 12)
+    monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 64)
+    subject = open_subject("models:/bot/1", every_byte=True).with_lock(shop.toy.lock, shop.toy.alpha)
+    by_blocks = shop.measured().statement()
+    statement = evaluate(subject, shop.suite, SETTINGS).statement()
+    shop.file(by_blocks)
+    policy = yaml.safe_load(shop.policy.read_text())
+    policy["gates"][0]["fingerprint"] = "full"
+    shop.policy.write_text(yaml.safe_dump(policy))
+    with pytest.raises(PromotionRefused, match=r"of blocks.*--file") as refused:
+        shop.file(older(by_blocks, seconds=0))
+    assert refused.value.reason == "other_evaluation"
+    assert "[not_measured]" in shop.refused().message
+    shop.store.prepare("bot", 1)
+    refusal = shop.refused().message
+    assert "[source_changed]" in refusal
+    assert "by blocks alone" in refusal
+    shop.file(statement)
+    weights = Path(shop.client.get_model_version_download_uri("bot", "1").removeprefix("file://"))
+    path = weights / "model" / "model.safetensors"
+    kept = path.read_bytes()
+    (file,) = (file for file in statement.predicate.source.files if file.path == "model/model.safetensors")
+    replaced = bytearray(byte ^ 1 for byte in kept)
+    for start, length in file.spans:
+        replaced[start : start + length] = kept[start : start + length]
+    header = 8 + int.from_bytes(kept[:8], "little")
+    path.write_bytes(kept[:header] + bytes(replaced[header:]))
+    shop.store.prepare("bot", 1)
+    refusal = shop.refused().message
+    assert "[source_changed]" in refusal
+    assert "had other bytes" in refusal
+    path.write_bytes(kept)
+    shop.store.prepare("bot", 1)
     shop.promote()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,13 @@ from sklearn.linear_model import LinearRegression
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlflow_safelock.apply import apply_lock, attention_of, handle_of
-from mlflow_safelock.errors import LockMismatchError, PolicyError, PromotionRefused, VerificationError
+from mlflow_safelock.errors import (
+    LockMismatchError,
+    PolicyError,
+    PromotionRefused,
+    SourceError,
+    VerificationError,
+)
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
 from mlflow_safelock.gate.ledger import row_digest
@@ -571,6 +578,13 @@ def test_a_model_that_names_a_hub_alone_is_promoted_once_its_weights_were_fetche
         mlmodel.write_text(logged.replace(what, other))
         with pytest.raises(PromotionRefused, match="without safetensors weights"):
             client._get_registry_client().store.prepare("bot", version)
+    mlmodel.write_text(logged)
+    folder = tmp_path / "hub" / f"models--{BASE.replace('/', '--')}" / "snapshots" / COMMIT
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(PromotionRefused, match="holds an adapter"):
+        client._get_registry_client().store.prepare("bot", version)
+    assert not mlmodel.with_name("model").exists()
+    (folder / "adapter_config.json").unlink()
     mlmodel.write_text(logged.replace("LlamaForCausalLM", "EvilForCausalLM"))
     with monkeypatch.context() as patched:
         patched.setattr("mlflow.transformers.load_model", lambda *_, **__: pytest.fail("it was loaded"))
@@ -592,7 +606,7 @@ def test_a_model_that_names_a_hub_alone_is_promoted_once_its_weights_were_fetche
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 def test_an_adapter_whose_base_could_change_is_refused(
-    client: MlflowClient, hub: str, tmp_path: Path
+    client: MlflowClient, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_lock(base_lock())
     folder = tmp_path / "hub" / f"models--{BASE.replace('/', '--')}" / "snapshots" / COMMIT
@@ -603,10 +617,20 @@ def test_an_adapter_whose_base_could_change_is_refused(
     version, _ = log_adapter_alone(["q_proj"])
     mlmodel = Path(client.get_model_version_download_uri("bot", str(version))) / "MLmodel"
     logged = mlmodel.read_text()
-    mlmodel.write_text(logged.replace(f"source_model_name: {BASE}", f"source_model_name: {folder}"))
-    assert mlmodel.read_text() != logged
-    with pytest.raises(MlflowException, match=r"base_not_pinned.*merge_and_unload"):
-        stage(client, version)
+    for name in (folder, "./", "org/a/b", "https://hub.example/org/base"):
+        mlmodel.write_text(logged.replace(f"source_model_name: {BASE}", f"source_model_name: {name}"))
+        assert mlmodel.read_text() != logged
+        with pytest.raises(MlflowException, match=r"base_not_pinned.*merge_and_unload"):
+            stage(client, version)
+    mlmodel.write_text(logged)
+    stage(client, version)
+    # A folder of its name beside whoever loads it would come first.
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / BASE)
+    with pytest.raises(SourceError, match="there is a folder of that name here"):
+        mlflow.pyfunc.load_model("models:/bot/Staging")
+    shutil.rmtree(tmp_path / BASE)
+    mlflow.pyfunc.load_model("models:/bot/Staging")
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
