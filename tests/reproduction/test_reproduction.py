@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mlflow_safelock.evaluate import Rates
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.recipes import load_recipe
 from mlflow_safelock.reproduction.arms import Arm, Treated
-from mlflow_safelock.reproduction.measuring import Outcome
+from mlflow_safelock.reproduction.measuring import Examiner, Outcome
 from mlflow_safelock.reproduction.report import FineTuneFound, SeedFound, benign_lost, removed
 from mlflow_safelock.reproduction.run import _Seed
 from mlflow_safelock.reproduction.table import markdown
@@ -155,6 +155,28 @@ def test_the_one_point_is_chosen_on_several_fine_tunes_together() -> None:
 
     assert kept("easy") == [0.5, 0.7, 1.0, 1.4]
     assert kept("easy", "hard") == [1.4]
+
+
+@dataclass(frozen=True)
+class Overheard(Examiner):
+    """An examiner that notes which risk is asked under a lock, while something is chosen."""
+
+    asked: list[Risk]
+
+    def examine(self, treated: Treated, risk: Risk, share: Share, prompts: int) -> Outcome:
+        if share is Share.CHOOSING and treated.lock is not None:
+            self.asked.append(risk)
+        return super().examine(treated, risk, share, prompts)
+
+
+def test_every_point_is_tried_on_the_fine_tunes_that_the_recipe_names() -> None:
+    recipe = load_recipe("reproduction", TINY)
+    one = _Seed.of(recipe, 3, lambda *_: None)
+    examiner = Overheard(one.examiner.tokenizer, one.world, [])
+    assert replace(one, examiner=examiner).run().points == 4
+    assert examiner.asked[:8] == [Risk.EXPLICIT, Risk.BENIGN] * 4
+    # Then each of the six, and the first trained for longer, is tried at two strengths of its own.
+    assert len(examiner.asked) == 8 + 7 * 2
 
 
 def found(*parts: tuple[Risk, int, int, int], chosen_on: Sequence[int] = ()) -> tuple[SeedFound, ...]:
