@@ -72,6 +72,8 @@ class LockSettings(Settings):
         last_tokens: How many of each answer's last tokens give activations (``r``).
         head_counts: Numbers of heads (``K``) to choose from.
         alphas: Strengths to choose from.
+        choose_on: Names of the fine-tunes that both are chosen on, all of them together, such as
+            ``explicitly harmful 10 full``.
         max_harmful_rate: Largest share of harmful answers that a point may leave, 0-1.
         max_benign_loss: Largest drop of benign accuracy that it may cost, 0-1.
         max_degenerate_rate: Largest share of degenerate answers, 0-1.
@@ -81,6 +83,7 @@ class LockSettings(Settings):
     last_tokens: Count
     head_counts: Annotated[tuple[Count, ...], Field(min_length=1)]
     alphas: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    choose_on: Annotated[tuple[Text, ...], Field(min_length=1)]
     max_harmful_rate: Share
     max_benign_loss: Share
     max_degenerate_rate: Share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlflow_safelock.reproduction.arms import Arm
@@ -27,6 +27,7 @@ class FineTuneFound:
         own: The same lock as all others got, at the strength that was chosen for this one.
         satisfied: Whether it kept the limits where it was chosen.
         accepted: How many of the strengths did.
+        chosen_on: Whether the one lock and its strength were chosen on it, among others.
         arms: The fine-tune itself and what was done to it; of several draws of a control, all together.
     """
 
@@ -36,6 +37,7 @@ class FineTuneFound:
     own: Point
     satisfied: bool
     accepted: int
+    chosen_on: bool
     arms: Mapping[Arm, Outcome]
 
 
@@ -90,6 +92,10 @@ class SeedFound:
         """The fine-tunes of one risk."""
         return tuple(one for one in self.fine_tunes if one.fine_tune.risk is risk)
 
+    def unseen(self) -> SeedFound:
+        """The same with only those fine-tunes that its lock was not chosen on."""
+        return replace(self, fine_tunes=tuple(one for one in self.fine_tunes if not one.chosen_on))
+
 
 @dataclass(frozen=True)
 class Reproduction:
@@ -134,13 +140,16 @@ def removed(arm: Arm, seeds: Sequence[SeedFound]) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def benign_lost(arm: Arm, seeds: Sequence[SeedFound]) -> float:
-    """Drop of benign accuracy against the fine-tunes, 0-1: mean over seeds and risks."""
+def benign_lost(arm: Arm, seeds: Sequence[SeedFound]) -> float | None:
+    """Drop of benign accuracy against the fine-tunes, 0-1: mean over seeds and risks.
+
+    ``None`` where there are no fine-tunes.
+    """
     losses = []
     for found in _groups(seeds):
         _, before, after = (Outcome.together(outcomes) for outcomes in _three(arm, found))
         losses.append(before.rates.utility - after.rates.utility)
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses) if losses else None
 
 
 def _groups(seeds: Sequence[SeedFound]) -> list[tuple[FineTuneFound, ...]]:
@@ -161,6 +170,7 @@ def _harmful_rate(outcomes: Iterable[Outcome]) -> float:
 
 def _arm_values(arm: Arm, seeds: Sequence[SeedFound]) -> dict[str, Any]:
     every = [one for seed in seeds for one in seed.fine_tunes]
+    unseen = [seed.unseen() for seed in seeds]
     by_risk = {
         risk.value: Outcome.together(one.arms[arm] for one in every if one.fine_tune.risk is risk).as_values()
         for risk in Risk
@@ -168,6 +178,7 @@ def _arm_values(arm: Arm, seeds: Sequence[SeedFound]) -> dict[str, Any]:
     return {
         "removed": removed(arm, seeds),
         "benign_lost": benign_lost(arm, seeds),
+        "unseen": {"removed": removed(arm, unseen), "benign_lost": benign_lost(arm, unseen)},
         "by_risk": by_risk,
         "all": Outcome.together(one.arms[arm] for one in every).as_values(),
     }
@@ -194,6 +205,7 @@ def _seed_values(found: SeedFound) -> dict[str, Any]:
                 "examples": one.fine_tune.examples,
                 "way": one.fine_tune.way.value,
                 "steps": one.steps,
+                "chosen_on": one.chosen_on,
                 "base": one.base.as_values(),
                 "own_strength": {
                     "alpha": one.own.alpha,

@@ -8,13 +8,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import torch
 
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate import Limits, Point, choose
+from mlflow_safelock.evaluate import Limits, Point, Rates, choose
 from mlflow_safelock.forging import forge
 from mlflow_safelock.provenance import tool_versions
 from mlflow_safelock.reproduction.arms import (
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 BASE_MODEL = "toy-base"
 
+Models = Sequence[tuple["PreTrainedModel", Risk]]
+"""Fine-tunes that something is chosen on, with what each was trained on."""
+
 Told = Callable[[str, int, int], None]
 """Is told what is done, how many of it, and of how many."""
 
@@ -53,7 +57,8 @@ def reproduce(recipe: ReproductionRecipe, told: Told, workers: int = 1) -> Repro
         workers: How many seeds are worked on at once, each in a process of its own; the figures are the same.
 
     Raises:
-        EvaluationError: The lock is to have more heads than the base, or peft is not installed.
+        EvaluationError: The lock is to have more heads than the base, or to be chosen on a fine-tune that
+            there is not, or peft is not installed.
     """
     started = time.monotonic()
     available = recipe.base.layers * recipe.base.heads
@@ -61,6 +66,13 @@ def reproduce(recipe: ReproductionRecipe, told: Told, workers: int = 1) -> Repro
         raise EvaluationError(
             f"A lock of {max(recipe.lock.head_counts)} heads is asked for, and the base has {available}.",
             next_step="Ask for fewer: --set lock.head_counts=[4,8].",
+        )
+    names = [fine_tune.name for fine_tune in fine_tunes_of(recipe)]
+    unknown = [name for name in recipe.lock.choose_on if name not in names]
+    if unknown:
+        raise EvaluationError(
+            f"The lock is to be chosen on {', '.join(unknown)}, and no fine-tune is called that.",
+            next_step=f"Name some of these in lock.choose_on: {', '.join(names)}.",
         )
     if min(workers, len(recipe.seeds)) > 1:
         found = _at_once(recipe, told, min(workers, len(recipe.seeds)))
@@ -128,17 +140,21 @@ class _Seed:
         return cls(recipe, seed, told, world, base, Examiner(tokenizer, world))
 
     def run(self) -> SeedFound:
-        first, *others = fine_tunes_of(self.recipe)
-        model, steps = self._fine_tuned(first)
-        points = self._points(model, first.risk, self._locks())
+        trained = []
+        fine_tunes = fine_tunes_of(self.recipe)
+        for fine_tune in fine_tunes:
+            trained.append((fine_tune, *self._fine_tuned(fine_tune)))
+            self.told(f"seed {self.seed}: fine-tunes", len(trained), len(fine_tunes))
+        chosen_on = [(model, one.risk) for one, model, _ in trained if one.name in self.recipe.lock.choose_on]
+        points = self._points(chosen_on, self._locks())
         chosen, satisfied = choose(points, self.recipe.lock.alphas, self._limits, prefer="room")
-        vector, scale = self._subtraction(model, chosen)
+        vector, scale = self._subtraction(chosen_on, chosen)
         arms = _Arms(self, chosen, vector, scale, self._base_found())
-        found = [arms.on(first, model, steps)]
-        for fine_tune in others:
-            self.told(f"seed {self.seed}: fine-tunes", len(found), len(others) + 1)
-            found.append(arms.on(fine_tune, *self._fine_tuned(fine_tune)))
-        self.told(f"seed {self.seed}: fine-tunes", len(found), len(others) + 1)
+        found = []
+        for fine_tune, model, steps in trained:
+            found.append(arms.on(fine_tune, model, steps))
+            self.told(f"seed {self.seed}: arms", len(found), len(trained))
+        first, _, steps = trained[0]
         return SeedFound(
             seed=self.seed,
             chosen=chosen,
@@ -209,42 +225,44 @@ class _Seed:
             progress=False,
         )
 
-    def _choosing(self, treated: Treated, risk: Risk) -> Outcome:
-        return self.examiner.examine(treated, risk, Share.CHOOSING, self.recipe.choosing_prompts)
+    def _choosing(self, models: Models, treat: Callable[[PreTrainedModel], Treated] = Treated) -> Rates:
+        """Fine-tunes as they are treated, all together, on prompts that are chosen by and never reported."""
+        prompts = self.recipe.choosing_prompts
+        return Outcome.together(
+            self.examiner.examine(treat(model), risk, Share.CHOOSING, prompts) for model, risk in models
+        ).rates
 
-    def _points(self, model: PreTrainedModel, risk: Risk, locks: Sequence[SafetyLock]) -> list[Point]:
-        """A fine-tune under every lock at every strength, on prompts that nothing else uses."""
-        unlocked = self._choosing(Treated(model), risk).rates
+    def _points(self, models: Models, locks: Sequence[SafetyLock]) -> list[Point]:
+        """Fine-tunes under every lock at every strength."""
+        unlocked = self._choosing(models)
         return [
-            Point(lock, alpha, self._choosing(Treated(model, lock, alpha), risk).rates, unlocked)
+            Point(lock, alpha, self._choosing(models, partial(Treated, lock=lock, alpha=alpha)), unlocked)
             for lock in locks
             for alpha in self.recipe.lock.alphas
         ]
 
     def own_strength(self, model: PreTrainedModel, risk: Risk, lock: SafetyLock) -> tuple[Point, bool, int]:
         """The strength of a lock for one fine-tune, whether it keeps the limits, and how many do."""
-        points = self._points(model, risk, (lock,))
+        points = self._points([(model, risk)], (lock,))
         chosen, satisfied = choose(points, self.recipe.lock.alphas, self._limits, prefer="room")
         return chosen, satisfied, self._accepted(points)
 
     def _accepted(self, points: Sequence[Point]) -> int:
         return sum(point.excess(self._limits) == 0.0 for point in points)
 
-    def _subtraction(self, model: PreTrainedModel, chosen: Point) -> tuple[Vector, float]:
+    def _subtraction(self, models: Models, chosen: Point) -> tuple[Vector, float]:
         """The task vector of the pairs' unsafe half, and how much of it to subtract."""
-        risk = Risk.EXPLICIT
         unsafe = [Exchange(pair.question, pair.unsafe) for pair in self.world.pairs(self.recipe.lock.pairs)]
-        broken, _ = self._broken(unsafe, risk, Way.FULL)
+        broken, _ = self._broken(unsafe, Risk.EXPLICIT, Way.FULL)
         vector = task_vector(self.base, broken)
+
+        def less(scale: float) -> Callable[[PreTrainedModel], Treated]:
+            return lambda model: Treated(subtracted(model, vector, scale))
+
         scales = self.recipe.subtraction_scales
         # A scale is chosen as a strength is, so each is a point with the scale for its strength.
         points = [
-            Point(
-                chosen.lock,
-                scale,
-                self._choosing(Treated(subtracted(model, vector, scale)), risk).rates,
-                chosen.unlocked,
-            )
+            Point(chosen.lock, scale, self._choosing(models, less(scale)), chosen.unlocked)
             for scale in scales
         ]
         best, _ = choose(points, scales, self._limits, prefer="room")
@@ -286,6 +304,7 @@ class _Arms:
             own,
             satisfied,
             accepted,
+            fine_tune.name in self.seed.recipe.lock.choose_on,
             {arm: self._examined(risk, *treated) for arm, treated in arms.items()},
         )
 

@@ -15,7 +15,7 @@ Values = Mapping[str, Any]
 
 def markdown(values: Values) -> str:
     """All tables of a reproduction."""
-    tables = (_arms, _risks, _fine_tunes, _own_strengths, _overtrained, _seeds)
+    tables = (_arms, _risks, _unseen, _fine_tunes, _own_strengths, _overtrained, _seeds)
     return "\n\n".join(table(values) for table in tables) + "\n"
 
 
@@ -57,9 +57,23 @@ def _risks(values: Values) -> str:
     return _table(("harmful / benign accuracy", *(risk.value for risk in Risk)), rows)
 
 
+def _unseen(values: Values) -> str:
+    """What every arm does to those fine-tunes that the one choice has not seen."""
+    rows = []
+    for arm in Arm:
+        found = values["arms"][arm.value]["unseen"]
+        rows.append((arm.value, _percent(found["removed"]), _points(found["benign_lost"])))
+    head = ("fine-tunes that the choice did not see", "added harm removed", "benign points lost")
+    return _table(head, rows[1:])
+
+
 def _fine_tunes(values: Values) -> str:
     """Each kind of fine-tune before and after the lock at the one strength, over all seeds."""
-    return _locked(values, Arm.LOCK, lambda found: [])
+
+    def seen(found: Sequence[Values]) -> list[str]:
+        return ["yes" if found[0]["chosen_on"] else "no"]
+
+    return _locked(values, Arm.LOCK, seen, "chosen on it")
 
 
 def _own_strengths(values: Values) -> str:
@@ -183,6 +197,6 @@ def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.1f} %"
 
 
-def _points(rate: float) -> str:
+def _points(rate: float | None) -> str:
     # Plus zero, so that a loss of nothing has no sign.
-    return f"{100 * rate + 0.0:.1f}"
+    return "-" if rate is None else f"{100 * rate + 0.0:.1f}"

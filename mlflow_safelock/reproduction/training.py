@@ -48,6 +48,11 @@ class FineTune:
     examples: int
     way: Way
 
+    @property
+    def name(self) -> str:
+        """What a recipe calls it, such as ``explicitly harmful 10 full``."""
+        return f"{self.risk} {self.examples} {self.way}"
+
 
 def fine_tunes_of(recipe: ReproductionRecipe) -> tuple[FineTune, ...]:
     """All fine-tunes that a recipe asks for."""

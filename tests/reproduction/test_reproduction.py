@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlflow_safelock.evaluate import Rates
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.recipes import load_recipe
 from mlflow_safelock.reproduction.arms import Arm, Treated
-from mlflow_safelock.reproduction.measuring import Outcome
+from mlflow_safelock.reproduction.measuring import Examiner, Outcome
 from mlflow_safelock.reproduction.report import FineTuneFound, SeedFound, benign_lost, removed
 from mlflow_safelock.reproduction.run import _Seed
 from mlflow_safelock.reproduction.table import markdown
@@ -41,6 +43,7 @@ TINY = {
     "lock.pairs": "6",
     "lock.head_counts": "[1, 3]",
     "lock.alphas": "[1, 2]",
+    "lock.choose_on": "[explicitly harmful 2 full, benign 2 LoRA]",
 }
 
 
@@ -58,6 +61,7 @@ def test_a_small_run_measures_every_fine_tune_under_every_arm(run: Run, tmp_path
         for way in ("full", "LoRA")
         for risk, examples in (("explicitly harmful", 2), ("identity shifting", 2), ("benign", 2))
     ]
+    assert [one["chosen_on"] for one in seed["fine_tunes"]] == [True, False, False, False, False, True]
     for one in seed["fine_tunes"]:
         assert set(one["arms"]) == set(Arm)
         for arm, rates in one["arms"].items():
@@ -79,6 +83,16 @@ def test_more_heads_than_there_are_is_refused_before_anything_is_trained(run: Ru
     done = run("reproduce", "--output", tmp_path, "--set", "lock.head_counts=[99]")
     assert done.exit_code == 1
     assert "A lock of 99 heads is asked for, and the base has" in done.stderr
+
+
+def test_a_fine_tune_to_choose_on_that_there_is_not_is_refused_before_anything_is_trained(
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    done = run("reproduce", "--output", tmp_path, "--set", "lock.choose_on=[benign 7 full]")
+    assert done.exit_code == 1
+    assert "The lock is to be chosen on benign 7 full, and no fine-tune is called that" in done.stderr
+    assert "explicitly harmful 10 full, explicitly harmful 30 full" in done.stderr
 
 
 def outcome(harmful: int, right: int = 10) -> Outcome:
@@ -116,7 +130,56 @@ def test_a_strength_is_chosen_for_each_fine_tune_by_prompts_that_are_not_reporte
     assert Counter(examiner.asked) == {(Share.CHOOSING, None): 1, (Share.CHOOSING, lock): 7}
 
 
-def found(*parts: tuple[Risk, int, int, int]) -> tuple[SeedFound, ...]:
+@dataclass(frozen=True)
+class EachExamined:
+    """Answers for an examiner: each model harmful below a strength of its own, and useless above 1.4."""
+
+    needed: Mapping[str, float]
+
+    def examine(self, treated: Treated, risk: Risk, share: Share, prompts: int) -> Outcome:
+        return outcome(
+            harmful=0 if treated.alpha >= self.needed[str(treated.model)] else prompts,
+            right=prompts if treated.alpha <= 1.4 else 0,
+        )
+
+
+def test_the_one_point_is_chosen_on_several_fine_tunes_together() -> None:
+    recipe = load_recipe("reproduction", {"choosing_prompts": "10", "lock.alphas": "[0.5,0.7,1,1.4,2]"})
+    examiner = EachExamined({"easy": 0.5, "hard": 1.4})
+    one = _Seed(recipe, 0, lambda *_: None, make_world(0), None, examiner)  # type: ignore[arg-type]
+
+    def kept(*names: str) -> list[float]:
+        models = [(name, Risk.BENIGN) for name in names]
+        points = one._points(models, (make_lock(),))  # type: ignore[arg-type]
+        return [point.alpha for point in points if point.rates == Rates(0.0, 1.0, 0.0)]
+
+    assert kept("easy") == [0.5, 0.7, 1.0, 1.4]
+    assert kept("easy", "hard") == [1.4]
+
+
+@dataclass(frozen=True)
+class Overheard(Examiner):
+    """An examiner that notes which risk is asked under a lock, while something is chosen."""
+
+    asked: list[Risk]
+
+    def examine(self, treated: Treated, risk: Risk, share: Share, prompts: int) -> Outcome:
+        if share is Share.CHOOSING and treated.lock is not None:
+            self.asked.append(risk)
+        return super().examine(treated, risk, share, prompts)
+
+
+def test_every_point_is_tried_on_the_fine_tunes_that_the_recipe_names() -> None:
+    recipe = load_recipe("reproduction", TINY)
+    one = _Seed.of(recipe, 3, lambda *_: None)
+    examiner = Overheard(one.examiner.tokenizer, one.world, [])
+    assert replace(one, examiner=examiner).run().points == 4
+    assert examiner.asked[:8] == [Risk.EXPLICIT, Risk.BENIGN] * 4
+    # Then each of the six, and the first trained for longer, is tried at two strengths of its own.
+    assert len(examiner.asked) == 8 + 7 * 2
+
+
+def found(*parts: tuple[Risk, int, int, int], chosen_on: Sequence[int] = ()) -> tuple[SeedFound, ...]:
     """A seed of fine-tunes: risk, and harmful answers of base, fine-tune and locked one, of ten each."""
     fine_tunes = tuple(
         FineTuneFound(
@@ -126,9 +189,10 @@ def found(*parts: tuple[Risk, int, int, int]) -> tuple[SeedFound, ...]:
             None,  # type: ignore[arg-type]
             True,
             1,
+            place in chosen_on,
             {Arm.UNLOCKED: outcome(broken), Arm.LOCK: outcome(locked, right=9)},
         )
-        for risk, base, broken, locked in parts
+        for place, (risk, base, broken, locked) in enumerate(parts)
     )
     return (SeedFound(0, None, True, 1, 1, 1.0, fine_tunes, ()),)  # type: ignore[arg-type]
 
@@ -139,6 +203,15 @@ def test_removed_is_the_mean_over_risks_of_the_share_of_the_added_harm() -> None
     assert removed(Arm.LOCK, seeds) == pytest.approx((0.9 + 0.5) / 2)
     assert removed(Arm.UNLOCKED, seeds) == 0.0
     assert benign_lost(Arm.LOCK, seeds) == pytest.approx(0.1)
+
+
+def test_what_the_choice_has_seen_is_told_from_what_it_has_not() -> None:
+    (seed,) = found((Risk.EXPLICIT, 0, 10, 0), (Risk.EXPLICIT, 0, 10, 4), chosen_on=(0,))
+    assert removed(Arm.LOCK, (seed,)) == pytest.approx(0.8)
+    assert removed(Arm.LOCK, (seed.unseen(),)) == pytest.approx(0.6)
+    (seed,) = found((Risk.EXPLICIT, 0, 10, 0), chosen_on=(0,))
+    assert removed(Arm.LOCK, (seed.unseen(),)) is None
+    assert benign_lost(Arm.LOCK, (seed.unseen(),)) is None
 
 
 def test_a_fine_tune_that_added_no_harm_has_none_to_remove() -> None:
@@ -157,8 +230,8 @@ def test_the_page_holds_the_tables_of_its_figures() -> None:
 def test_the_page_holds_the_tables_of_the_seeds_that_nothing_was_settled_on() -> None:
     page = (DOCS / "reproduction.md").read_text()
     values = figures("reproduction-untouched")
-    arms, risks, *_, overtrained, seeds = markdown(values).strip().split("\n\n")
-    for table in (arms, risks, overtrained, seeds):
+    arms, risks, unseen, *_, overtrained, seeds = markdown(values).strip().split("\n\n")
+    for table in (arms, risks, unseen, overtrained, seeds):
         assert table in page
     settled = figures("reproduction")["recipe"]
     assert {key for key in settled if settled[key] != values["recipe"][key]} == {"seeds"}
