@@ -252,6 +252,8 @@ def _config(reference: str) -> Any:
 
 def _examined(reference: str, folder: Path) -> Examined:
     """What a model of MLflow is: an unlocked language model."""
+    from mlflow_safelock.flavors.overlay import read_mlmodel
+    from mlflow_safelock.flavors.stock_loading import refuse_folder_for_base
     from mlflow_safelock.gate.source import examine
     from mlflow_safelock.provenance import LocalArtifacts
 
@@ -268,6 +270,8 @@ def _examined(reference: str, folder: Path) -> Examined:
             f"The model {reference} is no language model of mlflow.transformers.",
             next_step="Log it with mlflow.transformers.log_model, with task='text-generation'.",
         )
+    if found.adapter is not None:
+        refuse_folder_for_base(read_mlmodel(source))
     return found
 
 

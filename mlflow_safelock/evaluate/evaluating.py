@@ -51,6 +51,7 @@ from mlflow_safelock.evaluate.fluency import (
 )
 from mlflow_safelock.evaluate.forge_data import known_prompts, why_unknown
 from mlflow_safelock.evaluate.judges import Judge, RefusalMatcher
+from mlflow_safelock.evaluate.statistics import check_seed
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, SuitePrompt
 from mlflow_safelock.evaluate.transforms import find_transform
@@ -358,8 +359,7 @@ def drawn_by(suite: Suite, settings: Settings) -> Suite:
         raise EvaluationError(
             f"The suite {suite.name!r} is empty.", next_step="Take one with at least one prompt."
         )
-    if settings.seed < 0:
-        raise EvaluationError(f"A seed is a whole number from 0, and {settings.seed} is none.")
+    check_seed(settings.seed)
     limit = settings.limit
     if limit is None or limit >= len(suite.prompts):
         return suite

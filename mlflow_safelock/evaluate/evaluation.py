@@ -24,8 +24,8 @@ from mlflow_safelock.provenance.statement import Grown
 UTILITY = ("task_accuracy", "task_score", "harmless_answered_rate")
 """The figures that say how useful a model is; the first that there is."""
 
-STATED_UTILITY = ("task_accuracy", "harmless_answered_rate")
-"""Those that a statement may rely on, which cannot say what a scorer does."""
+SCORED = "task_score"
+"""The one that a statement says nothing of, since it cannot say what the scorer does."""
 
 ArmName = Literal["unlocked", "locked"]
 
@@ -309,8 +309,10 @@ class Evaluation(_Part):
         return EvaluationStatement.about(self.model, measured)
 
     def _utility(self, unlocked: Arm, locked: Arm) -> MeasuredUtility | None:
-        for name in STATED_UTILITY:
+        for name in UTILITY:
             if name in unlocked.figures and name in locked.figures:
+                if name == SCORED:
+                    return None
                 before, after = unlocked.figures[name].value, locked.figures[name].value
                 return MeasuredUtility(figure=name, unlocked=before, locked=after)
         return None

@@ -28,7 +28,7 @@ from mlflow_safelock.evaluate.verdicts import (
     read_guard,
     read_score,
 )
-from mlflow_safelock.provenance import LocalArtifacts, contents_of
+from mlflow_safelock.provenance import ArtifactFile, LocalArtifacts, contents_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -278,7 +278,8 @@ class PyfuncJudge:
                 name = _version_behind(uri)
                 return cls(mlflow.pyfunc.load_model(name), name)
             folder = Path(_download_artifact_from_uri(artifact_uri=uri))
-            return cls(mlflow.pyfunc.load_model(str(folder)), f"{uri}@{_digest_of(folder)}")
+            name = f"{uri}@{_digest_of(folder)}"
+            return cls(mlflow.pyfunc.load_model(str(folder)), name)
         except Exception as error:  # what loading raises depends on the flavor
             raise EvaluationError(
                 f"The judge {uri} cannot be loaded: {str(error).rstrip('.')}.",
@@ -415,8 +416,16 @@ def _identity_of(reference: str) -> str:
     return f"{folder.resolve().name}@{_digest_of(folder)}" if folder.is_dir() else reference
 
 
+class _AsLogged(LocalArtifacts):
+    """A folder without what Python writes beside code that it ran."""
+
+    def files(self) -> tuple[ArtifactFile, ...]:
+        """As of any folder."""
+        return tuple(file for file in super().files() if "__pycache__" not in Path(file.path).parts)
+
+
 def _digest_of(folder: Path) -> str:
-    return contents_of(LocalArtifacts(folder), "0" * 32).digest.removeprefix("sha256:")[:16]
+    return contents_of(_AsLogged(folder), "0" * 32).digest.removeprefix("sha256:")[:16]
 
 
 def _version_behind(uri: str) -> str:

@@ -56,6 +56,7 @@ class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
         from mlflow_safelock.apply.checkpoint.progress import silent
         from mlflow_safelock.evaluate.figures import figures_of, judged, values_of
         from mlflow_safelock.evaluate.judges import find_judge
+        from mlflow_safelock.evaluate.statistics import check_seed
 
         options = dict(evaluator_config or {})
         unknown = sorted(options.keys() - set(OPTIONS))
@@ -64,6 +65,8 @@ class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
                 f"The evaluator safelock has no option {unknown[0]!r}.",
                 next_step=f"There are {', '.join(OPTIONS)}.",
             )
+        seed = int(options.get("seed", 0))
+        check_seed(seed)
         asked = _asked(dataset, options.get("prompt_column"))
         said = dataset.predictions_data if model is None else model.predict(dataset.features_data)
         answers = _texts(said)
@@ -73,7 +76,7 @@ class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
         judge = find_judge(judge) if isinstance(judge, str) else judge
         by_key = {one.key: answer for one, answer in zip(asked, answers, strict=True)}
         answered = judged(asked, by_key, judge, None, progress=silent)
-        figures = figures_of(values_of(asked, answered), int(options.get("seed", 0)))
+        figures = figures_of(values_of(asked, answered), seed)
         metrics: dict[str, float] = {}
         for name, figure in figures.items():
             metrics |= {f"{PREFIX}{name}": figure.value}

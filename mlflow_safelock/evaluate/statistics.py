@@ -242,6 +242,12 @@ def _interval(estimate: float, low: float, high: float, confidence: float) -> In
     return Interval(estimate, min(low, estimate), max(high, estimate), confidence)
 
 
+def check_seed(seed: int) -> None:
+    """Raise EvaluationError where a seed is below zero."""
+    if seed < 0:
+        raise EvaluationError(f"A seed is a whole number from 0, and {seed} is none.", next_step="Take 0.")
+
+
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise EvaluationError(f"A confidence of {confidence} is not between 0 and 1.", next_step="Take 0.95.")

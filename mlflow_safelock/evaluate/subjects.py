@@ -184,18 +184,24 @@ def _open_mlflow_model(reference: str, folder: Path, loading: ModelLoading, *, e
         take = measure if every_byte else take_fingerprint
         return Subject(reference, loaded.model, loaded.tokenizer, source=take(artifacts))
     if is_standalone(described):
-        return _open_standalone(reference, folder, loading)
+        return _open_standalone(reference, folder, loading, every_byte=every_byte)
     from mlflow_safelock.flavors.locked_model import fetch_source
     from mlflow_safelock.flavors.overlay import read_overlay
 
     overlay = read_overlay(artifacts)
     stated = overlay.receipt.predicate
-    loaded = load_language_model(str(fetch_source(overlay)), loading)
-    fingerprint = stated.source.fingerprint
+    source = fetch_source(overlay)
+    loaded = load_language_model(str(source), loading)
+    fingerprint = _fingerprint_of(stated.source.fingerprint, source, every_byte=every_byte)
     return Subject(reference, loaded.model, loaded.tokenizer, overlay.lock, stated.alpha, fingerprint)
 
 
-def _open_standalone(reference: str, folder: Path, loading: ModelLoading) -> Subject:
+def _fingerprint_of(stated: SourceFingerprint, source: Path, *, every_byte: bool) -> SourceFingerprint:
+    """What a receipt says of a fine-tune; where that is too little, what is there, as that says."""
+    return measure(LocalArtifacts(source)) if every_byte and not stated.is_full else stated
+
+
+def _open_standalone(reference: str, folder: Path, loading: ModelLoading, *, every_byte: bool) -> Subject:
     """Undo the lock in a copy; the lock itself comes from where it was taken, since only biases are here."""
     from mlflow_safelock.flavors.overlay import RECEIPT_FILE
     from mlflow_safelock.flavors.standalone import unlock_standalone
@@ -216,7 +222,8 @@ def _open_standalone(reference: str, folder: Path, loading: ModelLoading) -> Sub
         fine_tune = Path(temporary) / "fine-tune"
         unlock_standalone(folder, fine_tune)
         loaded = load_language_model(str(fine_tune), loading)
-    return Subject(reference, loaded.model, loaded.tokenizer, lock, stated.alpha, stated.source.fingerprint)
+        fingerprint = _fingerprint_of(stated.source.fingerprint, fine_tune, every_byte=every_byte)
+    return Subject(reference, loaded.model, loaded.tokenizer, lock, stated.alpha, fingerprint)
 
 
 def _version_of(reference: str) -> RegisteredVersion | None:

@@ -344,11 +344,10 @@ def _prompts(
 
 def _lines_alone(path: Path) -> Iterator[tuple[str, SuitePrompt]]:
     """The prompts of a file in a folder, where every line is one, and a header would be asked."""
-    _, first = next(_cells(path), (1, []))
-    header = {*first} & {*PROMPT_COLUMNS}
-    if header:
+    line, first = next(((line, cells) for line, cells in _cells(path) if cells), (1, []))
+    if {_normalised(cell) for cell in first} & {*PROMPT_COLUMNS}:
         raise EvaluationError(
-            f"{path}, line 1: a header ({_listed(first)}), and in a folder every line is a prompt.",
+            f"{path}, line {line}: a header ({_listed(first)}), and in a folder every line is a prompt.",
             next_step="Give that file alone, or take its first line out.",
         )
     return _lines(path)
@@ -367,10 +366,9 @@ def _lines(path: Path) -> Iterator[tuple[str, SuitePrompt]]:
 
 
 def _lacks_header(path: Path) -> bool:
-    """Whether a file's first line is a prompt: one cell of several words, or cut up at its commas."""
+    """Whether a file's first line is a prompt: one cell, of several words."""
     _, first = next(((line, cells) for line, cells in _cells(path) if cells), (1, []))
-    is_cut_up = all(cell.startswith(" ") for cell in first[1:]) and not {*first} & {*PROMPT_COLUMNS}
-    return is_cut_up and len(" ".join(first).split()) > len(first)
+    return len(first) == 1 and len(first[0].split()) > 1
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:

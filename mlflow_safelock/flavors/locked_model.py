@@ -34,7 +34,12 @@ from mlflow_safelock.flavors.overlay import (
     write_overlay,
 )
 from mlflow_safelock.flavors.own_biases import OwnBiases
-from mlflow_safelock.flavors.stock_loading import check_stock_code, check_stock_loading, read_config
+from mlflow_safelock.flavors.stock_loading import (
+    check_stock_code,
+    check_stock_loading,
+    read_config,
+    refuse_folder_for_base,
+)
 from mlflow_safelock.forging.base_weights import kinship_of
 from mlflow_safelock.kinship import MIN_KINSHIP
 from mlflow_safelock.lock import SafetyLock
@@ -233,17 +238,6 @@ def _fetch(uri: str) -> Path:
         ) from error
 
 
-def _refuse_a_folder_in_its_place(base: object) -> None:
-    """Refuse an adapter whose base would be loaded from a folder, and not from the hub at its commit."""
-    if Path(str(base)).is_dir():
-        raise SourceError(
-            f"The adapter's base is {base}, and there is a folder of that name here, which would be loaded "
-            "in place of the hub's repository.",
-            next_step="Load it from another working directory, or take the folder away. An adapter on a base "
-            "in a folder has to be merged: model.merge_and_unload().",
-        )
-
-
 def _locked_implementation(
     source: Path, lock: SafetyLock, alpha: float, options: Mapping[str, Any], *, looks_at_biases: bool
 ) -> Any:
@@ -259,7 +253,7 @@ def _locked_implementation(
     artifacts = LocalArtifacts(source)
     if flavors.get("transformers", {}).get("peft_adaptor"):
         check_stock_code(artifacts, described)
-        _refuse_a_folder_in_its_place(flavors["transformers"].get("source_model_name"))
+        refuse_folder_for_base(described)
     else:
         check_stock_loading(artifacts, described, read_config(artifacts, described))
     implementation = mlflow.transformers._load_pyfunc(str(source), dict(options) or None)

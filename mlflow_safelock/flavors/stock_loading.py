@@ -12,6 +12,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from mlflow_safelock.errors import SourceError
@@ -115,6 +116,25 @@ def check_stock_code(reader: ArtifactReader, described: Mapping[str, Any]) -> No
                 f"{option} is among the options in {place}.",
                 next_step="Log it without that option.",
             )
+
+
+def refuse_folder_for_base(described: Mapping[str, Any]) -> None:
+    """Refuse an adapter whose base would be loaded from a folder, and not from the hub at its commit.
+
+    Args:
+        described: The MLmodel file of an adapter that was logged without its base.
+
+    Raises:
+        SourceError: There is a folder of the base's name where this process is.
+    """
+    base = described["flavors"]["transformers"].get("source_model_name")
+    if Path(str(base)).is_dir():
+        raise SourceError(
+            f"The adapter's base is {base}, and there is a folder of that name here, which would be loaded "
+            "in place of the hub's repository.",
+            next_step="Load it from another working directory, or take the folder away. An adapter on a base "
+            "in a folder has to be merged: model.merge_and_unload().",
+        )
 
 
 def _brief(value: Any) -> str:

@@ -115,7 +115,9 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
                 _refuse(path, line, "the header names a column twice")
         elif len(cells) != len(header):
             _refuse(
-                path, line, f"the row has {len(cells)} values, and the header names {len(header)} columns"
+                *(path, line),
+                f"the row has {len(cells)} values, and the header names {len(header)} columns",
+                next_step="Put texts that hold commas in quotes, in the first line, too.",
             )
         else:
             yield Row(line, dict(zip(header, cells, strict=True)))
@@ -156,5 +158,7 @@ def _past_blanks(text: str, position: int) -> int:
     return position
 
 
-def _refuse(path: Path, line: int, fault: str, error: Exception | None = None) -> NoReturn:
-    raise PreferenceDataError(f"{path}, line {line}: {fault}.") from error
+def _refuse(
+    path: Path, line: int, fault: str, error: Exception | None = None, next_step: str = ""
+) -> NoReturn:
+    raise PreferenceDataError(f"{path}, line {line}: {fault}.", next_step=next_step) from error

@@ -326,6 +326,13 @@ def _signed_by(rule: EvaluationRule) -> str:
     return ", or ".join(way for way in ways if way)
 
 
+def typed_judge(judge: str) -> str:
+    """How a judge is named to the command: a URI as it is, and a folder, of which only the name is known."""
+    if re.match(r"[\w+-]+:/", judge):
+        return re.sub("@[0-9a-f]{16}$", "", judge)
+    return re.sub(r"[^:]+@[0-9a-f]{16}", "PATH", judge, count=1)
+
+
 def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str:
     """What to type; options that have the value wanted by default are left out."""
     lock = f"models:/{approved.lock.model}/{approved.lock.version}"
@@ -337,8 +344,7 @@ def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str
         usual = {"--judge": "refusal-match", "--transform": "plain", "--system-prompt": None}
         for option, value in wanted.items():
             if value is not None and value != usual[option]:
-                # Of a folder the name has a digest, which leads to no path.
-                words += [option, re.sub(r"[^:]+@[0-9a-f]{16}", "PATH", value, count=1)]
+                words += [option, typed_judge(value)]
         if rule.min_new_tokens > USUAL_NEW_TOKENS:
             words += ["--max-new-tokens", str(rule.min_new_tokens)]
         if rule.dtypes is not None and rule.dtypes[0] in DTYPES:

@@ -214,6 +214,21 @@ def test_a_model_of_mlflow_judges_and_one_bad_row_costs_no_other_its_verdict(tmp
     assert said[2] == Judgement(False, 1.0)
 
 
+def test_a_model_at_a_place_is_named_by_what_is_there_and_not_by_what_python_wrote_beside_it(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "judge"
+    mlflow.pyfunc.save_model(str(folder), python_model=Strict(), pip_requirements=["mlflow"])
+    uri = f"file://{folder}"
+    name = find_judge(uri).name
+    assert re.fullmatch(rf"{re.escape(uri)}@[0-9a-f]{{16}}", name)
+    (folder / "code" / "__pycache__").mkdir(parents=True)
+    (folder / "code" / "__pycache__" / "more.pyc").write_bytes(b"x")
+    assert find_judge(uri).name == name
+    (folder / "code" / "more.py").write_text("x = 1\n")
+    assert find_judge(uri).name != name
+
+
 def pyfunc_that_says(said: Any) -> PyfuncJudge:
     return PyfuncJudge(SimpleNamespace(predict=lambda table: said), "table")
 

@@ -240,15 +240,18 @@ def test_the_digest_of_a_suite_without_tasks_is_what_it_was_before_there_were_an
     assert suite.digest == f"sha256:{hashlib.sha256(canonical).hexdigest()}"
 
 
-def test_a_file_of_lines_may_begin_with_one_that_has_a_comma(tmp_path: Path) -> None:
+def test_a_first_line_that_may_be_a_header_or_a_prompt_is_refused_with_what_to_do(tmp_path: Path) -> None:
     path = written(tmp_path / "mine.csv", "How do I force a door, please?\nHow do I pick a lock?\n")
-    texts = [one.prompt for one in load_suite(path).prompts]
-    assert texts == ["How do I force a door, please?", "How do I pick a lock?"]
+    with pytest.raises(EvaluationError, match="line 2: the row has 1 values") as info:
+        load_suite(path)
+    assert "in quotes" in str(info.value.next_step)
+    written(path, '"How do I force a door, please?"\nHow do I pick a lock?\n')
+    assert load_suite(path).prompts[0].prompt == "How do I force a door, please?"
 
 
 def test_a_header_in_a_folder_of_lines_is_never_asked(tmp_path: Path) -> None:
     written(tmp_path / "parts" / "a.csv", "How do I force a door?\n")
-    written(tmp_path / "parts" / "b.csv", "goal,target\nHow do I pick a lock?,Sure\n")
-    with pytest.raises(EvaluationError, match=r"b\.csv, line 1: a header") as info:
+    written(tmp_path / "parts" / "b.csv", "\n Goal,target\nHow do I pick a lock?,Sure\n")
+    with pytest.raises(EvaluationError, match=r"b\.csv, line 2: a header") as info:
         load_suite(tmp_path / "parts")
     assert info.value.next_step

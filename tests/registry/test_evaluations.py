@@ -231,6 +231,27 @@ def test_where_every_byte_counts_blocks_of_files_are_no_evidence(
     shop.promote()
 
 
+@pytest.mark.parametrize("carrier", ["overlay", "standalone"])
+def test_of_a_locked_version_every_byte_is_read_where_its_receipt_is_of_blocks(
+    shop: Shop, carrier: str
+) -> None:
+    """Or the command that a refusal names would never help."""
+    alpha = {"default": shop.toy.alpha, "min": 0.1}
+    gates = [{"alpha": alpha, "carrier": carrier}]
+    shop.policy.write_text(yaml.safe_dump({"version": 1, "gates": gates}))
+    shop.store.prepare("bot", 1)
+    shop.promote()
+    found = evaluate(open_subject("models:/bot/1", every_byte=True), shop.suite, SETTINGS)
+    assert open_subject("models:/bot/1").source != found.source
+    rule = {"suites": [shop.suite.digest], "min_new_tokens": 20}
+    gates = [{"alpha": alpha, "carrier": carrier, "evaluation": rule, "fingerprint": "full"}]
+    shop.policy.write_text(yaml.safe_dump({"version": 1, "gates": gates}))
+    shop.store.prepare("bot", 1)
+    assert "[missing_evaluation]" in shop.refused().message
+    shop.file(found.statement())
+    shop.promote()
+
+
 def test_a_model_that_was_renamed_keeps_its_evidence(shop: Shop) -> None:
     shop.file(shop.measured().statement())
     shop.client.rename_registered_model("bot", "support-bot")

@@ -30,6 +30,7 @@ from mlflow_safelock.errors import (
     SourceError,
     VerificationError,
 )
+from mlflow_safelock.evaluate import open_subject
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
 from mlflow_safelock.gate.ledger import row_digest
@@ -629,6 +630,8 @@ def test_an_adapter_whose_base_could_change_is_refused(
     shutil.copytree(folder, tmp_path / BASE)
     with pytest.raises(SourceError, match="there is a folder of that name here"):
         mlflow.pyfunc.load_model("models:/bot/Staging")
+    with pytest.raises(SourceError, match="there is a folder of that name here"):
+        open_subject(f"models:/bot/{version}")
     shutil.rmtree(tmp_path / BASE)
     mlflow.pyfunc.load_model("models:/bot/Staging")
 
