@@ -201,8 +201,14 @@ def explore(
         raise EvaluationError("There is no lock or no strength to try.")
     drawn = drawn_by(suite, settings)
     choosing, confirming = halves(drawn, settings.seed)
-    if not all(any(one.twin or one.expected for one in half.prompts) for half in (choosing, confirming)):
+    shows = [any(one.twin or one.expected for one in half.prompts) for half in (choosing, confirming)]
+    if not any(shows):
         raise no_utility()
+    if not all(shows):
+        raise EvaluationError(
+            f"The suite {suite.name!r} has too few harmless twins and tasks to be halved: one half has none.",
+            next_step="Take one with more of them.",
+        )
     whole = replace(settings, limit=None)
     tried: list[Tried] = []
     heads = None

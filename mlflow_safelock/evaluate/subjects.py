@@ -19,7 +19,14 @@ from mlflow_safelock.loading import (
     load_language_model,
     load_lock_reference,
 )
-from mlflow_safelock.provenance import LocalArtifacts, Receipt, SourceFingerprint, measure, take_fingerprint
+from mlflow_safelock.provenance import (
+    LocalArtifacts,
+    Receipt,
+    SourceFingerprint,
+    check_fingerprint,
+    measure,
+    take_fingerprint,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,19 +161,21 @@ def open_subject(reference: str, loading: ModelLoading = ONE_DEVICE, *, every_by
     Raises:
         SourceError: There is no such model, it cannot be loaded, or it is a locked folder that says nothing
             of its fine-tune.
-        VerificationError: A locked version is not what its receipt says.
+        VerificationError: A locked version is not what its receipt says, or something was written over while
+            it was loaded.
         PromotionRefused: It is an MLflow model in a form that would load with other weights than its own.
     """
     if not is_mlflow_model(reference):
+        folder = Path(reference)
+        source = _taken(folder, every_byte=every_byte) if folder.is_dir() else None
         loaded = load_language_model(reference, loading)
         if "safelock" in loaded.model.config.to_dict():
             raise SourceError(
                 f"The model {reference} is locked in its own weights.",
                 next_step="Write the fine-tune first: safelock undo. Then measure that, with --lock.",
             )
-        folder = Path(reference)
-        take = measure if every_byte else take_fingerprint
-        source = take(LocalArtifacts(folder)) if folder.is_dir() else None
+        if source is not None:
+            check_fingerprint(source, LocalArtifacts(folder))
         return Subject(reference, loaded.model, loaded.tokenizer, source=source)
     version = _version_of(reference)
     subject = _open_mlflow_model(reference, fetch_mlflow_model(reference), loading, every_byte=every_byte)
@@ -180,9 +189,10 @@ def _open_mlflow_model(reference: str, folder: Path, loading: ModelLoading, *, e
     artifacts = LocalArtifacts(folder)
     described = read_mlmodel(artifacts)
     if FLAVOR_NAME not in described["flavors"]:
+        taken = _taken(folder, every_byte=every_byte)
         loaded = load_language_model(str(folder), loading)
-        take = measure if every_byte else take_fingerprint
-        return Subject(reference, loaded.model, loaded.tokenizer, source=take(artifacts))
+        check_fingerprint(taken, artifacts)
+        return Subject(reference, loaded.model, loaded.tokenizer, source=taken)
     if is_standalone(described):
         return _open_standalone(reference, folder, loading, every_byte=every_byte)
     from mlflow_safelock.flavors.locked_model import fetch_source
@@ -191,14 +201,20 @@ def _open_mlflow_model(reference: str, folder: Path, loading: ModelLoading, *, e
     overlay = read_overlay(artifacts)
     stated = overlay.receipt.predicate
     source = fetch_source(overlay)
-    loaded = load_language_model(str(source), loading)
     fingerprint = _fingerprint_of(stated.source.fingerprint, source, every_byte=every_byte)
+    loaded = load_language_model(str(source), loading)
+    check_fingerprint(fingerprint, LocalArtifacts(source))
     return Subject(reference, loaded.model, loaded.tokenizer, overlay.lock, stated.alpha, fingerprint)
+
+
+def _taken(folder: Path, *, every_byte: bool) -> SourceFingerprint:
+    """The fingerprint of a folder, before it is loaded: it is compared afterwards."""
+    return (measure if every_byte else take_fingerprint)(LocalArtifacts(folder))
 
 
 def _fingerprint_of(stated: SourceFingerprint, source: Path, *, every_byte: bool) -> SourceFingerprint:
     """What a receipt says of a fine-tune; where that is too little, what is there, as that says."""
-    return measure(LocalArtifacts(source)) if every_byte and not stated.is_full else stated
+    return _taken(source, every_byte=True) if every_byte and not stated.is_full else stated
 
 
 def _open_standalone(reference: str, folder: Path, loading: ModelLoading, *, every_byte: bool) -> Subject:
@@ -221,8 +237,8 @@ def _open_standalone(reference: str, folder: Path, loading: ModelLoading, *, eve
     with TemporaryDirectory(prefix="safelock-") as temporary:
         fine_tune = Path(temporary) / "fine-tune"
         unlock_standalone(folder, fine_tune)
-        loaded = load_language_model(str(fine_tune), loading)
         fingerprint = _fingerprint_of(stated.source.fingerprint, fine_tune, every_byte=every_byte)
+        loaded = load_language_model(str(fine_tune), loading)
     return Subject(reference, loaded.model, loaded.tokenizer, lock, stated.alpha, fingerprint)
 
 

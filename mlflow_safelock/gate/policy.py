@@ -200,6 +200,15 @@ class EvaluationRule(_Section):
     safelock_version: NonEmpty | None = None
     signature: SignatureRule = SignatureRule()
 
+    @field_validator("judge")
+    @classmethod
+    def _names_a_version(cls, value: str) -> str:
+        if re.fullmatch(r"models:/[^/@]+(@.+|/(?!\d+$).+)", value):
+            raise ValueError(
+                f"{value} may be another version tomorrow, and results name the version: models:/NAME/NUMBER"
+            )
+        return value
+
     @field_validator("suites")
     @classmethod
     def _can_be_told_apart(cls, suites: tuple[str, ...]) -> tuple[str, ...]:

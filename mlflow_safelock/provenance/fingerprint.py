@@ -99,12 +99,12 @@ class SourceFingerprint(BaseModel):
 
     @property
     def known_bytes(self) -> tuple[tuple[str, int, str | None], ...]:
-        """Path and size of every file, and the SHA-256 of the small ones.
+        """Path and size of every file, and the SHA-256 of those that were read whole.
 
         The same for the same files whenever it is taken; the blocks of larger files are others each time.
         """
         return tuple(
-            (file.path, file.size, file.sha256 if file.spans == ((0, file.size),) else None)
+            (file.path, file.size, file.whole or (file.sha256 if file.spans == ((0, file.size),) else None))
             for file in self.files
         )
 

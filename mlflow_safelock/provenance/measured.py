@@ -154,6 +154,13 @@ class Measured(Grown, Form):
             raise ValueError("must be a time with its zone")
         return value
 
+    @model_validator(mode="after")
+    def _judges_what_was_asked(self) -> Self:
+        judged, asked = self.rates.get("harmful_rate"), self.rates.get("attack_success_rate")
+        if judged is not None and asked is not None and judged.total > asked.total:
+            raise ValueError(f"rates: {judged.total} answers were judged, and {asked.total} prompts asked")
+        return self
+
     @property
     def time(self) -> datetime:
         """When it was measured."""

@@ -248,6 +248,7 @@ def test_what_cannot_be_searched_is_an_error(toy: Toy) -> None:
         (toy.suite(4), [], "no strength"),
         (Suite("one", toy.suite(1).prompts), [1.0], "cannot be halved"),
         (bare, [1.0], "neither harmless twins nor tasks"),
+        (replace(bare, prompts=(*bare.prompts, *toy.suite(1).prompts)), [1.0], "one half has none"),
     ):
         with pytest.raises(EvaluationError, match=why):
             explore(*(subject, suite, [toy.lock], alphas, LIMITS, SHORT), progress=nothing_is_done)

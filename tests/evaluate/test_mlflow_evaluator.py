@@ -117,6 +117,8 @@ def test_answers_that_are_in_the_table_already_and_a_judge_of_ones_own(client: A
         (TABLE, {"prompt_column": "text"}, answering, "columns prompt, expected"),
         (TABLE[["prompt"]], {"jugde": "x"}, answering, "no option 'jugde'"),
         (TABLE[["prompt"]], {"judge": "nobody"}, answering, "no judge 'nobody'"),
+        (TABLE[["prompt"]], {"seed": -1}, answering, "from 0"),
+        (pandas.DataFrame({"prompt": ["how?", None]}), {}, answering, "Row 1 .* has no prompt"),
         (TABLE[["prompt"]], {}, lambda table: ["one"], "5 prompts were answered 1 times"),
         (TABLE[["prompt"]], {}, lambda table: [1.0] * 5, "are no texts"),
     ],

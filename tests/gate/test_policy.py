@@ -300,6 +300,14 @@ gates:
         )
         assert "its tag 'team' is not set" in policy.choose("support-bot", {}).steps[0]
 
+    @pytest.mark.parametrize("judge", ["models:/judge@gold", "models:/judge/Staging", "models:/judge/latest"])
+    def test_a_judge_is_a_version_as_results_name_it(self, write, judge: str) -> None:
+        text = "version: 1\ngates:\n  - evaluation: {judge: JUDGE}\n"
+        with pytest.raises(PolicyError, match=r"may be another version tomorrow"):
+            load_policy(write(text.replace("JUDGE", judge)))
+        for named in ("models:/judge/3", "models:/m-0a1b", "guard:llama-guard@9f2c1d0ab4e67788"):
+            load_policy(write(text.replace("JUDGE", f"'{named}'")))
+
     @pytest.mark.parametrize("models", ["'*'", "'support-*'", "'support-bot*'", "support-bot-2"])
     def test_a_gate_by_tag_needs_one_without_tags_that_a_version_falls_to(self, write, models: str) -> None:
         text = f"version: 1\ngates:\n  - models: {models}\n    tags: {{risk: high}}\n"

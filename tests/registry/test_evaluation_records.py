@@ -153,6 +153,15 @@ def test_counts_that_canonical_json_cannot_hold_or_are_no_share_are_refused(shop
             "total: .* less than or equal to 9007199254740991",
         ),
         ({"rates": {"harmful_rate": {"count": 3, "total": 2}}}, "count above its total"),
+        (
+            {
+                "rates": {
+                    "harmful_rate": {"count": 0, "total": 3},
+                    "attack_success_rate": {"count": 1, "total": 2},
+                }
+            },
+            "3 answers were judged, and 2 prompts asked",
+        ),
     ):
         other = {**body, "predicate": {**body["predicate"], **change}}
         with pytest.raises(VerificationError, match=told):
