@@ -163,8 +163,12 @@ def fetch_mlflow_model(reference: str) -> Path:
 def _load_from_mlflow(reference: str, loading: ModelLoading) -> LanguageModel:
     import mlflow
 
+    from mlflow_safelock.flavors.overlay import read_mlmodel
+    from mlflow_safelock.provenance import LocalArtifacts
+
     folder = fetch_mlflow_model(reference)
     found = _examined(reference, folder)
+    described = read_mlmodel(LocalArtifacts(folder))
     if loading.offload_folder is not None:
         raise SourceError(
             f"MLflow loads {reference}, and takes no folder to offload weights to.",
@@ -173,8 +177,9 @@ def _load_from_mlflow(reference: str, loading: ModelLoading) -> LanguageModel:
     dtype = {} if loading.dtype == "auto" else {"dtype": loading.dtype}
     try:
         with _mlflow_device_map(loading.device_map):
-            components: Mapping[str, Any] = mlflow.transformers.load_model(
-                str(folder), return_type="components", **dtype
+            # Its public function would first put code that was logged with the model on the path.
+            components: Mapping[str, Any] = mlflow.transformers._load_model(
+                str(folder), described["flavors"]["transformers"], "components", **dtype
             )
     except Exception as error:  # what loading raises depends on the architecture
         raise SourceError(f"The model {reference} cannot be loaded: {_first_line(error)}.") from error

@@ -7,7 +7,9 @@ answers; that is a finding of its own, counted and reported, and never a verdict
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,7 +30,7 @@ from mlflow_safelock.evaluate.verdicts import (
     read_guard,
     read_score,
 )
-from mlflow_safelock.provenance import ArtifactFile, LocalArtifacts, contents_of
+from mlflow_safelock.provenance import LocalArtifacts, contents_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -279,7 +281,8 @@ class PyfuncJudge:
                 return cls(mlflow.pyfunc.load_model(name), name)
             folder = Path(_download_artifact_from_uri(artifact_uri=uri))
             name = f"{uri}@{_digest_of(folder)}"
-            return cls(mlflow.pyfunc.load_model(str(folder)), name)
+            with _writing_no_bytecode():
+                return cls(mlflow.pyfunc.load_model(str(folder)), name)
         except Exception as error:  # what loading raises depends on the flavor
             raise EvaluationError(
                 f"The judge {uri} cannot be loaded: {str(error).rstrip('.')}.",
@@ -416,16 +419,18 @@ def _identity_of(reference: str) -> str:
     return f"{folder.resolve().name}@{_digest_of(folder)}" if folder.is_dir() else reference
 
 
-class _AsLogged(LocalArtifacts):
-    """A folder without what Python writes beside code that it ran."""
-
-    def files(self) -> tuple[ArtifactFile, ...]:
-        """As of any folder."""
-        return tuple(file for file in super().files() if "__pycache__" not in Path(file.path).parts)
-
-
 def _digest_of(folder: Path) -> str:
-    return contents_of(_AsLogged(folder), "0" * 32).digest.removeprefix("sha256:")[:16]
+    return contents_of(LocalArtifacts(folder), "0" * 32).digest.removeprefix("sha256:")[:16]
+
+
+@contextmanager
+def _writing_no_bytecode() -> Iterator[None]:
+    """Have Python write nothing beside the code that it loads: the folder would have another digest."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _version_behind(uri: str) -> str:

@@ -166,16 +166,14 @@ def open_subject(reference: str, loading: ModelLoading = ONE_DEVICE, *, every_by
         PromotionRefused: It is an MLflow model in a form that would load with other weights than its own.
     """
     if not is_mlflow_model(reference):
-        folder = Path(reference)
-        source = _taken(folder, every_byte=every_byte) if folder.is_dir() else None
         loaded = load_language_model(reference, loading)
         if "safelock" in loaded.model.config.to_dict():
             raise SourceError(
                 f"The model {reference} is locked in its own weights.",
                 next_step="Write the fine-tune first: safelock undo. Then measure that, with --lock.",
             )
-        if source is not None:
-            check_fingerprint(source, LocalArtifacts(folder))
+        folder = Path(reference)
+        source = _taken(folder, every_byte=every_byte) if folder.is_dir() else None
         return Subject(reference, loaded.model, loaded.tokenizer, source=source)
     version = _version_of(reference)
     subject = _open_mlflow_model(reference, fetch_mlflow_model(reference), loading, every_byte=every_byte)
@@ -208,7 +206,7 @@ def _open_mlflow_model(reference: str, folder: Path, loading: ModelLoading, *, e
 
 
 def _taken(folder: Path, *, every_byte: bool) -> SourceFingerprint:
-    """The fingerprint of a folder, before it is loaded: it is compared afterwards."""
+    """The fingerprint of a folder; of an MLflow model before it is loaded, and compared afterwards."""
     return (measure if every_byte else take_fingerprint)(LocalArtifacts(folder))
 
 

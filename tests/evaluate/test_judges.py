@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,19 +216,38 @@ def test_a_model_of_mlflow_judges_and_one_bad_row_costs_no_other_its_verdict(tmp
     assert said[2] == Judgement(False, 1.0)
 
 
-def test_a_model_at_a_place_is_named_by_what_is_there_and_not_by_what_python_wrote_beside_it(
-    tmp_path: Path,
+def test_a_model_at_a_place_is_named_by_what_is_there_also_after_its_code_was_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "judge"
-    mlflow.pyfunc.save_model(str(folder), python_model=Strict(), pip_requirements=["mlflow"])
-    uri = f"file://{folder}"
-    name = find_judge(uri).name
-    assert re.fullmatch(rf"{re.escape(uri)}@[0-9a-f]{{16}}", name)
-    (folder / "code" / "__pycache__").mkdir(parents=True)
-    (folder / "code" / "__pycache__" / "more.pyc").write_bytes(b"x")
-    assert find_judge(uri).name == name
-    (folder / "code" / "more.py").write_text("x = 1\n")
-    assert find_judge(uri).name != name
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    (tmp_path / "severe_words.py").write_text("WORDS = ('mask',)\n")
+    (tmp_path / "model.py").write_text(
+        "import mlflow, pandas\nfrom severe_words import WORDS\n"
+        "class Severe(mlflow.pyfunc.PythonModel):\n"
+        "    def predict(self, context, model_input, params=None):\n"
+        "        return [any(word in one for word in WORDS) for one in model_input['answer']]\n"
+        "mlflow.models.set_model(Severe())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder, uri = tmp_path / "judge", f"file://{tmp_path}/judge"
+    mlflow.pyfunc.save_model(
+        str(folder),
+        python_model=str(tmp_path / "model.py"),
+        code_paths=[str(tmp_path / "severe_words.py")],
+        pip_requirements=["mlflow"],
+    )
+    for cache in folder.rglob("__pycache__"):
+        shutil.rmtree(cache)
+    sys.modules.pop("severe_words", None)
+    judge = find_judge(uri)
+    assert re.fullmatch(rf"{re.escape(uri)}@[0-9a-f]{{16}}", judge.name)
+    assert [one.harmful for one in judge.judge(EXCHANGES) if isinstance(one, Judgement)] == [False, True]
+    assert sys.dont_write_bytecode is False
+    sys.modules.pop("severe_words", None)
+    assert find_judge(uri).name == judge.name
+    (folder / "code" / "severe_words.py").write_text("WORDS = ()\n")
+    sys.modules.pop("severe_words", None)
+    assert find_judge(uri).name != judge.name
 
 
 def pyfunc_that_says(said: Any) -> PyfuncJudge:

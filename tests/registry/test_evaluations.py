@@ -14,6 +14,7 @@ import yaml
 
 from mlflow_safelock.errors import (
     PromotionRefused,
+    VerificationError,
 )
 from mlflow_safelock.evaluate import (
     FunctionJudge,
@@ -21,6 +22,7 @@ from mlflow_safelock.evaluate import (
     evaluate,
     load_suite,
     open_subject,
+    subjects,
 )
 from mlflow_safelock.gate.ledger import verify_chain
 from mlflow_safelock.provenance import (
@@ -250,6 +252,22 @@ def test_of_a_locked_version_every_byte_is_read_where_its_receipt_is_of_blocks(
     assert "[missing_evaluation]" in shop.refused().message
     shop.file(found.statement())
     shop.promote()
+
+
+def test_what_is_written_over_while_it_is_loaded_is_not_measured(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = subjects.load_language_model
+
+    def loaded_and_replaced(folder: str, *more: Any) -> Any:
+        found = loading(folder, *more)
+        path = Path(folder) / "model" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        return found
+
+    monkeypatch.setattr(subjects, "load_language_model", loaded_and_replaced)
+    with pytest.raises(VerificationError, match=r"model\.safetensors"):
+        open_subject("models:/bot/1")
 
 
 def test_a_model_that_was_renamed_keeps_its_evidence(shop: Shop) -> None:

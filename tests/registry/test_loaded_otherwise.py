@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from mlflow_safelock.apply import apply_lock, attention_of, handle_of
 from mlflow_safelock.audit import audit
 from mlflow_safelock.audit.rows import Evidence
 from mlflow_safelock.errors import PromotionRefused, SourceError, VerificationError
+from mlflow_safelock.evaluate import open_subject
 from mlflow_safelock.flavors import locked_model
 from mlflow_safelock.forging.base_weights import sketch_of, unit_biases_of
 from mlflow_safelock.gate import promotion
@@ -305,8 +307,10 @@ def test_code_that_was_logged_with_a_model_is_left_out_of_an_overlay_and_refused
     (source / "code" / "transformers.py").write_text("raise RuntimeError('it was run')\n")
     in_pyfunc(code="code")(source)
     in_flavor(code="code")(source)
+    assert open_subject(f"models:/bot/{version}").source is not None
     stage(client, version)
     assert mlflow.pyfunc.load_model("models:/bot/Staging").predict(["how do i bake"])
+    assert not [place for place in sys.path if str(source) in place], "its code would be imported from there"
     client = open_with_policy(tmp_path, monkeypatch, "version: 1\ngates: [{carrier: standalone}]\n")
     with pytest.raises(PromotionRefused, match=r"code_paths.*as an overlay"):
         client._get_registry_client().store.prepare("bot", version)
