@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mlflow_safelock.errors import EvaluationError, LockMismatchError, SourceError
+from mlflow_safelock.errors import EvaluationError, LockMismatchError, SourceError, VerificationError
 from mlflow_safelock.loading import (
     ONE_DEVICE,
     ModelLoading,
@@ -189,7 +189,7 @@ def _open_mlflow_model(reference: str, folder: Path, loading: ModelLoading, *, e
     if FLAVOR_NAME not in described["flavors"]:
         taken = _taken(folder, every_byte=every_byte)
         loaded = load_language_model(str(folder), loading)
-        check_fingerprint(taken, artifacts)
+        _check_still(taken, folder, reference)
         return Subject(reference, loaded.model, loaded.tokenizer, source=taken)
     if is_standalone(described):
         return _open_standalone(reference, folder, loading, every_byte=every_byte)
@@ -201,13 +201,23 @@ def _open_mlflow_model(reference: str, folder: Path, loading: ModelLoading, *, e
     source = fetch_source(overlay)
     fingerprint = _fingerprint_of(stated.source.fingerprint, source, every_byte=every_byte)
     loaded = load_language_model(str(source), loading)
-    check_fingerprint(fingerprint, LocalArtifacts(source))
+    _check_still(fingerprint, source, reference)
     return Subject(reference, loaded.model, loaded.tokenizer, overlay.lock, stated.alpha, fingerprint)
 
 
 def _taken(folder: Path, *, every_byte: bool) -> SourceFingerprint:
     """The fingerprint of a folder; of an MLflow model before it is loaded, and compared afterwards."""
     return (measure if every_byte else take_fingerprint)(LocalArtifacts(folder))
+
+
+def _check_still(taken: SourceFingerprint, folder: Path, reference: str) -> None:
+    try:
+        check_fingerprint(taken, LocalArtifacts(folder))
+    except VerificationError as error:
+        raise VerificationError(
+            f"The files of {reference} were written over while it was loaded.",
+            next_step="Wait until whatever writes them is done, then measure again.",
+        ) from error
 
 
 def _fingerprint_of(stated: SourceFingerprint, source: Path, *, every_byte: bool) -> SourceFingerprint:

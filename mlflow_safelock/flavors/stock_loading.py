@@ -128,11 +128,11 @@ def refuse_folder_for_base(described: Mapping[str, Any]) -> None:
         SourceError: There is a folder of the base's name where this process is.
     """
     base = described["flavors"]["transformers"].get("source_model_name")
-    if Path(str(base)).is_dir():
+    if Path(str(base)).exists():
         raise SourceError(
             f"The adapter's base is {base}, and there is a folder of that name here, which would be loaded "
             "in place of the hub's repository.",
-            next_step="Load it from another working directory, or take the folder away. An adapter on a base "
+            next_step="Load it from another working directory, or take it away. An adapter on a base "
             "in a folder has to be merged: model.merge_and_unload().",
         )
 

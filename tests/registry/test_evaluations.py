@@ -266,7 +266,7 @@ def test_what_is_written_over_while_it_is_loaded_is_not_measured(
         return found
 
     monkeypatch.setattr(subjects, "load_language_model", loaded_and_replaced)
-    with pytest.raises(VerificationError, match=r"model\.safetensors"):
+    with pytest.raises(VerificationError, match="models:/bot/1 were written over while it was loaded"):
         open_subject("models:/bot/1")
 
 
