@@ -227,9 +227,10 @@ def test_the_page_holds_the_tables_of_its_figures() -> None:
     assert values["recipe"] == load_recipe("reproduction").model_dump(mode="json")
 
 
-def test_the_page_holds_the_tables_of_the_seeds_that_nothing_was_settled_on() -> None:
+@pytest.mark.parametrize("run", ["untouched", "further"])
+def test_the_page_holds_the_tables_of_the_seeds_that_nothing_was_settled_on(run: str) -> None:
     page = (DOCS / "reproduction.md").read_text()
-    values = figures("reproduction-untouched")
+    values = figures(f"reproduction-{run}")
     arms, risks, unseen, *_, overtrained, seeds = markdown(values).strip().split("\n\n")
     for table in (arms, risks, unseen, overtrained, seeds):
         assert table in page
