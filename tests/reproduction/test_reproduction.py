@@ -227,10 +227,10 @@ def test_the_page_holds_the_tables_of_its_figures() -> None:
     assert values["recipe"] == load_recipe("reproduction").model_dump(mode="json")
 
 
-@pytest.mark.parametrize("run", ["untouched", "further"])
-def test_the_page_holds_the_tables_of_the_seeds_that_nothing_was_settled_on(run: str) -> None:
+@pytest.mark.parametrize("which", ["untouched", "further"])
+def test_the_page_holds_the_tables_of_the_seeds_that_nothing_was_settled_on(which: str) -> None:
     page = (DOCS / "reproduction.md").read_text()
-    values = figures(f"reproduction-{run}")
+    values = figures(f"reproduction-{which}")
     arms, risks, unseen, *_, overtrained, seeds = markdown(values).strip().split("\n\n")
     for table in (arms, risks, unseen, overtrained, seeds):
         assert table in page
