@@ -193,16 +193,16 @@ class Guard:
             # and not yet brought it to its place.
             with (
                 self.gate.registry.lease(Work(workspace, name, version)) as lease,
-                self.gate.registry.lease(Work(workspace, name, version, "unlock")),
+                self.gate.registry.lease(Work(workspace, name, version, "unlock")) as sign,
             ):
-                return self._unlock(name, version, workspace, actor, reason, lease)
+                return self._unlock(name, version, workspace, actor, reason, lease, sign)
         except PromotionRefused as refusal:
             request = Request(name, version, UNLOCK, actor, workspace)
             self.gate.reject(request, self.gate.policy(), refusal)
             raise
 
     def _unlock(
-        self, name: str, version: int, workspace: str, actor: Actor, reason: str, lease: Lease
+        self, name: str, version: int, workspace: str, actor: Actor, reason: str, lease: Lease, sign: Lease
     ) -> str:
         policy = self.gate.policy()
         found = self.gate.registry.model_version(name, version)
@@ -246,6 +246,7 @@ class Guard:
                 removed_tags=LOCK_TAGS,
                 entries=(entry,),
                 lease=lease,
+                sign=sign,
             )
         )
         if not done:

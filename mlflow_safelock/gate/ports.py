@@ -83,6 +83,7 @@ class Redirection:
         removed_tags: Keys of the tags that are taken off.
         applies: Digest of the lock that it puts in force, which may not be revoked by then; ``None`` where it
             puts none.
+        sign: A lease by which others know that this is going on: where it is over by then, nothing is done.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Redirection:
     lease: Lease | None = None
     removed_tags: tuple[str, ...] = ()
     applies: str | None = None
+    sign: Lease | None = None
 
 
 @dataclass(frozen=True)

@@ -223,15 +223,27 @@ def finish(session: Any, change: Redirection | Withdrawal) -> None:
     """What every change of a version ends with: rows of the ledger, and the end of its lease.
 
     Raises:
-        PromotionRefused: The lock that would be in force was revoked meanwhile.
+        PromotionRefused: The lock that would be in force was revoked meanwhile, or nobody can see any more
+            that this is going on.
     """
     append_rows(session, change.entries)
+    if isinstance(change, Redirection) and change.sign is not None:
+        _check_seen(session, change.sign)
     if isinstance(change, Redirection) and change.applies is not None:
         # After the rows were appended: a revocation that comes now loses the race for the next row's number.
         _check_not_revoked(session, change.applies)
     if change.lease is not None:
         leases.release(session, change.lease.holder)
     reach("ledger-appended")
+
+
+def _check_seen(session: Any, sign: Lease) -> None:
+    if not leases.lasts(session, sign.holder):
+        raise PromotionRefused(
+            "conflict",
+            "It took longer than others wait for it, and a promotion may have come by in that time.",
+            next_step="Do it again.",
+        )
 
 
 def _check_not_revoked(session: Any, digest: str) -> None:

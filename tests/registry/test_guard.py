@@ -31,7 +31,7 @@ from mlflow_safelock.audit import audit
 from mlflow_safelock.errors import PromotionRefused, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import lock_model_name
 from mlflow_safelock.forging.base_weights import sketch_of
-from mlflow_safelock.gate import promotion
+from mlflow_safelock.gate import leases, promotion
 from mlflow_safelock.gate.approval import Request
 from mlflow_safelock.gate.guard import Guard
 from mlflow_safelock.gate.leases import Work
@@ -618,6 +618,21 @@ class TestUnlocking:
         assert (row["event"], row["message"]) == ("unlocked", "to retrain it")
         stage(client, version)
         assert loaded_biases()
+
+    def test_one_that_took_longer_than_others_wait_for_it_unlocks_nothing(
+        self, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A promotion that saw nobody at it any more has been answered as locked."""
+        version, _ = locked_version(client)
+        client.transition_model_version_stage("bot", str(version), "None")
+        before = state_of(client, "bot", version)
+        with monkeypatch.context() as patched:
+            patched.setitem(leases.SECONDS, "unlock", 1.0)
+            with pytest.raises(PromotionRefused, match="took longer") as refused:
+                store_of(client).unlock("bot", version, "slowly")
+        assert refused.value.reason == "conflict"
+        assert state_of(client, "bot", version) == before
+        store_of(client).unlock("bot", version, "at once")
 
     def test_what_is_not_locked_is_not_unlocked(self, client: MlflowClient) -> None:
         version = log_fine_tune("bot")
