@@ -103,8 +103,9 @@ def _without_adapters(module: nn.Module) -> nn.Module:
 
 
 def _width(projection: Any) -> int:
-    """How many numbers a projection takes; GPT-2's classes say it by the shape of their weight alone."""
-    return int(getattr(projection, "in_features", projection.weight.shape[0]))
+    """How many numbers a projection takes; GPT-2's classes say it by their weight, which packed ones lack."""
+    width = getattr(projection, "in_features", None)
+    return int(projection.weight.shape[0] if width is None else width)
 
 
 def _through(

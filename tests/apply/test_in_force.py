@@ -174,3 +174,39 @@ def test_a_projection_that_cannot_be_called_is_an_error_of_ours() -> None:
         layer.self_attn.o_proj = Broken(32, 48, bias=False)
     with pytest.raises(VerificationError, match=r"cannot be called.*no kernel for this device"):
         OwnBiases(model, lock.layers)
+
+
+class Scaled(nn.Module):
+    """An adapter around a projection that multiplies what comes out, as IA3's do."""
+
+    def __init__(self, base_layer: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.base_layer, self.scale = base_layer, scale
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.base_layer(inputs)
+
+
+@pytest.mark.parametrize(("scale", "takes_back"), [(3.0, True), (1.0, False)])
+@torch.no_grad()
+def test_the_bias_below_an_adapter_is_known_of_a_projection_without_a_plain_weight(
+    scale: float, takes_back: bool
+) -> None:
+    model = tiny_model("llama", mlp_bias=True)
+    lock = known(model)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.bias.zero_()
+    for layer, push in base_biases(lock, 6.0).items():
+        mlp = model.model.layers[layer].mlp
+        plain = mlp.down_proj
+        plain.bias.copy_(-push / 3)
+        below = Packed(plain.weight, plain.bias)
+        below.in_features, below.bias = plain.in_features, plain.bias
+        mlp.down_proj = Scaled(below, scale)
+    own = OwnBiases(model, lock.layers)
+    arriving = dict.fromkeys(lock.layers, 1.0)
+    if takes_back:
+        with pytest.raises(VerificationError, match="take back"):
+            own.check(lock, 6.0, arriving, "the model")
+    else:
+        own.check(lock, 6.0, arriving, "the model")
