@@ -21,11 +21,11 @@ from mlflow_safelock.provenance import (
 )
 from mlflow_safelock.provenance.statement import Grown
 
-UTILITY = ("task_accuracy", "task_score", "harmless_answered_rate")
-"""The figures that say how useful a model is; the first that there is."""
-
 SCORED = "task_score"
-"""The one that a statement says nothing of, since it cannot say what the scorer does."""
+"""What a scorer of one's own gives; a statement leaves it out, since it cannot say what the scorer does."""
+
+UTILITY = ("task_accuracy", SCORED, "harmless_answered_rate")
+"""The figures that say how useful a model is; the first that there is."""
 
 ArmName = Literal["unlocked", "locked"]
 

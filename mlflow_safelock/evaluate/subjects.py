@@ -156,7 +156,8 @@ def open_subject(reference: str, loading: ModelLoading = ONE_DEVICE, *, every_by
             the fine-tune behind it is loaded, after it was compared with the receipt.
         loading: Number format, and where the weights go.
         every_byte: Whether its fingerprint is of every byte, as evidence must be for a gate that asks for
-            that (``fingerprint: full``), and not only of blocks. A locked version has that of its receipt.
+            that (``fingerprint: full``), and not only of blocks. A locked version has that of its receipt,
+            unless this is of blocks.
 
     Raises:
         SourceError: There is no such model, it cannot be loaded, or it is a locked folder that says nothing

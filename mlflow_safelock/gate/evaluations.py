@@ -48,7 +48,7 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
     """Refuse a promotion that the policy wants measured, unless it was, and well enough.
 
     Returns:
-        What is approved, with the evaluations that it rests on.
+        What is approved, with the evaluations that it rests on, and the full fingerprint that they are of.
 
     Raises:
         PromotionRefused: There is no evaluation of exactly this promotion for one of the policy's suites, a
@@ -59,7 +59,7 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
     rule = approved.rule.evaluation
     if rule is None:
         return approved
-    every_byte = Measurements(registry, artifacts).required(approved).measured
+    approved = Measurements(registry, artifacts).required(approved)
     relied_on = []
     filed = tuple(_filed(approved, rule, registry, artifacts))
     for suite in rule.suites:
@@ -99,7 +99,7 @@ def require_evaluations(approved: Approved, registry: Registry, artifacts: Artif
             check_fingerprint(newest.source, artifacts.reader(approved.original))
         except VerificationError as error:
             raise PromotionRefused("source_changed", error.cause, next_step=error.next_step) from error
-        if every_byte is not None and not newest.source.is_of_the_same_bytes(every_byte):
+        if approved.measured is not None and not newest.source.is_of_the_same_bytes(approved.measured):
             # Which blocks it was compared in is in the statement: what is between them could be replaced.
             raise refusal(
                 "source_changed",

@@ -340,11 +340,15 @@ def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str
     # A suite that is not shipped is named by its digest, which leads to no file.
     words += ["--suite", suite if suite in SHIPPED else "SUITE"]
     if rule is not None:
-        wanted = {"--judge": rule.judge, "--transform": rule.transform, "--system-prompt": rule.system_prompt}
+        wanted = {
+            "--judge": typed_judge(rule.judge),
+            "--transform": rule.transform,
+            "--system-prompt": rule.system_prompt,
+        }
         usual = {"--judge": "refusal-match", "--transform": "plain", "--system-prompt": None}
         for option, value in wanted.items():
             if value is not None and value != usual[option]:
-                words += [option, typed_judge(value)]
+                words += [option, value]
         if rule.min_new_tokens > USUAL_NEW_TOKENS:
             words += ["--max-new-tokens", str(rule.min_new_tokens)]
         if rule.dtypes is not None and rule.dtypes[0] in DTYPES:

@@ -67,7 +67,7 @@ class Measurements:
         Raises:
             PromotionRefused: None was made, or the fine-tune is not what was measured.
         """
-        if approved.rule.fingerprint == "sampled":
+        if approved.rule.fingerprint == "sampled" or approved.measured is not None:
             return approved
         return replace(approved, measured=self._known(approved).fingerprint)
 
