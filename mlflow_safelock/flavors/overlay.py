@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from mlflow_safelock.formats import lock_from_bytes, lock_to_bytes
 from mlflow_safelock.lock import SafetyLock
 from mlflow_safelock.provenance import (
     ArtifactReader,
+    ListedArtifacts,
     LockReference,
     OwnBiasesRule,
     Promotion,
@@ -46,6 +49,9 @@ SOURCE_OPTION = "safelock_source"
 """Key of ``model_config`` that names a local copy of the source."""
 
 COPIED_FROM_SOURCE = ("input_example.json", "serving_input_example.json")
+
+KEPT_BYTES = 1 << 16
+"""Size of YAML files whose values are kept for whoever reads the same bytes next."""
 
 MAX_DEPTH = 100
 """How deeply the values of a YAML file that somebody logged may be nested."""
@@ -104,6 +110,7 @@ def write_overlay(
         SourceError: The source is not an MLflow model, or cannot be read.
         SigstoreError: Its receipt is to be signed by an identity, and cannot be.
     """
+    source = ListedArtifacts(source)
     fingerprint = fingerprint or take_fingerprint(source)
     own = read_mlmodel(source)
     paths = {file.path for file in source.files()}
@@ -121,7 +128,9 @@ def write_overlay(
         config={**(own["flavors"]["python_function"].get("config") or {}), SOURCE_OPTION: None},
     )
     model.add_flavor(FLAVOR_NAME, base_model=lock.base_model, lock_digest=lock.digest, alpha=float(alpha))
-    model.save(str(folder / MLMODEL_FILE_NAME))
+    # As ``model.save`` does, which has no use for libyaml.
+    described = yaml.dump(model.to_dict(), Dumper=_SAFE_DUMPER, default_flow_style=False)
+    (folder / MLMODEL_FILE_NAME).write_text(described)
     receipt = Receipt.about(
         ReceiptPredicate(
             source=SourceReference(uri=source_uri, fingerprint=fingerprint),
@@ -251,6 +260,19 @@ def _write_source_environment(folder: Path, source: ArtifactReader, paths: set[s
 
 
 def _plain_values(data: bytes) -> Any:
+    """What is in a YAML file, as values that are the caller's own.
+
+    Of small ones the last few are kept: a promotion reads some twice, and others have the same.
+    """
+    return deepcopy(_kept_values(data)) if len(data) <= KEPT_BYTES else _parsed_values(data)
+
+
+@lru_cache(maxsize=16)
+def _kept_values(data: bytes) -> Any:
+    return _parsed_values(data)
+
+
+def _parsed_values(data: bytes) -> Any:
     """What is in a YAML file; one that is nested deeply would end the process in libyaml."""
     depth = 0
     for event in yaml.parse(data, Loader=_SAFE_LOADER):

@@ -20,6 +20,7 @@ from mlflow_safelock.provenance import (
     Actor,
     ArtifactFile,
     ArtifactReader,
+    ListedArtifacts,
     LockReference,
     Promotion,
     SourceFingerprint,
@@ -182,8 +183,9 @@ def approve(
     original = original_of(found, registry, artifacts)
     reader = artifacts.reader(original)
     listing = () if is_prompt(found) else listing_of(reader)
+    listed = ListedArtifacts(reader)
     if rule.no_weights == "snapshot" and not is_prompt(found):
-        reference = hub_reference(reader)
+        reference = hub_reference(listed)
         if reference is not None:
             raise PromotionRefused(
                 "no_weights",
@@ -192,7 +194,7 @@ def approve(
                 next_step=f"Do that where the registry's database can be reached: safelock prepare "
                 f"models:/{request.name}/{request.version}. Then promote again.",
             )
-    source = None if is_prompt(found) else examine(reader)
+    source = None if is_prompt(found) else examine(listed)
     if source is None:
         if rule.not_an_llm == "reject":
             raise PromotionRefused(

@@ -46,6 +46,19 @@ FAST = 5.0
 
 _PROCESSES = Path("/proc")
 
+_IS = (
+    TABLE.c.workspace == sa.bindparam("of_workspace"),
+    TABLE.c.model == sa.bindparam("of_model"),
+    TABLE.c.version == sa.bindparam("of_version"),
+    TABLE.c.purpose == sa.bindparam("of_purpose"),
+)
+# Put together once, as in the ledger.
+_FOUND = sa.select(TABLE.c.holder, TABLE.c.expires).where(*_IS)
+_HELD = sa.select(TABLE.c.holder).where(*_IS, TABLE.c.expires > sa.bindparam("now"))
+_TAKING = TABLE.insert()
+_TAKING_OVER = TABLE.update().where(*_IS, TABLE.c.holder == sa.bindparam("other"))
+_RELEASING = TABLE.delete().where(TABLE.c.holder == sa.bindparam("holder"))
+
 
 @dataclass(frozen=True)
 class Work:
@@ -81,6 +94,11 @@ class Work:
     def key(self) -> dict[str, Any]:
         """The columns by which it is found."""
         return {name: getattr(self, name) for name in ("workspace", "model", "version", "purpose")}
+
+    @property
+    def found_by(self) -> dict[str, Any]:
+        """The same as parameters of a statement."""
+        return {f"of_{name}": value for name, value in self.key.items()}
 
 
 @dataclass
@@ -140,14 +158,14 @@ def take(session: Session, work: Work, holder: str) -> str | None:
     """
     now = time.time()
     mine = {"holder": holder, "expires": now + SECONDS[work.purpose]}
-    row = session.execute(sa.select(TABLE.c.holder, TABLE.c.expires).where(*_is(work))).one_or_none()
+    row = session.execute(_FOUND, work.found_by).one_or_none()
     if row is None:
-        session.execute(TABLE.insert().values(**work.key, **mine))
+        session.execute(_TAKING, {**work.key, **mine})
         return None
     other = str(row.holder)
     if row.expires > now and not is_gone(other):
         return other
-    taken = session.execute(TABLE.update().where(*_is(work), TABLE.c.holder == other).values(**mine))
+    taken = session.execute(_TAKING_OVER.values(**mine), {**work.found_by, "other": other})
     return None if taken.rowcount == 1 else other  # type: ignore[attr-defined]
 
 
@@ -161,12 +179,12 @@ def lasts(session: Session, holder: str) -> bool:
 def renew(session: Session, work: Work, holder: str) -> None:
     """Let a lease that is still held last as long as a new one."""
     expires = time.time() + SECONDS[work.purpose]
-    session.execute(TABLE.update().where(*_is(work), TABLE.c.holder == holder).values(expires=expires))
+    session.execute(_TAKING_OVER.values(expires=expires), {**work.found_by, "other": holder})
 
 
 def release(session: Session, holder: str) -> None:
     """Give a lease back in the session's transaction; nothing happens where somebody took it over."""
-    session.execute(TABLE.delete().where(TABLE.c.holder == holder))
+    session.execute(_RELEASING, {"holder": holder})
 
 
 def held(session: Session) -> list[Work]:
@@ -179,13 +197,8 @@ def held(session: Session) -> list[Work]:
 
 def is_held(session: Session, work: Work) -> bool:
     """Whether somebody is at that work now, as far as can be known."""
-    chosen = sa.select(TABLE.c.holder).where(*_is(work), TABLE.c.expires > time.time())
-    holder = session.execute(chosen).scalar_one_or_none()
+    holder = session.execute(_HELD, {**work.found_by, "now": time.time()}).scalar_one_or_none()
     return holder is not None and not is_gone(holder)
-
-
-def _is(work: Work) -> tuple[sa.ColumnElement[bool], ...]:
-    return tuple(TABLE.c[name] == value for name, value in work.key.items())
 
 
 def _machine() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -173,6 +173,28 @@ _logger = logging.getLogger(__name__)
 
 _Conditions = tuple[sa.ColumnElement[bool], ...]
 
+# What every promotion asks is put together once: putting a statement together takes longer than its answer.
+_BACKWARDS = TABLE.c.sequence.desc()
+_END = sa.select(TABLE.c.sequence, TABLE.c.digest).order_by(_BACKWARDS).limit(1)
+_KEYED = sa.select(TABLE).where(
+    TABLE.c.location_key == sa.bindparam("key"), TABLE.c.event == sa.bindparam("event")
+)
+_LAST_KEYED = _KEYED.order_by(_BACKWARDS).limit(1)
+_FIRST_KEYED = _KEYED.order_by(TABLE.c.sequence).limit(1)
+_KEYED_OF_WORKSPACE = _KEYED.where(TABLE.c.workspace == sa.bindparam("workspace")).order_by(TABLE.c.sequence)
+_LAST_DECISION = (
+    sa.select(TABLE)
+    .where(
+        TABLE.c.model == sa.bindparam("model"),
+        TABLE.c.version == sa.bindparam("version"),
+        TABLE.c.workspace == sa.bindparam("workspace"),
+        TABLE.c.event.in_(DECISIONS),
+    )
+    .order_by(_BACKWARDS)
+    .limit(1)
+)
+_APPENDING = TABLE.insert()
+
 
 def append(session: Session, entry: LedgerEntry) -> None:
     """Append a row in the session's own transaction.
@@ -180,24 +202,23 @@ def append(session: Session, entry: LedgerEntry) -> None:
     Raises:
         sqlalchemy.exc.IntegrityError: Another writer was faster; repeat the whole transaction.
     """
-    last = session.execute(
-        sa.select(TABLE.c.sequence, TABLE.c.digest).order_by(TABLE.c.sequence.desc()).limit(1)
-    ).one_or_none()
+    last = session.execute(_END).one_or_none()
     sequence, previous = (last.sequence + 1, last.digest) if last else (1, GENESIS)
     values = entry.model_dump(mode="json")
     body = rfc8785.dumps(values)
     session.execute(
-        TABLE.insert().values(
-            sequence=sequence,
-            workspace=entry.workspace,
-            event=entry.event,
-            model=entry.model,
-            version=entry.version,
-            location_key=_key_in(values),
-            previous=previous,
-            digest=row_digest(previous, body),
-            body=body.decode(),
-        )
+        _APPENDING,
+        {
+            "sequence": sequence,
+            "workspace": entry.workspace,
+            "event": entry.event,
+            "model": entry.model,
+            "version": entry.version,
+            "location_key": _key_in(values),
+            "previous": previous,
+            "digest": row_digest(previous, body),
+            "body": body.decode(),
+        },
     )
 
 
@@ -208,12 +229,12 @@ def row_digest(previous: str, body: bytes) -> str:
 
 def promotion_at(session: Session, location: str) -> LedgerEntry | None:
     """The last promotion that wrote the locked model at ``location``."""
-    return _last(session, *_keyed(location, "promoted"))
+    return _one(session, _LAST_KEYED, _keyed(location, "promoted"))
 
 
 def decision_on(session: Session, workspace: str, model: str, version: int) -> LedgerEntry | None:
     """What was decided last about a version, refusals aside."""
-    return _last(session, *_of_version(workspace, model, version), TABLE.c.event.in_(DECISIONS))
+    return _one(session, _LAST_DECISION, {"workspace": workspace, "model": model, "version": version})
 
 
 def last_refusal(
@@ -234,7 +255,7 @@ def identity(session: Session) -> str:
 
 def writing_of(session: Session, location: str) -> LedgerEntry | None:
     """The last writing of a standalone model at ``location``."""
-    return _last(session, *_keyed(location, "written"))
+    return _one(session, _LAST_KEYED, _keyed(location, "written"))
 
 
 EARLIER = "earlier"
@@ -251,11 +272,7 @@ def locks_of(session: Session, workspace: str, base: str) -> list[LedgerEntry]:
     registered model with higher numbers. One that was signed later keeps its place, and is unsigned no more;
     one of several versions has the lowest of them.
     """
-    rows = session.execute(
-        sa.select(TABLE)
-        .where(*_keyed(base, "registered"), TABLE.c.workspace == workspace)
-        .order_by(TABLE.c.sequence)
-    )
+    rows = session.execute(_KEYED_OF_WORKSPACE, {**_keyed(base, "registered"), "workspace": workspace})
     found: list[LedgerEntry] = []
     for entry in map(_entry, rows):
         if entry.lock is None:
@@ -323,20 +340,18 @@ def known_lock(
 
 def revocation_of(session: Session, digest: str) -> LedgerEntry | None:
     """The first revocation of the lock with a digest."""
-    row = session.execute(
-        sa.select(TABLE).where(*_keyed(digest, "revoked")).order_by(TABLE.c.sequence).limit(1)
-    ).one_or_none()
-    return None if row is None else _entry(row)
+    return _one(session, _FIRST_KEYED, _keyed(digest, "revoked"))
 
 
 def preparation_of(session: Session, original: str) -> LedgerEntry | None:
     """The last measuring of the fine-tune at ``original``."""
-    return _last(session, *_keyed(original, "prepared"))
+    return _one(session, _LAST_KEYED, _keyed(original, "prepared"))
 
 
 def evaluations_of(session: Session, original: str) -> list[LedgerEntry]:
     """Every evaluation on record of the fine-tune at ``original``, newest row first."""
-    return [_entry(row) for row in session.execute(_newest_first(*_keyed(original, "evaluated")))]
+    newest_first = _KEYED.order_by(_BACKWARDS)
+    return [_entry(row) for row in session.execute(newest_first, _keyed(original, "evaluated"))]
 
 
 def last_policy(session: Session) -> str | None:
@@ -444,8 +459,8 @@ def _key_in(values: dict[str, Any]) -> str | None:
     return _key(place) if place else None
 
 
-def _keyed(what: str, event: str) -> _Conditions:
-    return TABLE.c.location_key == _key(what), TABLE.c.event == event
+def _keyed(what: str, event: str) -> dict[str, str]:
+    return {"key": _key(what), "event": event}
 
 
 def _of_version(workspace: str, model: str, version: int) -> _Conditions:
@@ -453,11 +468,15 @@ def _of_version(workspace: str, model: str, version: int) -> _Conditions:
 
 
 def _newest_first(*conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
-    return sa.select(TABLE).where(*conditions).order_by(TABLE.c.sequence.desc())
+    return sa.select(TABLE).where(*conditions).order_by(_BACKWARDS)
 
 
 def _last(session: Session, *conditions: sa.ColumnElement[bool]) -> LedgerEntry | None:
-    row = session.execute(_newest_first(*conditions).limit(1)).one_or_none()
+    return _one(session, _newest_first(*conditions).limit(1), {})
+
+
+def _one(session: Session, chosen: sa.Select[Any], parameters: Mapping[str, str | int]) -> LedgerEntry | None:
+    row = session.execute(chosen, parameters).one_or_none()
     return None if row is None else _entry(row)
 
 

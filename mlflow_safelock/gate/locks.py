@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 from mlflow_safelock.errors import LockError, PromotionRefused, SourceError, VerificationError
 from mlflow_safelock.flavors.meta_safetylock import LOCK_FILE, lock_model_name
@@ -19,6 +20,9 @@ from mlflow_safelock.provenance import LOCK_SIGNATURE_FILE, check_lock_signature
 
 BASE_TAG = "safelock.base_model"
 """Tag of a model version that says what it was made from; a hint like any other, checked by geometry."""
+
+KEPT_LOCKS = 16
+"""Locks that are kept in memory once they were read and found sound."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +128,12 @@ def _hints(version: ModelVersion, source: LanguageModel) -> Iterator[BaseHint]:
 
 
 def _newest(base: str, registry: Registry, artifacts: Artifacts) -> RegisteredLock | None:
-    versions = registry.model_versions(lock_model_name(base))
-    if not versions:
+    newest = registry.newest_version(lock_model_name(base))
+    if newest is None:
         return None
-    newest = versions[-1]
     origin = f"models:/{newest.name}/{newest.version}"
     try:
-        lock = lock_from_bytes(artifacts.reader(newest.location).read(LOCK_FILE), origin=origin)
+        lock = _parsed(artifacts.reader(newest.location).read(LOCK_FILE), origin)
     except (LockError, SourceError) as error:
         if is_transient(error):
             raise unreadable(error) from error
@@ -140,6 +143,12 @@ def _newest(base: str, registry: Registry, artifacts: Artifacts) -> RegisteredLo
             next_step=f"Register a sound lock for {base!r} (safelock lock register), or delete that version.",
         ) from error
     return RegisteredLock(lock, newest.name, newest.version, newest.location)
+
+
+@lru_cache(maxsize=KEPT_LOCKS)
+def _parsed(data: bytes, origin: str) -> SafetyLock:
+    """The lock in a file's bytes, which every promotion reads anew and finds the same as the last one did."""
+    return lock_from_bytes(data, origin=origin)
 
 
 def _check(

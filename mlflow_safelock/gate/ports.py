@@ -154,6 +154,9 @@ class Registry(Protocol):
     def model_versions(self, name: str) -> Sequence[ModelVersion]:
         """All versions of a registered model, oldest first; none where there is no such model."""
 
+    def newest_version(self, name: str) -> ModelVersion | None:
+        """The version of a registered model with the highest number; ``None`` where there is none."""
+
     def as_decided(self, found: ModelVersion, decision: LedgerEntry) -> ModelVersion:
         """A version as it is served where a decision holds, which may be one about a former name of it.
 

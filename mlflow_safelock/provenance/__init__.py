@@ -62,7 +62,7 @@ from mlflow_safelock.provenance.signatures import (
     sign_receipt,
     signed_evaluation,
 )
-from mlflow_safelock.provenance.steady import SteadyArtifacts
+from mlflow_safelock.provenance.steady import ListedArtifacts, SteadyArtifacts
 from mlflow_safelock.provenance.tools import installed_version, tool_versions
 from mlflow_safelock.provenance.weights import WeightsHeader, read_header
 
@@ -79,6 +79,7 @@ __all__ = [
     "FileFingerprint",
     "Identity",
     "KeylessSigner",
+    "ListedArtifacts",
     "LocalArtifacts",
     "LockReference",
     "Measured",

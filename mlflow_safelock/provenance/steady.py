@@ -14,21 +14,12 @@ from mlflow_safelock.provenance.artifacts import ArtifactFile, ArtifactReader, S
 KEPT_IN_MEMORY_BYTES = 16 << 20
 
 
-class SteadyArtifacts:
-    """A folder of which two looks agree: what was read once is not read anew.
-
-    The listing is kept, and so is what ``read`` gave, beyond some megabytes in a temporary file.
-    ``read_many`` keeps nothing, and gives of what is kept the same bytes. So a digest of the folder that is
-    made after something was found out about it by ``read`` is one of the bytes that were looked at.
-    """
+class ListedArtifacts:
+    """A folder that is listed once, however often one piece of work asks what is in it."""
 
     def __init__(self, reader: ArtifactReader) -> None:
-        """Look at the folder behind ``reader``, of which nothing is read yet."""
+        """Look at the folder behind ``reader``, which is not listed yet."""
         self._reader = reader
-        self._kept: dict[str, list[tuple[int, int, int]]] = {}
-        self._bytes = SpooledTemporaryFile(max_size=KEPT_IN_MEMORY_BYTES)  # noqa: SIM115 - open while this is
-        weakref.finalize(self, self._bytes.close)
-        self._lock = threading.Lock()
 
     @property
     def location(self) -> str:
@@ -48,6 +39,35 @@ class SteadyArtifacts:
     def files(self) -> tuple[ArtifactFile, ...]:
         """Every file below the folder when it was listed first, sorted by path."""
         return tuple(self._listing.values())
+
+    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes of one file, as they are now."""
+        return self._reader.read(path, start, length)
+
+    def read_many(self, path: str, spans: Sequence[Span]) -> list[bytes]:
+        """The bytes of several parts of one file, as they are now."""
+        return self._reader.read_many(path, spans)
+
+    @cached_property
+    def _listing(self) -> dict[str, ArtifactFile]:
+        return {file.path: file for file in self._reader.files()}
+
+
+class SteadyArtifacts(ListedArtifacts):
+    """A folder of which two looks agree: what was read once is not read anew.
+
+    The listing is kept, and so is what ``read`` gave, beyond some megabytes in a temporary file.
+    ``read_many`` keeps nothing, and gives of what is kept the same bytes. So a digest of the folder that is
+    made after something was found out about it by ``read`` is one of the bytes that were looked at.
+    """
+
+    def __init__(self, reader: ArtifactReader) -> None:
+        """Look at the folder behind ``reader``, of which nothing is read yet."""
+        super().__init__(reader)
+        self._kept: dict[str, list[tuple[int, int, int]]] = {}
+        self._bytes = SpooledTemporaryFile(max_size=KEPT_IN_MEMORY_BYTES)  # noqa: SIM115 - open while this is
+        weakref.finalize(self, self._bytes.close)
+        self._lock = threading.Lock()
 
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
         """Bytes of one file from ``start``, ``length`` of them or up to the end that it had when listed.
@@ -84,7 +104,3 @@ class SteadyArtifacts:
                 if begin < end:
                     self._bytes.seek(place + begin - kept_start)
                     yield begin, self._bytes.read(end - begin)
-
-    @cached_property
-    def _listing(self) -> dict[str, ArtifactFile]:
-        return {file.path: file for file in self._reader.files()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -155,18 +155,21 @@ class RestRegistry(SqlLedger):
         They are asked for one by one: a search leaves out what somebody tagged as a prompt, and its filter
         takes no name with both kinds of quotes.
         """
+        return [*self._newest_first(name)][::-1]
+
+    def newest_version(self, name: str) -> ModelVersion | None:
+        """The ready version of a registered model with the highest number."""
+        return next(self._newest_first(name), None)
+
+    def _newest_first(self, name: str) -> Iterator[ModelVersion]:
         model = _if_there(lambda: self.store.get_registered_model(name))
         if model is None:
-            return []
+            return
         newest = max((int(version.version) for version in model.latest_versions), default=0)
-        found = (
-            _if_there(partial(self.store.get_model_version, name, number)) for number in range(1, newest + 1)
-        )
-        return [
-            self._last_decided(self._view(version, model))
-            for version in found
-            if version is not None and version.status == READY
-        ]
+        for number in range(newest, 0, -1):
+            version = _if_there(partial(self.store.get_model_version, name, number))
+            if version is not None and version.status == READY:
+                yield self._last_decided(self._view(version, model))
 
     def newest_withdrawn(self, name: str) -> int:
         """0: a server does not tell of deleted versions."""

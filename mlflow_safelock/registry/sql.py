@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL, STAGE_NONE
-from mlflow.entities.model_registry.model_version_status import ModelVersionStatus
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.store.model_registry.dbmodels.models import (
     SqlModelVersion,
-    SqlModelVersionTag,
     SqlRegisteredModel,
     SqlRegisteredModelAlias,
 )
@@ -23,13 +23,12 @@ from mlflow.utils.time import get_current_time_millis
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ledger import LedgerEntry
 from mlflow_safelock.gate.ports import ModelVersion, Redirection, Withdrawal
+from mlflow_safelock.registry import sql_versions
 from mlflow_safelock.registry.sql_ledger import SqlLedger, finish
 
 _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-READY = ModelVersionStatus.to_string(ModelVersionStatus.READY)
 
 
 @dataclass(frozen=True)
@@ -76,22 +75,26 @@ class SqlRegistry(SqlLedger):
 
     def model_version(self, name: str, version: int) -> ModelVersion:
         """One version; MLflow's own error where there is none."""
-        with self._session() as session:
-            return _view(self.store._get_sql_model_version(session, name, version))
+        found = self._versions(sql_versions.ONE, name=name, version=version)
+        if not found:
+            raise MlflowException(
+                f"Model Version (name={name}, version={version}) not found", RESOURCE_DOES_NOT_EXIST
+            )
+        return found[0]
 
     def model_versions(self, name: str) -> Sequence[ModelVersion]:
         """All ready versions of a registered model, oldest first."""
+        return self._versions(sql_versions.READY, name=name)
+
+    def newest_version(self, name: str) -> ModelVersion | None:
+        """The ready version of a registered model with the highest number."""
+        return next(iter(self._versions(sql_versions.NEWEST_READY, name=name)), None)
+
+    def _versions(self, chosen: sa.Select[Any], **named: str | int) -> list[ModelVersion]:
         with self._session() as session:
-            rows = (
-                self.store._get_query(session, SqlModelVersion)
-                .filter(
-                    SqlModelVersion.name == name,
-                    SqlModelVersion.current_stage != STAGE_DELETED_INTERNAL,
-                    SqlModelVersion.status == READY,
-                )
-                .order_by(SqlModelVersion.version)
+            return sql_versions.read_versions(
+                session, chosen, {"workspace": self.store._get_active_workspace(), **named}
             )
-            return [_view(row) for row in rows]
 
     def newest_withdrawn(self, name: str) -> int:
         """Number of the newest deleted version of a registered model, which MLflow keeps a row of; or 0."""
@@ -111,9 +114,15 @@ class SqlRegistry(SqlLedger):
             reach("transaction-begun")
             # The condition in the statement itself takes the row's lock and decides a race in one step.
             updated = session.execute(
-                sa.update(SqlModelVersion)
-                .where(*self._is_at(redirection.name, redirection.version, redirection.expected_location))
-                .values(storage_location=redirection.location, last_updated_time=get_current_time_millis())
+                sql_versions.REDIRECTING,
+                {
+                    "of_workspace": self.store._get_active_workspace(),
+                    "of_name": redirection.name,
+                    "of_version": redirection.version,
+                    "expected": redirection.expected_location,
+                    "location": redirection.location,
+                    "now": get_current_time_millis(),
+                },
             )
             if updated.rowcount != 1:
                 return False
@@ -135,8 +144,11 @@ class SqlRegistry(SqlLedger):
             updated = session.execute(
                 sa.update(SqlModelVersion)
                 .where(
-                    *self._is_at(found.name, found.version, found.location),
+                    SqlModelVersion.workspace == self.store._get_active_workspace(),
+                    SqlModelVersion.name == found.name,
+                    SqlModelVersion.version == found.version,
                     SqlModelVersion.current_stage == found.stage,
+                    sql_versions.is_at(found.location),
                 )
                 .values(**stage, **now)
             )
@@ -156,50 +168,16 @@ class SqlRegistry(SqlLedger):
 
         return self._end_with(withdrawal.lease, work)
 
-    def _is_at(self, name: str, version: int, location: str) -> tuple[Any, ...]:
-        """Conditions of a version that is there and downloaded from a location."""
-        return (
-            SqlModelVersion.workspace == self.store._get_active_workspace(),
-            SqlModelVersion.name == name,
-            SqlModelVersion.version == version,
-            SqlModelVersion.current_stage != STAGE_DELETED_INTERNAL,
-            sa.func.coalesce(SqlModelVersion.storage_location, SqlModelVersion.source) == location,
-        )
-
     def _set_tags(self, session: Any, redirection: Redirection) -> None:
         # In two statements; merging them one by one asks for each of them first.
-        session.execute(
-            sa.delete(SqlModelVersionTag).where(
-                SqlModelVersionTag.workspace == self.store._get_active_workspace(),
-                SqlModelVersionTag.name == redirection.name,
-                SqlModelVersionTag.version == redirection.version,
-                SqlModelVersionTag.key.in_([*redirection.tags, *redirection.removed_tags]),
-            )
-        )
-        session.add_all(
-            self.store._with_workspace_field(
-                SqlModelVersionTag(name=redirection.name, version=redirection.version, key=key, value=value)
-            )
-            for key, value in redirection.tags.items()
-        )
-
-
-def _view(row: Any) -> ModelVersion:
-    return ModelVersion(
-        # Not the row's own: a version may be registered by another spelling of its model's name.
-        name=row.registered_model.name,
-        version=row.version,
-        source=row.source,
-        location=row.storage_location or row.source,
-        tags={tag.key: tag.value for tag in row.model_version_tags},
-        stage=row.current_stage,
-        aliases=tuple(
-            sorted(
-                alias.alias
-                for alias in row.registered_model.registered_model_aliases
-                if alias.version == row.version
-            )
-        ),
-        model_tags={tag.key: tag.value for tag in row.registered_model.registered_model_tags},
-        created=row.creation_time,
-    )
+        of_version = {
+            "workspace": self.store._get_active_workspace(),
+            "name": redirection.name,
+            "version": redirection.version,
+        }
+        keys = [*redirection.tags, *redirection.removed_tags]
+        of = {f"of_{name}": value for name, value in of_version.items()}
+        session.execute(sql_versions.UNTAGGING, {**of, "keys": keys})
+        if redirection.tags:
+            rows = [{**of_version, "key": key, "value": value} for key, value in redirection.tags.items()]
+            session.execute(sql_versions.TAGGING, rows)
