@@ -10,7 +10,7 @@ This module imports neither torch nor transformers, so that a registry server ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -86,6 +86,7 @@ def attention_of(model: PreTrainedModel) -> Attention:
     projections = tuple(part_at(layer, architecture.output_projection) for layer in layers)
     for index, projection in enumerate(projections):
         _check_projection(projection, index, architecture, geometry)
+    _refuse_shared(projections, architecture)
     if architecture.model_type not in ARCHITECTURES and _seen.get(unwrapped) != architecture:
         from mlflow_safelock.apply.probing import check_displacing
 
@@ -195,7 +196,9 @@ def _values(config: Any) -> Mapping[str, Any]:
 def _decoder_layers(
     model: PreTrainedModel, architecture: Architecture, geometry: AttentionGeometry
 ) -> Iterable[nn.Module]:
-    for root in (model, model.get_decoder()):
+    # Only models of transformers have a method for it; others may have the layers where the path says.
+    decoder = getattr(model, "get_decoder", lambda: model)()
+    for root in (model, decoder):
         # A bare model lacks the path's first names, which a model with a language modelling head has.
         for path in _suffixes(architecture.layers):
             layers = part_at(root, path)
@@ -226,6 +229,18 @@ def _check_projection(
             f"{geometry.heads} heads x {geometry.head_dim}.",
             next_step="A lock names heads by number: a model with pruned or uneven heads cannot be locked.",
         )
+
+
+def _refuse_shared(projections: Sequence[nn.Module], architecture: Architecture) -> None:
+    first: dict[nn.Module, int] = {}
+    for layer, projection in enumerate(projections):
+        if projection in first:
+            raise UnsupportedArchitectureError(
+                f"Layers {first[projection]} and {layer} of this {architecture.model_type!r} model share one "
+                "attention output projection, and a lock pushes each layer by its own bias.",
+                next_step="Give each layer its own: copy.deepcopy of the shared one.",
+            )
+        first[projection] = layer
 
 
 def _suffixes(path: str) -> Iterator[str]:

@@ -37,6 +37,9 @@ _ATTRIBUTE = "safelock_carrier"
 _ROUNDINGS = 8.0
 """Accepted relative distance of a bias from its expected value, in unit roundoffs of its dtype."""
 
+_NARROWER = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes that a model may have been cast to and back."""
+
 _MOST_LOST = 0.75
 """Part of a push that may be lost beside a bias of the model's own, where it was cast after locking."""
 
@@ -155,9 +158,12 @@ class BiasCarrier(Carrier):
         return None if self._original is None else self._original.detach()
 
     def check_untouched(self) -> None:
-        """Raise VerificationError unless the bias in place is, to the last bit, the one put there."""
-        bias = _bias_of(self.projection)
-        if bias is None or not torch.equal(bias.detach(), self._placed.to(bias)):
+        """Raise VerificationError unless the bias in place is, to the last bit, the one put there.
+
+        But for casts, of which the last ones show in it.
+        """
+        bias = self._bias_here()
+        if bias is None or self._cast_through(bias) is None:
             raise self._fault(
                 "the bias that carries the lock was changed or taken away, so there is no saying what "
                 "removing the lock would leave",
@@ -166,21 +172,23 @@ class BiasCarrier(Carrier):
 
     def verify(self) -> None:
         """Raise VerificationError unless the bias is ``W_o v`` (plus the bias before), but for rounding."""
-        bias = _bias_of(self.projection)
+        bias = self._bias_here()
         if bias is None:
             raise self._fault("the bias that carries the lock is gone", "Apply the lock again")
         push = self._pushed()
+        # Where the model was cast, weights and bias have the rounding of the narrowest dtype on the way.
+        dtypes = {bias.dtype, *(self._cast_through(bias) or ())}
         expected = push if self._original is None else push + self._original.detach().to(push)
         distance = torch.linalg.vector_norm(bias.detach().to(expected) - expected)
         allowed = torch.minimum(
-            _ROUNDINGS * _roundoff(bias.dtype) * torch.linalg.vector_norm(expected),
+            _ROUNDINGS * max(map(_roundoff, dtypes)) * torch.linalg.vector_norm(expected),
             _MOST_LOST * torch.linalg.vector_norm(push),
         )
         if not distance <= allowed:
             raise self._fault(
                 f"the bias in place is {distance:.3g} away from the one that the lock and the weights make, "
                 f"and {allowed:.3g} is allowed",
-                "Load the model again and apply the lock to it",
+                "Take the lock off and apply it anew, to the weights as they are now",
             )
 
     def _put_in_place(self) -> None:
@@ -193,6 +201,29 @@ class BiasCarrier(Carrier):
             # The model may have been moved or cast in the meantime, and this parameter was not in it.
             original.data = original.data.to(current)
         self.projection.register_parameter("bias", original)
+
+    def _bias_here(self) -> nn.Parameter | None:
+        """The bias in place.
+
+        Raises:
+            VerificationError: It, or the weight, is somewhere else between two uses.
+        """
+        bias, weight = _bias_of(self.projection), _weight_of(self.projection)
+        if weight.is_meta or (bias is not None and bias.is_meta):
+            raise self._fault(
+                "its output projection was offloaded after it was locked, so there is no looking at it, nor "
+                "taking the lock off",
+                "Take accelerate's hooks off first, accelerate.hooks.remove_hook_from_module(model, "
+                "recurse=True); a model that is offloaded before it is locked is looked at as any other",
+            )
+        return bias
+
+    def _cast_through(self, bias: torch.Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+        """The dtypes by which the bias that was placed came to be this one; ``None`` where it is another."""
+        for narrow in (self._placed.dtype, *_NARROWER):
+            if torch.equal(bias.detach(), self._placed.to(bias.device, narrow).to(bias.dtype)):
+                return self._placed.dtype, narrow
+        return None
 
     def _pushed(self) -> torch.Tensor:
         weight = _weight_of(self.projection)
@@ -245,14 +276,15 @@ class HookCarrier(Carrier):
         self.check_untouched()
 
     def _put_in_place(self) -> None:
-        self.projection.register_forward_pre_hook(self._push)
+        self.projection.register_forward_pre_hook(self._push, with_kwargs=True)
         for module, hook in self._inner:
-            module.register_forward_pre_hook(hook)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def _take_away(self) -> None:
         for module in self.modules:
             for number in self._hooks_on(module):
                 del module._forward_pre_hooks[number]
+                del module._forward_pre_hooks_with_kwargs[number]
 
     def _hooks_on(self, module: nn.Module) -> list[int]:
         """Numbers of this carrier's hooks among a module's hooks.
@@ -270,7 +302,7 @@ class HookCarrier(Carrier):
 
 
 class AddToInput:
-    """A forward pre-hook that adds a constant to a module's first positional input.
+    """A forward pre-hook that adds a constant to a module's first input, positional or by name.
 
     Args:
         displacement: What is added, float64 of shape ``[features]``.
@@ -292,17 +324,25 @@ class AddToInput:
         if dtype in self._faults:
             raise self._faults[dtype]
 
-    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the inputs with the displacement added to the first, in that one's dtype.
 
         Raises:
             AlphaError: The displacement is lost in that dtype.
         """
-        first, *others = inputs
+        if inputs:
+            first, *others = inputs
+            return (self._added_to(first), *others), named
+        name = next(iter(named))
+        return inputs, {**named, name: self._added_to(named[name])}
+
+    def _added_to(self, first: torch.Tensor) -> torch.Tensor:
         if self._cast.dtype != first.dtype or self._cast.device != first.device:
             self.check(first.dtype)
             self._cast = self.displacement.to(first)
-        return (first + self._cast, *others)
+        return first + self._cast
 
 
 def _faults(displacement: torch.Tensor, layer: int, alpha: float) -> Iterator[tuple[torch.dtype, AlphaError]]:
@@ -334,12 +374,12 @@ class _AddUnlessWrapped:
         self._name = name
         self._wrappers = wrappers
 
-    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         for standing in getattr(self._parent, self._name).modules():
             for wrapper in self._wrappers:
                 if standing is wrapper:
                     return None
-        return self.push(module, inputs)
+        return self.push(module, inputs, named)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _AddUnlessWrapped:
         # With the whole model. PEFT copies a wrapped module for another adapter: it has the same wrappers.
@@ -473,7 +513,7 @@ def compile_anew(carriers: Iterable[Carrier]) -> None:
 def is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:
     """Whether the weight is a matrix of floats in memory, and the bias a parameter that is added."""
     # Exact classes: a subclass may hold its weight packed, and its forward may ignore a bias.
-    if type(projection) not in (nn.Linear, Conv1D):
+    if type(projection) not in (nn.Linear, Conv1D) or _has_another_forward(projection):
         return False
     weight = _weight_of(projection)
     return (
@@ -482,6 +522,11 @@ def is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:
         and weight.device.type != "meta"
         and weight.numel() == geometry.heads * geometry.head_dim * geometry.hidden
     )
+
+
+def _has_another_forward(projection: nn.Module) -> bool:
+    """Whether somebody put another forward on this very module; accelerate's runs the one that was there."""
+    return "forward" in projection.__dict__ and not hasattr(projection, "_hf_hook")
 
 
 def _roundoff(dtype: torch.dtype) -> float:

@@ -278,6 +278,17 @@ def head_weight_of(weight: torch.Tensor, head_dim: int, layout: Literal["linear"
 
 
 def _lost(total: torch.Tensor, dtype: torch.dtype, what: str, alpha: float) -> AlphaError:
+    if total.isnan().any():
+        return AlphaError(
+            f"At alpha {alpha} {what} is no number: the weights that it is made from hold some that are no "
+            "numbers, or alpha is far too large.",
+            next_step="The method's default is 6.0. If that is so, too, copy the fine-tune again.",
+        )
+    if not total.any():
+        return AlphaError(
+            f"At any alpha {what} is zero: so are the weights that it is made from.",
+            next_step="Copy the fine-tune again: an attention output projection in it is empty.",
+        )
     if not total.abs().max() <= torch.finfo(dtype).max:
         return AlphaError(
             f"At alpha {alpha} {what} is beyond what {dtype} can hold.",

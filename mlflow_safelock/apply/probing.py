@@ -163,8 +163,14 @@ class _Marked(TorchFunctionMode):
 
 
 def _probe_tokens(model: PreTrainedModel, geometry: AttentionGeometry) -> torch.Tensor:
-    module = model.get_input_embeddings()
-    embeddings, offloaded = module.weight, hasattr(module, "_hf_hook")
+    try:
+        module: Any = model.get_input_embeddings()
+        embeddings, offloaded = module.weight, hasattr(module, "_hf_hook")
+    except (AttributeError, NotImplementedError) as error:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} has no table of token embeddings, so it cannot be run on tokens to find "
+            f"something out about it: {str(error).strip() or type(error).__name__}."
+        ) from error
     if embeddings.device.type == "meta" and not offloaded:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} is loaded without its weights, so nothing can be found out about it."

@@ -146,6 +146,7 @@ def _carriers_of(attention: Attention) -> dict[int, Carrier]:
     carriers = {layer: carrier for layer, carrier in found.items() if carrier is not None}
     for carrier in carriers.values():
         carrier.check_untouched()
+        carrier.verify()  # what was trained or merged under the lock has other weights than it was made from
         missing = sorted(set(carrier.applied.lock.layers) - set(carriers))
         if missing:
             raise VerificationError(

@@ -13,6 +13,7 @@ from mlflow_safelock.cli.guarded import destination_option, open_guarded, use_de
 from mlflow_safelock.cli.measuring import Measuring, measuring_options
 from mlflow_safelock.cli.options import (
     MlflowAddress,
+    checked_strength,
     format_option,
     lines_of,
     mlflow_options,
@@ -45,7 +46,10 @@ if TYPE_CHECKING:
 @click.argument("model")
 @measuring_options
 @click.option(
-    "--alpha", type=float, help="Strength.  [default: that of a locked version, else the lock's own]"
+    "--alpha",
+    type=float,
+    callback=checked_strength,
+    help="Strength.  [default: that of a locked version, else the lock's own]",
 )
 @click.option(
     "--transform",

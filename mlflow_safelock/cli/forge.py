@@ -16,6 +16,7 @@ from mlflow_safelock.cli.options import (
     base_revision_option,
     batch_size_option,
     cache_option,
+    checked_strength,
     data_option,
     format_option,
     mlflow_options,
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
 @click.option(
     "--default-alpha",
     type=click.FloatRange(0, min_open=True),
+    callback=checked_strength,
     default=6.0,
     show_default=True,
     help="Strength that the lock recommends.",

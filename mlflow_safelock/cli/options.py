@@ -45,8 +45,26 @@ set_option = click.option(
     help="Change one setting of the recipe, by dotted key; may be given several times.",
 )
 
+
+def checked_strength(
+    _context: click.Context, _parameter: click.Parameter, value: float | None
+) -> float | None:
+    """A strength of the command line, refused before anything is loaded where it is none."""
+    from mlflow_safelock.apply.alpha import checked_alpha
+    from mlflow_safelock.errors import AlphaError
+
+    try:
+        return None if value is None else checked_alpha(value)
+    except AlphaError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 alpha_option = click.option(
-    "--alpha", type=float, default=None, help="Strength of the lock.  [default: the lock's own, usually 6]"
+    "--alpha",
+    type=float,
+    default=None,
+    callback=checked_strength,
+    help="Strength of the lock.  [default: the lock's own, usually 6]",
 )
 
 system_prompt_option = click.option("--system-prompt", metavar="TEXT", help="System prompt of every chat.")

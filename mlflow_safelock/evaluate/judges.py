@@ -7,9 +7,7 @@ answers; that is a finding of its own, counted and reported, and never a verdict
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,7 +28,6 @@ from mlflow_safelock.evaluate.verdicts import (
     read_guard,
     read_score,
 )
-from mlflow_safelock.provenance import LocalArtifacts, contents_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -272,17 +269,18 @@ class PyfuncJudge:
         Raises:
             EvaluationError: It cannot be loaded.
         """
-        import mlflow
         from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 
+        from mlflow_safelock.evaluate.judge_folders import load_from_copy
+
         try:
-            if uri.startswith("models:/"):
-                name = _version_behind(uri)
-                return cls(mlflow.pyfunc.load_model(name), name)
-            folder = Path(_download_artifact_from_uri(artifact_uri=uri))
-            name = f"{uri}@{_digest_of(folder)}"
-            with _writing_no_bytecode():
-                return cls(mlflow.pyfunc.load_model(str(folder)), name)
+            version = _version_behind(uri) if uri.startswith("models:/") else None
+            model, digest = load_from_copy(Path(_download_artifact_from_uri(artifact_uri=version or uri)))
+            return cls(model, version or f"{uri}@{digest}")
+        except EvaluationError as error:
+            raise EvaluationError(
+                f"The judge {uri} cannot be loaded here: {error.cause}", next_step=error.next_step
+            ) from error
         except Exception as error:  # what loading raises depends on the flavor
             raise EvaluationError(
                 f"The judge {uri} cannot be loaded: {str(error).rstrip('.')}.",
@@ -411,26 +409,11 @@ def _score_task(exchange: Exchange) -> str:
 
 
 def _identity_of(reference: str) -> str:
-    """What tells a judge's model from others: a hub id, or a folder's name and the digest of what it holds.
+    """What tells a judge's model from others: a hub id, or a folder's name and digest."""
+    from mlflow_safelock.evaluate.judge_folders import digest_of
 
-    Of large files it is of blocks at fixed places.
-    """
     folder = Path(reference)
-    return f"{folder.resolve().name}@{_digest_of(folder)}" if folder.is_dir() else reference
-
-
-def _digest_of(folder: Path) -> str:
-    return contents_of(LocalArtifacts(folder), "0" * 32).digest.removeprefix("sha256:")[:16]
-
-
-@contextmanager
-def _writing_no_bytecode() -> Iterator[None]:
-    """Have Python write nothing beside the code that it loads: the folder would have another digest."""
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = before
+    return f"{folder.resolve().name}@{digest_of(folder)}" if folder.is_dir() else reference
 
 
 def _version_behind(uri: str) -> str:

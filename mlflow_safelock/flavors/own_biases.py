@@ -104,8 +104,16 @@ def _without_adapters(module: nn.Module) -> nn.Module:
 
 def _width(projection: Any) -> int:
     """How many numbers a projection takes; GPT-2's classes say it by their weight, which packed ones lack."""
-    width = getattr(projection, "in_features", None)
-    return int(projection.weight.shape[0] if width is None else width)
+    width, weight = getattr(projection, "in_features", None), getattr(projection, "weight", None)
+    if width is not None:
+        return int(width)
+    if not isinstance(weight, torch.Tensor):
+        raise VerificationError(
+            f"It cannot be told how wide the input of a {type(projection).__name__} below an adapter is, so "
+            "its bias cannot be compared with the lock's.",
+            next_step="Merge the adapter before logging: model.merge_and_unload().",
+        )
+    return int(weight.shape[0])
 
 
 def _through(

@@ -21,8 +21,8 @@ from mlflow_safelock.provenance import LOCK_SIGNATURE_FILE, check_lock_signature
 BASE_TAG = "safelock.base_model"
 """Tag of a model version that says what it was made from; a hint like any other, checked by geometry."""
 
-KEPT_LOCKS = 16
-"""Locks that are kept in memory once they were read and found sound."""
+KEPT_LOCKS, KEPT_BYTES = 8, 4 << 20
+"""How many locks are kept in memory once they were read and found sound, and of which size at most."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,13 @@ def _newest(base: str, registry: Registry, artifacts: Artifacts) -> RegisteredLo
     return RegisteredLock(lock, newest.name, newest.version, newest.location)
 
 
-@lru_cache(maxsize=KEPT_LOCKS)
 def _parsed(data: bytes, origin: str) -> SafetyLock:
     """The lock in a file's bytes, which every promotion reads anew and finds the same as the last one did."""
+    return _kept(data, origin) if len(data) <= KEPT_BYTES else lock_from_bytes(data, origin=origin)
+
+
+@lru_cache(maxsize=KEPT_LOCKS)
+def _kept(data: bytes, origin: str) -> SafetyLock:
     return lock_from_bytes(data, origin=origin)
 
 

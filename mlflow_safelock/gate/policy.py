@@ -203,9 +203,12 @@ class EvaluationRule(_Section):
     @field_validator("judge")
     @classmethod
     def _names_a_version(cls, value: str) -> str:
-        if re.fullmatch(r"models:/[^/@]+(@.+|/(?!\d+$).+)", value):
+        if value.startswith("models:") and not re.fullmatch(
+            r"models:/([^/@]+/[1-9][0-9]*|m-[0-9a-f]+)", value
+        ):
             raise ValueError(
-                f"{value} may be another version tomorrow, and results name the version: models:/NAME/NUMBER"
+                f"{value} names no version, or may be another one tomorrow, and results name the version: "
+                "models:/NAME/NUMBER"
             )
         return value
 

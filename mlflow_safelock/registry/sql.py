@@ -19,6 +19,7 @@ from mlflow.store.model_registry.dbmodels.models import (
     SqlRegisteredModelAlias,
 )
 from mlflow.utils.time import get_current_time_millis
+from mlflow.utils.validation import _validate_model_name, _validate_model_version
 
 from mlflow_safelock.gate.failpoints import reach
 from mlflow_safelock.gate.ledger import LedgerEntry
@@ -75,7 +76,8 @@ class SqlRegistry(SqlLedger):
 
     def model_version(self, name: str, version: int) -> ModelVersion:
         """One version; MLflow's own error where there is none."""
-        found = self._versions(sql_versions.ONE, name=name, version=version)
+        _validate_model_name(name)
+        found = self._versions(sql_versions.ONE, name=name, version=_validate_model_version(version))
         if not found:
             raise MlflowException(
                 f"Model Version (name={name}, version={version}) not found", RESOURCE_DOES_NOT_EXIST

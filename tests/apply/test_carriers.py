@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -390,6 +393,54 @@ def test_a_lock_on_an_adapter_model_breaks_no_graph():
         with torch.no_grad():
             assert torch.allclose(compiled(input_ids=TOKENS).logits, expected, atol=1e-5)
     torch.compiler.reset()
+
+
+def test_a_projection_with_a_forward_of_its_own_is_pushed_through_its_input():
+    model = tiny_model("llama")
+    lock, reference = lock_for(model), copy.deepcopy(model)
+    for layer in model.model.layers:
+        projection = layer.self_attn.o_proj  # its forward ignores a bias, as that of fused kernels may
+        projection.forward = partial(nn.functional.linear, weight=projection.weight)
+    apply_lock(reference, lock)
+    with apply_lock(model, lock) as handle:
+        handle.verify()
+        assert torch.allclose(logits(model), logits(reference), atol=2e-5)
+    assert not torch.allclose(logits(model), logits(reference), atol=1e-3)
+
+
+def test_a_hooked_projection_may_be_called_by_keyword():
+    class ByKeyword(EightBitLinear):
+        def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+            return super().__call__(inputs=inputs)
+
+    model = quantised_llama()
+    lock, reference, before = lock_for(model), copy.deepcopy(model), logits(model)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.__class__ = ByKeyword
+    apply_lock(reference, lock)
+    handle = apply_lock(model, lock)
+    assert torch.equal(logits(model), logits(reference))
+    handle.remove()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_that_is_offloaded_after_it_was_locked_says_how_to_get_at_it(family):
+    model = tiny_model(family)
+    before = logits(model)
+    handle = apply_lock(model, lock_for(model))
+    locked = logits(model)
+    cpu_offload(model, execution_device="cpu")
+    assert torch.allclose(logits(model), locked, atol=1e-5)
+    for attempt in (handle.verify, handle.remove):
+        with pytest.raises(
+            VerificationError, match=r"offloaded after it was locked.*remove_hook_from_module"
+        ):
+            attempt()
+    remove_hook_from_module(model, recurse=True)
+    handle.verify()
+    handle.remove()
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("offloaded", [False, True])

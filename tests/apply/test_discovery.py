@@ -173,6 +173,25 @@ def test_a_family_whose_heads_are_not_at_a_projection_is_refused(family):
         attention_of(tiny_model(family))
 
 
+def test_a_model_that_does_not_take_tokens_is_refused():
+    small = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    for model_type in ("vit", "clip"):
+        config = AutoConfig.for_model(model_type, **small)
+        with pytest.raises(UnsupportedArchitectureError, match="no table of token embeddings"):
+            attention_of(AutoModel.from_config(config))
+
+
+def test_what_merely_looks_like_a_model_of_a_known_family_is_refused():
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model("llama")
+            self.config = self.inner.config
+
+    with pytest.raises(UnsupportedArchitectureError, match="Wrapper has no list of 3 decoder layers"):
+        attention_of(Wrapper())
+
+
 def test_models_that_cannot_be_run_are_refused():
     with torch.device("meta"):
         empty = AutoModel.from_config(AutoConfig.for_model("arcee", num_hidden_layers=2))

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mlflow_safelock.apply import (
@@ -36,6 +37,10 @@ def bytes_of(model) -> dict[str, bytes]:
         name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
         for name, tensor in model.state_dict().items()
     }
+
+
+def with_an_adapter(model):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
 
 
 def state_of(model) -> tuple[dict[str, bytes], dict[str, int], str]:
@@ -351,6 +356,74 @@ def test_a_model_that_was_cast_after_locking_verifies_and_unlocks_in_its_new_dty
     handle.verify()
     handle.remove()
     assert bytes_of(model) == bytes_of(fresh)
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "casts",
+    [
+        *((half, torch.float32) for half in HALVES),
+        *((torch.float32, half, torch.float32) for half in HALVES),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.bfloat16, torch.float16),
+    ],
+    ids=lambda casts: "-".join(str(dtype).removeprefix("torch.") for dtype in casts),
+)
+def test_a_model_that_was_cast_there_and_back_verifies_is_saved_and_unlocked(family, casts, tmp_path):
+    first, *later = casts
+    model = tiny_model(family).to(first)
+    fresh, untouched = copy.deepcopy(model), copy.deepcopy(model)
+    handle = apply_lock(model, lock_for(model))
+    for dtype in later:
+        model.to(dtype)
+        fresh.to(dtype)
+    handle.verify()
+    model.save_pretrained(tmp_path / "saved")
+    handle.remove()
+    # A bias of the model's own was not in it meanwhile, and is as exact as it was.
+    own = [name for name in bytes_of(model) if ".c_proj.bias" in name and "attn" in name]
+    exact = bytes_of(untouched.to(casts[-1]))
+    layers = [f".{layer}." for layer in handle.layers]
+    kept = {name: exact[name] for name in own if any(layer in name for layer in layers)}
+    assert bytes_of(model) == {**bytes_of(fresh), **kept}
+
+
+def test_a_block_that_casts_its_model_ends_unlocked_and_with_its_own_error(llama, lock):
+    def cast_and_fail() -> None:
+        with apply_lock(llama, lock):
+            llama.half()
+            llama.float()
+            raise KeyError("the caller's")
+
+    with pytest.raises(KeyError, match="the caller's"):
+        cast_and_fail()
+    assert handle_of(llama) is None
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, with_an_adapter])
+def test_layers_that_share_a_projection_are_refused_and_left_as_they_were(llama, wrap):
+    lock = lock_for(llama)
+    llama.model.layers[2] = llama.model.layers[1]
+    model = wrap(llama)
+    before = logits(model)
+    with pytest.raises(UnsupportedArchitectureError, match=r"Layers 1 and 2 .* share one .*deepcopy"):
+        apply_lock(model, lock)
+    assert torch.equal(logits(model), before)
+
+
+def test_weights_of_which_no_bias_can_be_made_are_named_as_the_fault(llama, lock):
+    weight = attention_of(llama).projections[lock.layers[0]].weight
+    fresh = weight.detach().clone()
+    for broken, message in ((float("nan"), "is no number: the weights"), (0.0, "At any alpha .* is zero")):
+        weight.data.fill_(broken)
+        with pytest.raises(AlphaError, match=rf"{message}.*fine-tune again"):
+            apply_lock(llama, lock)
+        assert handle_of(llama) is None
+    weight.data.copy_(fresh)
+    apply_lock(llama, lock).verify()
 
 
 def test_removing_refuses_to_destroy_a_bias_that_somebody_changed(llama, lock):

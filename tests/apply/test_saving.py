@@ -82,6 +82,35 @@ def test_what_a_locked_model_saves_is_reloaded_locked_by_stock_transformers(fami
     assert torch.allclose(logits(stock(tmp_path / "unlocked")), unlocked, atol=1e-6)
 
 
+def trained_a_little(model: Any) -> Any:
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+    tokens = torch.tensor([[5, 17, 200, 31]])
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        optimiser.step()
+    return model
+
+
+def adapted_and_merged(model: Any) -> Any:
+    settings = LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    return get_peft_model(model, settings).merge_and_unload()
+
+
+@pytest.mark.parametrize("change", [trained_a_little, adapted_and_merged])
+def test_what_was_trained_or_merged_under_a_lock_is_not_saved_with_biases_of_other_weights(change, tmp_path):
+    model = tiny_model("llama")
+    handle = apply_lock(model, lock_for(model))
+    model = change(model)
+    with pytest.raises(VerificationError, match="Take the lock off and apply it anew"):
+        model.save_pretrained(tmp_path / "stale")
+    assert not (tmp_path / "stale").exists()
+    handle.remove()
+    apply_lock(model, handle.lock)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(stock(tmp_path / "saved")), logits(model))
+
+
 @pytest.mark.parametrize("family", [*WITHOUT_PLACE, "gpt_oss"])
 def test_a_family_whose_checkpoints_drop_the_lock_is_refused_and_nothing_written(family, tmp_path):
     off = {"attention_bias": False} if family == "gpt_oss" else {}

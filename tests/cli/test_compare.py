@@ -67,11 +67,17 @@ def test_without_prompts_it_asks_for_them(run: Run, workshop: Workshop) -> None:
     assert "--prompt TEXT" in done.stderr
 
 
-@pytest.mark.parametrize(("alpha", "lock"), [("0", "lock"), ("nan", "lock"), ("6", "other_lock")])
-def test_what_cannot_be_applied_is_refused(run: Run, workshop: Workshop, alpha: str, lock: str) -> None:
-    done = run("compare", workshop.model, getattr(workshop, lock), "--prompt", "hi", "--alpha", alpha)
+def test_a_lock_that_cannot_be_applied_is_refused(run: Run, workshop: Workshop) -> None:
+    done = run("compare", workshop.model, workshop.other_lock, "--prompt", "hi")
     assert (done.exit_code, done.stdout) == (1, "")
     assert "Next: " in done.stderr
+
+
+@pytest.mark.parametrize("alpha", ["0", "nan", "inf", "six"])
+def test_what_is_no_strength_is_refused_before_anything_is_loaded(run: Run, alpha: str) -> None:
+    done = run("compare", "no-model", "no-lock", "--prompt", "hi", "--alpha", alpha)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "'--alpha'" in done.stderr
 
 
 def test_the_help_says_that_no_gate_takes_a_negative_alpha(run: Run) -> None:

@@ -163,6 +163,8 @@ def test_a_base_that_does_not_fit_in_memory_gives_the_same_lock(
         (("--device-map", "auto", "--device", "cpu"), "give one of them"),
         (("--offload-folder", "somewhere"), "--device-map auto"),
         (("--unsafe-key", "bad"), "--unsafe-key is for a file of preference pairs: give --data."),
+        (("--default-alpha", "nan"), "Invalid value for '--default-alpha'"),
+        (("--default-alpha", "inf"), "Invalid value for '--default-alpha'"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

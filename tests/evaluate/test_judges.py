@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import py_compile
 import re
 import shutil
 import sys
@@ -242,12 +244,67 @@ def test_a_model_at_a_place_is_named_by_what_is_there_also_after_its_code_was_lo
     judge = find_judge(uri)
     assert re.fullmatch(rf"{re.escape(uri)}@[0-9a-f]{{16}}", judge.name)
     assert [one.harmful for one in judge.judge(EXCHANGES) if isinstance(one, Judgement)] == [False, True]
-    assert sys.dont_write_bytecode is False
-    sys.modules.pop("severe_words", None)
+    assert find_judge(uri).name == judge.name
+    mlflow.pyfunc.load_model(str(folder))  # by somebody who writes bytecode beside its code
+    py_compile.compile(str(folder / "code" / "severe_words.py"))
+    assert list(folder.rglob("*.pyc"))
     assert find_judge(uri).name == judge.name
     (folder / "code" / "severe_words.py").write_text("WORDS = ()\n")
     sys.modules.pop("severe_words", None)
     assert find_judge(uri).name != judge.name
+
+
+def test_no_judge_judges_by_the_code_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, harmful in (("lax", False), ("severe", True)):
+        code = tmp_path / name / "judging"
+        code.mkdir(parents=True)
+        (code / "__init__.py").write_text("")
+        (code / "verdict.py").write_text(f"HARMFUL = {harmful}\n")
+        (tmp_path / name / "model.py").write_text(
+            "import mlflow\n"
+            "class Judge(mlflow.pyfunc.PythonModel):\n"
+            "    def predict(self, context, model_input, params=None):\n"
+            "        from judging.verdict import HARMFUL\n"
+            "        return [HARMFUL] * len(model_input)\n"
+            "mlflow.models.set_model(Judge())\n"
+        )
+        mlflow.pyfunc.save_model(
+            str(tmp_path / f"{name}-judge"),
+            python_model=str(tmp_path / name / "model.py"),
+            code_paths=[str(code)],
+            pip_requirements=["mlflow"],
+        )
+    lax, severe = (f"file://{tmp_path}/{name}-judge" for name in ("lax", "severe"))
+    for _ in range(2):
+        assert find_judge(lax).judge(EXCHANGES) == [Judgement(False), Judgement(False)]
+    with pytest.raises(EvaluationError, match=r"module 'judging'.*another.*process of its own"):
+        find_judge(severe)
+    for module in ("judging.verdict", "judging"):
+        sys.modules.pop(module)
+    assert find_judge(severe).judge(EXCHANGES) == [Judgement(True), Judgement(True)]
+    sys.modules.pop("judging.verdict")
+    sys.modules.pop("judging")
+
+
+def test_a_judge_whose_code_its_author_has_loaded_from_elsewhere_is_taken_where_it_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mild_words.py").write_text("WORDS = ('flour',)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = tmp_path / "judge"
+    mlflow.pyfunc.save_model(
+        str(folder),
+        python_model=Strict(),
+        code_paths=[str(tmp_path / "mild_words.py")],
+        pip_requirements=["mlflow"],
+    )
+    importlib.import_module("mild_words")
+    find_judge(f"file://{folder}")
+    (folder / "code" / "mild_words.py").write_text("WORDS = ()\n")
+    with pytest.raises(EvaluationError, match="module 'mild_words'"):
+        find_judge(f"file://{folder}")
+    sys.modules.pop("mild_words")
 
 
 def pyfunc_that_says(said: Any) -> PyfuncJudge:

@@ -300,10 +300,21 @@ gates:
         )
         assert "its tag 'team' is not set" in policy.choose("support-bot", {}).steps[0]
 
-    @pytest.mark.parametrize("judge", ["models:/judge@gold", "models:/judge/Staging", "models:/judge/latest"])
+    @pytest.mark.parametrize(
+        "judge",
+        [
+            "models:/judge@gold",
+            "models:/judge/Staging",
+            "models:/judge/latest",
+            "models:/judge",
+            "models:/judge/03",
+            "models:/judge/\N{ARABIC-INDIC DIGIT THREE}",
+            "models://judge/3",
+        ],
+    )
     def test_a_judge_is_a_version_as_results_name_it(self, write, judge: str) -> None:
         text = "version: 1\ngates:\n  - evaluation: {judge: JUDGE}\n"
-        with pytest.raises(PolicyError, match=r"may be another version tomorrow"):
+        with pytest.raises(PolicyError, match=r"names no version, or may be another one tomorrow"):
             load_policy(write(text.replace("JUDGE", judge)))
         for named in ("models:/judge/3", "models:/m-0a1b", "guard:llama-guard@9f2c1d0ab4e67788"):
             load_policy(write(text.replace("JUDGE", f"'{named}'")))

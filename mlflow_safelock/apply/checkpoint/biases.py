@@ -11,7 +11,6 @@ from mlflow_safelock.apply.architectures import ARCHITECTURES, Architecture
 from mlflow_safelock.apply.checkpoint.columns import bias_dtype, columns_of
 from mlflow_safelock.apply.checkpoint.fp8 import CODE, unknown_scheme
 from mlflow_safelock.apply.checkpoint.source import CheckpointSource
-from mlflow_safelock.apply.checkpoint.weights import StoredWeights
 from mlflow_safelock.apply.displacement import (
     Displacement,
     Workspace,
@@ -126,7 +125,7 @@ def _layer_bias(
     source: CheckpointSource, path: str, displacement: Displacement, alpha: float, workspace: Workspace
 ) -> _LayerBias:
     push = output_bias(columns_of(source, path), displacement, workspace)
-    own = _own_bias(source.weights, f"{path}.bias") if has_output_bias(source) else None
+    own = _own_bias(source, f"{path}.bias") if has_output_bias(source) else None
     exact = push if own is None else push + own.to(push)
     dtype = bias_dtype(source, path) if own is None else own.dtype
     stored = stored_bias(push, own, dtype, displacement.layer, alpha)
@@ -135,9 +134,17 @@ def _layer_bias(
     return _LayerBias(stored, error, push)
 
 
-def _own_bias(weights: StoredWeights, name: str) -> torch.Tensor:
+def _own_bias(source: CheckpointSource, name: str) -> torch.Tensor:
+    weights, expected = source.weights, (source.geometry.hidden,)
     if name not in weights.tensors:
         raise CheckpointError(f"{weights.folder} has no tensor {name}, and its architecture has that bias.")
+    stored = weights.tensors[name]
+    if stored.shape != expected or stored.dtype is None:
+        raise CheckpointError(
+            f"{name} in {weights.folder} is {stored.code} of shape {stored.shape}, and should be numbers of "
+            f"floating point, of shape {expected}.",
+            next_step="Copy the fine-tune again, or save it again with save_pretrained.",
+        )
     return weights.read(name)
 
 

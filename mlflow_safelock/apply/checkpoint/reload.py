@@ -80,6 +80,7 @@ def confirm_by_reloading(
     _compare_reports(expected_report, found_report)
     _compare_tensors(expected, found, slack)
     expected_logits, found_logits = _logits(expected, probe), _logits(found, probe)
+    _refuse_no_numbers(unlocked_logits, expected_logits, alpha)
     difference = float((found_logits - expected_logits).abs().max())
     allowed = _ROUNDINGS * torch.finfo(found.dtype).eps * float(expected_logits.abs().max())
     if not difference <= allowed:
@@ -96,6 +97,16 @@ def confirm_by_reloading(
         max_logit_difference=difference,
         max_logit_change=float((expected_logits - unlocked_logits).abs().max()),
     )
+
+
+def _refuse_no_numbers(unlocked: torch.Tensor, locked: torch.Tensor, alpha: float) -> None:
+    """Refuse a lock that leaves nothing of a model that says something."""
+    dead = not locked.isfinite().all() or (unlocked.any() and not locked.any())
+    if unlocked.isfinite().all() and dead:
+        raise CheckpointError(
+            f"At alpha {alpha:g} the locked model says nothing: its logits are all zero, or no numbers.",
+            next_step="Use a smaller alpha; the method's default is 6.0.",
+        )
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -116,7 +127,14 @@ def _probe_tokens(model: PreTrainedModel) -> torch.Tensor:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(tokens, attention_mask=torch.ones_like(tokens)).logits
+    try:
+        logits: torch.Tensor = model(tokens, attention_mask=torch.ones_like(tokens)).logits
+    except Exception as error:  # each model class has its own ways to fail
+        raise CheckpointError(
+            f"The {type(model).__name__} of {model.name_or_path} cannot be run on {tokens.numel()} tokens: "
+            f"{error}.",
+            next_step="See whether the fine-tune itself runs: load it with transformers and generate.",
+        ) from error
     return logits.float()
 
 

@@ -55,7 +55,12 @@ def read_source(folder: Path) -> CheckpointSource:
             adapters, pickles, quantised weights (but for float8_e4m3fn with block scales).
         UnsupportedArchitectureError: It is of no known architecture, or no causal language model.
     """
-    layout = layout_of(folder)
+    try:
+        layout = layout_of(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be read: {error}.", next_step="Let this process read all that is in it."
+        ) from error
     values = read_object(layout.model / "config.json")
     refuse_locked_config(values, f"The checkpoint {folder}")
     _refuse_locked_files(layout.model)

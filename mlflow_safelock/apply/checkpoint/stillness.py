@@ -34,7 +34,10 @@ def stamps_of(folder: Path) -> dict[Path, Stamp]:
 
 def stamp_of(path: Path) -> tuple[Path, Stamp] | None:
     """The real path of a file and its stamp; ``None`` where there is no file."""
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return None
     if not real.is_file():
         return None
     status = real.stat()

@@ -178,6 +178,10 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}.", next_step="Let this process read it."
+        ) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or no safetensors file: {error}.", next_step="Copy the fine-tune again."

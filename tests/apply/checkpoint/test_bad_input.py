@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from mlflow_safelock.apply import save_locked_checkpoint
 from mlflow_safelock.apply.checkpoint import save as saving
+from mlflow_safelock.apply.checkpoint import weights
 from mlflow_safelock.errors import AlphaError, AlreadyLockedError, CheckpointError
 from tests.apply.checkpoint.conftest import beside, load, snapshot
 from tests.apply.conftest import logits
@@ -161,6 +165,72 @@ def test_a_locked_column_that_holds_no_number(save_fine_tune):
     tensors[f"model.layers.{layer}.self_attn.o_proj.weight"][0, head * 8] = float("nan")
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     refused(source, lock, rf"layer {layer}", AlphaError)
+
+
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [
+        (torch.zeros(40), r"F32 of shape \(40,\)"),
+        (torch.zeros(1), r"F32 of shape \(1,\)"),
+        (torch.zeros(48, dtype=torch.int32), r"I32 of shape \(48,\)"),
+    ],
+)
+def test_a_bias_of_the_models_own_that_is_none(bias, said, save_fine_tune):
+    source, lock = save_fine_tune("gpt2")
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"transformer.h.{lock.layers[0]}.attn.c_proj.bias"] = bias
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    refused(source, lock, said)
+
+
+def test_a_link_to_itself_in_the_source_is_no_matter(save_fine_tune, tmp_path):
+    source, lock = save_fine_tune()
+    (source / "loop").symlink_to(source / "loop")
+    save_locked_checkpoint(source, tmp_path / "locked", lock)
+    assert not (tmp_path / "locked" / "loop").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "config.json", ""])
+def test_what_cannot_be_read_is_named_and_not_called_damaged(name, save_fine_tune, monkeypatch):
+    source, lock = save_fine_tune()
+    forbidden = source / name if name else source
+
+    def checked(original: Callable[..., object]) -> Callable[..., object]:
+        def call(path: object, *arguments: object, **options: object) -> object:
+            if isinstance(path, str | os.PathLike) and Path(path) == forbidden:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return original(path, *arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as denied:
+        # Of the user who runs tests nothing may be withheld.
+        for module, call in ((io, "open"), (os, "listdir"), (weights, "safe_open")):
+            denied.setattr(module, call, checked(getattr(module, call)))
+        with pytest.raises(CheckpointError, match=r"cannot be read.*Permission denied"):
+            save_locked_checkpoint(source, source.parent / "locked", lock)
+    assert beside(source) == {"fine-tune"}
+
+
+def test_a_fine_tune_that_does_not_run(save_fine_tune, monkeypatch):
+    source, lock = save_fine_tune()
+
+    def forward(*_: object, **__: object) -> None:
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    refused(source, lock, r"cannot be run on 32 tokens.*whether the fine-tune itself runs")
+
+
+def test_an_alpha_that_leaves_nothing_of_the_model(save_fine_tune):
+    source, lock = save_fine_tune()
+    refused(source, lock, r"At alpha 1e\+30 the locked model says nothing", alpha=1e30)
+
+
+def test_a_destination_that_is_no_path(save_fine_tune):
+    source, lock = save_fine_tune()
+    with pytest.raises(CheckpointError, match="a NUL in it"):
+        save_locked_checkpoint(source, source.parent / "lock\0ed", lock)
 
 
 def change_header(path: Path, change: Callable[[dict], None]) -> None:
