@@ -7,13 +7,18 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+import rfc8785
+from hypothesis import given
 from safetensors.numpy import load_file, save_file
 
 from mlflow_safelock.errors import SourceError, VerificationError
 from mlflow_safelock.provenance import (
+    FileFingerprint,
     LocalArtifacts,
+    SourceFingerprint,
     StoreChecksum,
     check_fingerprint,
     read_header,
@@ -195,3 +200,38 @@ def test_checksums_are_compared_as_far_as_both_go(
     before: dict[str, str], now: dict[str, str], differ: bool
 ) -> None:
     assert StoreChecksum(**now).differs_from(StoreChecksum(**before)) is differ
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+WHOLE = st.integers(0, 2**53 - 1)
+CHECKSUMS = st.none() | st.builds(
+    StoreChecksum, etag=TEXTS, version_id=st.none() | TEXTS, sha256=st.none() | TEXTS
+)
+FILES = st.builds(
+    FileFingerprint,
+    path=TEXTS,
+    size=WHOLE,
+    spans=st.lists(st.tuples(WHOLE, WHOLE)).map(tuple),
+    sha256=TEXTS,
+    checksum=CHECKSUMS,
+    whole=st.none() | TEXTS,
+)
+
+
+@given(st.lists(FILES).map(tuple))
+def test_a_fingerprint_s_json_is_canonical(files: tuple[FileFingerprint, ...]) -> None:
+    fingerprint = SourceFingerprint(files=files)
+    assert fingerprint.to_bytes() == rfc8785.dumps(fingerprint.model_dump(mode="json"))
+
+
+def test_two_files_with_one_header_are_told_apart_where_one_is_cut_off(tmp_path: Path) -> None:
+    save_file({"weight": np.zeros((64, 64), np.float32)}, tmp_path / "whole.safetensors")
+    data = (tmp_path / "whole.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:-1])
+    reader = LocalArtifacts(tmp_path)
+    header = read_header(reader, "whole.safetensors")
+    assert read_header(reader, "whole.safetensors").tensors is header.tensors
+    with pytest.raises(SourceError, match="cut off"):
+        read_header(reader, "cut.safetensors")
+    with pytest.raises(TypeError):
+        header.tensors["other"] = (0, 1)  # type: ignore[index]
