@@ -252,6 +252,10 @@ def test_deleted_versions_of_a_lock_are_none_at_a_server(client: MlflowClient, s
     found = store_of(client).registry.model_versions(name)
     assert [one.version for one in found] == [locks[0], locks[2]]
     assert store_of(client).registry.model_versions("nowhere") == []
+    assert store_of(client).registry.newest_version(name) == found[-1]
+    stock.delete_model_version(name, str(locks[2]))
+    assert store_of(client).registry.newest_version(name) == found[0]
+    assert store_of(client).registry.newest_version("nowhere") is None
 
 
 def reconcile(server: MlflowServer, name: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -75,6 +76,38 @@ PROMOTIONS = pytest.mark.parametrize("promote", [stage, alias])
 
 def uri_of(promote: Callable[..., None]) -> str:
     return "models:/bot/Staging" if promote is stage else "models:/bot@champion"
+
+
+def statements_of(work: Callable[[], None]) -> int:
+    """How many statements the databases of this process are sent meanwhile, without sqlite's own settings."""
+    sent: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if not statement.startswith("PRAGMA"):
+            sent.append(statement)
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        work()
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+    return len(sent)
+
+
+def test_what_a_promotion_asks_of_the_database_does_not_grow_with_the_registry(client: MlflowClient) -> None:
+    register_lock(base_lock())
+    components = fine_tune()
+    stage(client, log_fine_tune("bot", components))
+    first = log_fine_tune("bot", components)
+    few = statements_of(lambda: stage(client, first))
+    for seed in range(1, 6):
+        register_lock(base_lock(seed=seed))
+    for _ in range(4):
+        later = log_fine_tune("bot", components)
+        client.set_registered_model_alias("bot", f"candidate-{later}", str(later))
+    many = statements_of(lambda: stage(client, later))
+    assert few <= 38  # of which MLflow's own transition has 15
+    assert many <= few
 
 
 @PROMOTIONS
