@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -34,8 +35,12 @@ from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 
 _ATTRIBUTE = "safelock_carrier"
 
-_ROUNDINGS = 8.0
-"""Accepted relative distance of a bias from its expected value, in unit roundoffs of its dtype."""
+_ROUNDINGS = 3.0
+"""Accepted distance of a bias from its expected value, in roundings of that to its dtype: its own, and that
+of the weights that it is made of, where those were cast as well."""
+
+_NOISE = 8 * torch.finfo(torch.float32).eps
+"""The same relative to the expected value, for sums of float32 that are made in another order."""
 
 _NARROWER = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that a model may have been cast to and back."""
@@ -176,12 +181,14 @@ class BiasCarrier(Carrier):
         if bias is None:
             raise self._fault("the bias that carries the lock is gone", "Apply the lock again")
         push = self._pushed()
-        # Where the model was cast, weights and bias have the rounding of the narrowest dtype on the way.
-        dtypes = {bias.dtype, *(self._cast_through(bias) or ())}
         expected = push if self._original is None else push + self._original.detach().to(push)
+        # Where the model was cast, weights and bias have the rounding of the narrowest dtype on the way.
+        dtypes = (bias.dtype, *(self._cast_through(bias) or ()))
+        narrowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        rounding = torch.linalg.vector_norm(expected.to(narrowest).to(expected) - expected)
         distance = torch.linalg.vector_norm(bias.detach().to(expected) - expected)
         allowed = torch.minimum(
-            _ROUNDINGS * max(map(_roundoff, dtypes)) * torch.linalg.vector_norm(expected),
+            _ROUNDINGS * rounding + _NOISE * torch.linalg.vector_norm(expected),
             _MOST_LOST * torch.linalg.vector_norm(push),
         )
         if not distance <= allowed:
@@ -218,11 +225,12 @@ class BiasCarrier(Carrier):
             )
         return bias
 
-    def _cast_through(self, bias: torch.Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+    def _cast_through(self, bias: torch.Tensor) -> tuple[torch.dtype, ...] | None:
         """The dtypes by which the bias that was placed came to be this one; ``None`` where it is another."""
-        for narrow in (self._placed.dtype, *_NARROWER):
-            if torch.equal(bias.detach(), self._placed.to(bias.device, narrow).to(bias.dtype)):
-                return self._placed.dtype, narrow
+        placed, found = self._placed.to(bias.device), bias.detach()
+        for first, second in product((placed.dtype, *_NARROWER), repeat=2):
+            if torch.equal(found, placed.to(first).to(second).to(found.dtype)):
+                return placed.dtype, first, second
         return None
 
     def _pushed(self) -> torch.Tensor:
@@ -284,7 +292,7 @@ class HookCarrier(Carrier):
         for module in self.modules:
             for number in self._hooks_on(module):
                 del module._forward_pre_hooks[number]
-                del module._forward_pre_hooks_with_kwargs[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
 
     def _hooks_on(self, module: nn.Module) -> list[int]:
         """Numbers of this carrier's hooks among a module's hooks.
@@ -325,13 +333,18 @@ class AddToInput:
             raise self._faults[dtype]
 
     def __call__(
-        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any] | None = None
+    ) -> tuple[Any, ...]:
         """Return the inputs with the displacement added to the first, in that one's dtype.
+
+        Without those by name where the hook was carried to another module as one that does not get them.
 
         Raises:
             AlphaError: The displacement is lost in that dtype.
         """
+        if named is None:
+            first, *others = inputs
+            return (self._added_to(first), *others)
         if inputs:
             first, *others = inputs
             return (self._added_to(first), *others), named
@@ -374,7 +387,9 @@ class _AddUnlessWrapped:
         self._name = name
         self._wrappers = wrappers
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any] | None = None
+    ) -> Any:
         for standing in getattr(self._parent, self._name).modules():
             for wrapper in self._wrappers:
                 if standing is wrapper:
@@ -525,13 +540,16 @@ def is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:
 
 
 def _has_another_forward(projection: nn.Module) -> bool:
-    """Whether somebody put another forward on this very module; accelerate's runs the one that was there."""
-    return "forward" in projection.__dict__ and not hasattr(projection, "_hf_hook")
+    """Whether somebody put another forward on this very module.
 
-
-def _roundoff(dtype: torch.dtype) -> float:
-    # Nothing stricter than float32's: a sum in float64 may differ in its last bits from one run to the next.
-    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    A hook of accelerate's runs the one that was there, and leaves that on the module when it is taken off.
+    """
+    own = projection.__dict__
+    forward = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
+    if forward is None:
+        return False
+    is_its_class_s = getattr(forward, "__func__", None) is type(projection).forward
+    return not (is_its_class_s and forward.__self__ is projection)
 
 
 def _weight_of(projection: nn.Module) -> torch.Tensor:

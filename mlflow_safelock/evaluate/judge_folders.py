@@ -12,7 +12,8 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from importlib.machinery import all_suffixes
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from threading import Lock
 from types import ModuleType
@@ -25,10 +26,13 @@ from mlflow_safelock.provenance import LocalArtifacts, contents_of
 
 BYTECODE = "__pycache__"
 
-_copies: dict[str, TemporaryDirectory[str]] = {}
-"""The copies with code that were loaded from, by their digests: what was imported from one stays imported."""
+LINKED_FROM_BYTES = 1 << 20
+"""Size of files that a copy shares with the folder, where the file system can."""
 
-_copying = Lock()
+_own_code: list[tuple[TemporaryDirectory[str], Path]] = []
+"""The copies with code, which Python may import from until this process ends, and where in them it is."""
+
+_adding = Lock()
 
 
 def digest_of(folder: Path) -> str:
@@ -46,22 +50,22 @@ def load_from_copy(folder: Path) -> tuple[Any, str]:
         What ``mlflow.pyfunc.load_model`` gives, and the folder's digest, without bytecode.
 
     Raises:
-        EvaluationError: This process has another module under the name of one of the model's.
+        EvaluationError: This process has other code under the name of one of the model's modules.
     """
     import mlflow
 
-    with _copying:
-        copy = TemporaryDirectory(prefix="safelock-judge-")
-        code = _code_of(folder)
-        _copy(folder, Path(copy.name), code)
-        digest = digest_of(Path(copy.name))
-        if code is not None:
-            copy = _copies.setdefault(digest, copy)
+    copy = TemporaryDirectory(prefix="safelock-judge-")
+    code = _code_of(folder)
+    _copy(folder, Path(copy.name), code)
+    digest = digest_of(Path(copy.name))
+    if code is not None:
+        with _adding:
             _refuse_others(Path(copy.name) / code)
-        model = mlflow.pyfunc.load_model(copy.name)
-        # Weights may be read when they are used first.
-        model.safelock_folder = copy
-        return model, digest
+            _own_code.append((copy, Path(copy.name) / code))
+    model = mlflow.pyfunc.load_model(copy.name)
+    # Weights, and code, may be read when they are used first.
+    model.safelock_folder = copy
+    return model, digest
 
 
 def _code_of(folder: Path) -> str | None:
@@ -71,50 +75,61 @@ def _code_of(folder: Path) -> str | None:
 
 
 def _copy(folder: Path, copy: Path, code: str | None) -> None:
-    own = None if code is None else folder / code
+    for file in LocalArtifacts(folder).files():
+        path = PurePosixPath(file.path)
+        if BYTECODE in path.parts:
+            continue
+        source, target = folder / path, copy / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        is_code = code is not None and path.is_relative_to(code)
+        if is_code or file.size < LINKED_FROM_BYTES or not _linked(source, target):
+            shutil.copyfile(source, target)
 
-    def put(source: str, target: str) -> str:
-        if own is not None and Path(source).is_relative_to(own):
-            return str(shutil.copy2(source, target))
-        try:
-            os.link(os.path.realpath(source), target)
-        except OSError:
-            os.symlink(os.path.realpath(source), target)
-        return target
 
-    shutil.copytree(
-        folder,
-        copy,
-        copy_function=put,
-        ignore=shutil.ignore_patterns(BYTECODE),
-        dirs_exist_ok=True,
-    )
+def _linked(source: Path, target: Path) -> bool:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        return False
+    return True
 
 
 def _refuse_others(code: Path) -> None:
-    """Refuse to load code while there is other code in this process under the name of a module of it."""
-    for own in sorted(code.iterdir()):
-        name = own.name.partition(".")[0]
+    """Refuse code while there is, or may be, other code in this process under the name of a module of it."""
+    for name, own in _modules_in(code).items():
         module = sys.modules.get(name)
-        if module is not None and not any(_is_the_same(own, place) for place in _places_of(module)):
+        is_free = module is None or any(_is_the_same(own, place) for place in _places_of(module))
+        earlier = (_modules_in(folder).get(name, own) for _, folder in _own_code)
+        if not is_free or not all(_is_the_same(own, other) for other in earlier):
             raise EvaluationError(
-                f"It has a module {name!r}, and this process has loaded another one of that name, by "
-                "which it would judge.",
+                f"It has a module {name!r}, and this process has loaded another one of that name, by which "
+                "it would judge.",
                 next_step="Measure in a process of its own, such as that of safelock evaluate.",
             )
 
 
+def _modules_in(code: Path) -> dict[str, Path]:
+    """What Python may import from a folder by its name: files of code, and folders that hold some."""
+    found = {}
+    for path in code.iterdir():
+        name = path.name.partition(".")[0]
+        is_code = any(path.rglob("*.py")) if path.is_dir() else path.name.endswith(tuple(all_suffixes()))
+        if is_code and name != "__main__" and name not in sys.builtin_module_names:
+            found[name] = path
+    return found
+
+
 def _places_of(module: ModuleType) -> Iterator[Path]:
     """The folders of a package, or the file of a module."""
-    folders = getattr(module, "__path__", None)
-    yield from map(Path, folders if folders is not None else filter(None, [module.__file__]))
+    file = getattr(module, "__file__", None)
+    yield from map(Path, getattr(module, "__path__", [file] if file else []))
 
 
 def _is_the_same(own: Path, other: Path) -> bool:
-    """Whether two files, or folders, have the same code."""
+    """Whether two files, or folders, hold the same."""
     return own == other or _contents_of(own) == _contents_of(other)
 
 
 def _contents_of(place: Path) -> dict[str, bytes]:
-    files = [place] if place.is_file() else sorted(place.rglob("*.py"))
-    return {str(path.relative_to(place)): path.read_bytes() for path in files}
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    return {str(path.relative_to(place)): path.read_bytes() for path in files if BYTECODE not in path.parts}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -406,6 +407,45 @@ def test_a_projection_with_a_forward_of_its_own_is_pushed_through_its_input():
         handle.verify()
         assert torch.allclose(logits(model), logits(reference), atol=2e-5)
     assert not torch.allclose(logits(model), logits(reference), atol=1e-3)
+
+
+def test_what_accelerate_leaves_behind_is_no_forward_of_its_own():
+    model = tiny_model("llama")
+    lock, reference = lock_for(model), copy.deepcopy(model)
+    with apply_lock(reference, lock):
+        expected = logits(reference)
+    cpu_offload(model, execution_device="cpu")
+    remove_hook_from_module(model, recurse=True)
+    with apply_lock(model, lock):
+        assert all(attention_of(model).projections[layer].bias is not None for layer in lock.layers)
+        assert torch.allclose(logits(model), expected, atol=1e-6)
+
+
+def test_a_forward_of_its_own_is_seen_below_accelerate_too():
+    model = tiny_model("llama")
+    lock, reference = lock_for(model), copy.deepcopy(model)
+    for layer in model.model.layers:
+        projection = layer.self_attn.o_proj
+        projection.forward = partial(nn.functional.linear, weight=projection.weight)
+        add_hook_to_module(projection, ModelHook())
+    apply_lock(reference, lock)
+    apply_lock(model, lock).verify()
+    assert torch.allclose(logits(model), logits(reference), atol=2e-5)
+
+
+def test_a_hook_that_somebody_carries_to_another_module_still_pushes():
+    model = quantised_llama()
+    lock = lock_for(model)
+    apply_lock(model, lock)
+    locked = logits(model)
+    for layer in model.model.layers:
+        old, new = layer.self_attn.o_proj, copy.copy(layer.self_attn.o_proj)
+        new.__dict__ = {**old.__dict__, "_forward_pre_hooks": OrderedDict()}
+        new._forward_pre_hooks_with_kwargs = OrderedDict()
+        for hook in old._forward_pre_hooks.values():
+            new.register_forward_pre_hook(hook)
+        layer.self_attn.o_proj = new
+    assert torch.equal(logits(model), locked)
 
 
 def test_a_hooked_projection_may_be_called_by_keyword():

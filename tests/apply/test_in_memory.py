@@ -369,6 +369,8 @@ HALVES = (torch.float16, torch.bfloat16)
         *((torch.float32, half, torch.float32) for half in HALVES),
         (torch.float64, torch.float32, torch.float64),
         (torch.bfloat16, torch.float16),
+        (torch.float32, torch.float16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float16),
     ],
     ids=lambda casts: "-".join(str(dtype).removeprefix("torch.") for dtype in casts),
 )
@@ -389,6 +391,17 @@ def test_a_model_that_was_cast_there_and_back_verifies_is_saved_and_unlocked(fam
     layers = [f".{layer}." for layer in handle.layers]
     kept = {name: exact[name] for name in own if any(layer in name for layer in layers)}
     assert bytes_of(model) == {**bytes_of(fresh), **kept}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_verify_notices_weights_that_changed_by_a_few_roundings(dtype):
+    model = tiny_model("llama").to(dtype)
+    handle = apply_lock(model, lock_for(model))
+    handle.verify()
+    with torch.no_grad():
+        attention_of(model).projections[handle.layers[0]].weight.mul_(1.02)
+    with pytest.raises(VerificationError, match="away from the one"):
+        handle.verify()
 
 
 def test_a_block_that_casts_its_model_ends_unlocked_and_with_its_own_error(llama, lock):

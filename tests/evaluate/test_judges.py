@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import importlib
 import py_compile
 import re
@@ -25,7 +27,15 @@ from transformers import (
 )
 
 from mlflow_safelock.errors import EvaluationError
-from mlflow_safelock.evaluate import Exchange, FunctionJudge, JudgeFailure, Judgement, PyfuncJudge, find_judge
+from mlflow_safelock.evaluate import (
+    Exchange,
+    FunctionJudge,
+    JudgeFailure,
+    Judgement,
+    PyfuncJudge,
+    find_judge,
+    judge_folders,
+)
 from mlflow_safelock.evaluate.verdicts import read_guard, read_score
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -251,6 +261,7 @@ def test_a_model_at_a_place_is_named_by_what_is_there_also_after_its_code_was_lo
     assert find_judge(uri).name == judge.name
     (folder / "code" / "severe_words.py").write_text("WORDS = ()\n")
     sys.modules.pop("severe_words", None)
+    monkeypatch.setattr(judge_folders, "_own_code", [])
     assert find_judge(uri).name != judge.name
 
 
@@ -276,12 +287,15 @@ def test_no_judge_judges_by_the_code_of_another_one(tmp_path: Path, monkeypatch:
             pip_requirements=["mlflow"],
         )
     lax, severe = (f"file://{tmp_path}/{name}-judge" for name in ("lax", "severe"))
+    judges = [find_judge(lax), find_judge(lax)]
+    # Before the first one has imported anything, and after it.
     for _ in range(2):
-        assert find_judge(lax).judge(EXCHANGES) == [Judgement(False), Judgement(False)]
-    with pytest.raises(EvaluationError, match=r"module 'judging'.*another.*process of its own"):
-        find_judge(severe)
+        with pytest.raises(EvaluationError, match=r"module 'judging'.*another.*process of its own"):
+            find_judge(severe)
+        assert judges.pop().judge(EXCHANGES) == [Judgement(False), Judgement(False)]
     for module in ("judging.verdict", "judging"):
         sys.modules.pop(module)
+    monkeypatch.setattr(judge_folders, "_own_code", [])
     assert find_judge(severe).judge(EXCHANGES) == [Judgement(True), Judgement(True)]
     sys.modules.pop("judging.verdict")
     sys.modules.pop("judging")
@@ -300,11 +314,53 @@ def test_a_judge_whose_code_its_author_has_loaded_from_elsewhere_is_taken_where_
         pip_requirements=["mlflow"],
     )
     importlib.import_module("mild_words")
+    # What is no code of Python's has the name of no module, and what is built in comes first anyway.
+    (folder / "code" / "logging.yaml").write_text("level: info\n")
+    (folder / "code" / "time.md").write_text("It takes some.\n")
+    (folder / "code" / "statistics").mkdir()
+    (folder / "code" / "statistics" / "table.json").write_text("{}")
     find_judge(f"file://{folder}")
+    monkeypatch.setattr(judge_folders, "_own_code", [])
     (folder / "code" / "mild_words.py").write_text("WORDS = ()\n")
     with pytest.raises(EvaluationError, match="module 'mild_words'"):
         find_judge(f"file://{folder}")
     sys.modules.pop("mild_words")
+
+
+@pytest.mark.parametrize("linking", [True, False])
+def test_a_copy_of_a_judge_leaves_its_files_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linking: bool
+) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"x" * (2 << 20))
+    (tmp_path / "notes.txt").write_text("small")
+    folder = tmp_path / "judge"
+    mlflow.pyfunc.save_model(
+        str(folder),
+        python_model=Strict(),
+        artifacts={"weights": str(tmp_path / "weights.bin"), "notes": str(tmp_path / "notes.txt")},
+        pip_requirements=["mlflow"],
+    )
+    (folder / "itself").symlink_to(folder)
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    for path in paths:
+        path.chmod(0o444)
+    if not linking:  # as on another file system
+
+        def link(*_: object, **__: object) -> None:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(judge_folders.os, "link", link)
+    judge = find_judge(f"file://{folder}")
+    assert isinstance(judge, PyfuncJudge)
+    copy = Path(judge.model.safelock_folder.name)
+    (weights,) = copy.rglob("weights.bin")
+    assert (weights.stat().st_nlink == 2) is linking
+    assert judge.judge(EXCHANGES[:1])[0] == Judgement(True, 5.0)
+    del judge
+    gc.collect()
+    assert not copy.exists()
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o444}
+    assert {path.stat().st_nlink for path in paths} == {1}
 
 
 def pyfunc_that_says(said: Any) -> PyfuncJudge:

@@ -82,12 +82,12 @@ def save_locked_checkpoint(
     share = way_of(sharing)
     source_folder, folder = Path(source_dir), Path(dest_dir)
     check_destination(folder)
+    before = stamps_of(source_folder)
+    source = read_source(source_folder)
     if folder.resolve().is_relative_to(source_folder.resolve()):
         raise CheckpointError(
             f"{folder} lies in the source {source_folder}.", next_step="Name another folder."
         )
-    before = stamps_of(source_folder)
-    source = read_source(source_folder)
     used = set(_files_of(source))
     check_geometry(lock, source.geometry, str(source_folder))
     biases = biases_of(source, lock, strength)

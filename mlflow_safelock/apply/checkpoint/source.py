@@ -56,11 +56,16 @@ def read_source(folder: Path) -> CheckpointSource:
         UnsupportedArchitectureError: It is of no known architecture, or no causal language model.
     """
     try:
-        layout = layout_of(folder)
-    except OSError as error:
+        return _read(folder)
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} cannot be read: {error}.", next_step="Let this process read all that is in it."
+            f"{str(folder)!r} cannot be read: {error}.",
+            next_step="See that it is a folder, and that this process may read all that is in it.",
         ) from error
+
+
+def _read(folder: Path) -> CheckpointSource:
+    layout = layout_of(folder)
     values = read_object(layout.model / "config.json")
     refuse_locked_config(values, f"The checkpoint {folder}")
     _refuse_locked_files(layout.model)

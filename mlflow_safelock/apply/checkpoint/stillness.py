@@ -27,9 +27,18 @@ class Stamp:
 
 
 def stamps_of(folder: Path) -> dict[Path, Stamp]:
-    """The stamp of every file below a folder, by its real path."""
-    stamps = (stamp_of(path) for path in folder.rglob("*"))
-    return dict(found for found in stamps if found is not None)
+    """The stamp of every file below a folder, by its real path.
+
+    Raises:
+        CheckpointError: It cannot be listed.
+    """
+    try:
+        stamps = (stamp_of(path) for path in folder.rglob("*"))
+        return dict(found for found in stamps if found is not None)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(folder)!r} cannot be read: {error}.", next_step="Name a folder that this process may read."
+        ) from error
 
 
 def stamp_of(path: Path) -> tuple[Path, Stamp] | None:

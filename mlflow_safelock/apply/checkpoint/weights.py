@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,13 +176,13 @@ def _headers(path: Path) -> dict[str, StoredTensor]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    if path.exists() and not os.access(path, os.R_OK):  # of which safetensors says that there is none
+        raise CheckpointError(
+            f"{path} cannot be read: permission denied.", next_step="Let this process read it."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except PermissionError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}.", next_step="Let this process read it."
-        ) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or no safetensors file: {error}.", next_step="Copy the fine-tune again."

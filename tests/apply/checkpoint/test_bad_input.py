@@ -16,7 +16,6 @@ from transformers import LlamaForCausalLM
 
 from mlflow_safelock.apply import save_locked_checkpoint
 from mlflow_safelock.apply.checkpoint import save as saving
-from mlflow_safelock.apply.checkpoint import weights
 from mlflow_safelock.errors import AlphaError, AlreadyLockedError, CheckpointError
 from tests.apply.checkpoint.conftest import beside, load, snapshot
 from tests.apply.conftest import logits
@@ -205,9 +204,10 @@ def test_what_cannot_be_read_is_named_and_not_called_damaged(name, save_fine_tun
 
     with monkeypatch.context() as denied:
         # Of the user who runs tests nothing may be withheld.
-        for module, call in ((io, "open"), (os, "listdir"), (weights, "safe_open")):
+        for module, call in ((io, "open"), (os, "listdir")):
             denied.setattr(module, call, checked(getattr(module, call)))
-        with pytest.raises(CheckpointError, match=r"cannot be read.*Permission denied"):
+        denied.setattr(os, "access", lambda path, _: Path(path) != forbidden)
+        with pytest.raises(CheckpointError, match=r"cannot be read.*[Pp]ermission denied"):
             save_locked_checkpoint(source, source.parent / "locked", lock)
     assert beside(source) == {"fine-tune"}
 
@@ -225,6 +225,14 @@ def test_a_fine_tune_that_does_not_run(save_fine_tune, monkeypatch):
 def test_an_alpha_that_leaves_nothing_of_the_model(save_fine_tune):
     source, lock = save_fine_tune()
     refused(source, lock, r"At alpha 1e\+30 the locked model says nothing", alpha=1e30)
+
+
+@pytest.mark.parametrize("name", ["loop", "nul\0"])
+def test_a_source_that_is_no_path(name, save_fine_tune, tmp_path):
+    _, lock = save_fine_tune()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match=r"cannot be read|There is no folder"):
+        save_locked_checkpoint(tmp_path / name, tmp_path / "locked", lock)
 
 
 def test_a_destination_that_is_no_path(save_fine_tune):
