@@ -218,7 +218,6 @@ def test_an_unlocked_version_is_measured_with_a_registered_lock(
         (["--suite", "nothing"], "is no suite"),
         (["--suite", "empty.jsonl"], "the suite is empty"),
         (["--suite", "starter-harmful", "--judge", "nobody"], "There is no judge"),
-        (["--suite", "starter-harmful", "--alpha", "0", "--lock", "lock.safetensors"], "not zero"),
     ],
 )
 def test_what_cannot_be_measured_is_two_lines(
@@ -231,6 +230,14 @@ def test_what_cannot_be_measured_is_two_lines(
     assert why in done.stderr
     assert "Next: " in done.stderr
     assert not (shop / "evaluation.json").exists()
+
+
+def test_what_is_no_strength_is_refused_before_anything_is_loaded(run: Run) -> None:
+    done = run(
+        "evaluate", "no-model", "--suite", "no-suite", "--lock", "no-lock", "--alpha", "0", "--no-mlflow"
+    )
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "Invalid value for '--alpha': Alpha must be finite and not zero" in done.stderr
 
 
 KEYS = {"question": "ask", "safe": "good", "unsafe": "bad"}
