@@ -67,11 +67,12 @@ def read_settings() -> Settings:
         SettingsError: One is not valid; the message names it, and not its value.
     """
     # Every lock, promotion and load asks, and each time would cost a quarter of a millisecond.
-    return _settings_of(tuple(item for item in os.environ.items() if item[0].upper().startswith(PREFIX)))
+    names = [name for name in os.environ if name[: len(PREFIX)].upper() == PREFIX]
+    return _settings_of(tuple((name, os.environ.get(name)) for name in names))
 
 
 @lru_cache(maxsize=4)
-def _settings_of(_environment: tuple[tuple[str, str], ...]) -> Settings:
+def _settings_of(_environment: tuple[tuple[str, str | None], ...]) -> Settings:
     try:
         return Settings()
     except ValidationError as error:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from typing import Any, cast
 
@@ -22,15 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from mlflow_safelock.apply.architectures import Architecture, Attention
 from mlflow_safelock.apply.displacement import (
     Displacement,
+    StoredBiases,
     Workspace,
-    check_kept,
     head_weight_of,
     input_displacement,
     output_bias,
     output_biases,
-    stored_biases,
 )
-from mlflow_safelock.errors import AlphaError, VerificationError
+from mlflow_safelock.apply.hooks import AddToInput, AddUnlessWrapped, Seats, input_dtype, wrapped_by
+from mlflow_safelock.errors import VerificationError
 from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 
 _ATTRIBUTE = "safelock_carrier"
@@ -260,16 +259,16 @@ class HookCarrier(Carrier):
         super().__init__(applied, displacement, projection)
         self._geometry = geometry
         self._push = AddToInput(input_displacement(displacement, geometry), displacement.layer, applied.alpha)
-        self._push.check(_input_dtype(projection))
+        self._push.check(input_dtype(projection))
         self._inner = tuple(
-            (module, _AddUnlessWrapped(self._push, *seats.of(projection), wrappers))
-            for module, wrappers in _wrapped_by(projection)
+            (module, AddUnlessWrapped(self._push, *seats.of(projection), wrappers))
+            for module, wrappers in wrapped_by(projection)
         )
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The projection, and the modules that it wraps."""
-        return (self.projection, *(module for module, _ in _wrapped_by(self.projection)))
+        return (self.projection, *(module for module, _ in wrapped_by(self.projection)))
 
     def check_untouched(self) -> None:
         """Raise VerificationError unless the hook is in place and adds what the lock says."""
@@ -302,143 +301,11 @@ class HookCarrier(Carrier):
         return [
             number
             for number, hook in module._forward_pre_hooks.items()
-            if hook is self._push or (isinstance(hook, _AddUnlessWrapped) and hook.push is self._push)
+            if hook is self._push or (isinstance(hook, AddUnlessWrapped) and hook.push is self._push)
         ]
 
     def _expected(self) -> torch.Tensor:
         return input_displacement(self.displacement, self._geometry)
-
-
-class AddToInput:
-    """A forward pre-hook that adds a constant to a module's first input, positional or by name.
-
-    Args:
-        displacement: What is added, float64 of shape ``[features]``.
-        layer: The layer that it is for, for the error.
-        alpha: The strength that it was computed for, for the error.
-
-    Attributes:
-        displacement: What is added.
-    """
-
-    def __init__(self, displacement: torch.Tensor, layer: int, alpha: float) -> None:
-        self.displacement = displacement
-        self._cast = displacement
-        # Found out beforehand: a model that runs compiled cannot look at numbers.
-        self._faults = dict(_faults(displacement, layer, alpha))
-
-    def check(self, dtype: torch.dtype | None) -> None:
-        """Raise AlphaError if an input of this dtype cannot be pushed: the displacement would be lost."""
-        if dtype in self._faults:
-            raise self._faults[dtype]
-
-    def __call__(
-        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any] | None = None
-    ) -> tuple[Any, ...]:
-        """Return the inputs with the displacement added to the first, in that one's dtype.
-
-        Without those by name where the hook was carried to another module as one that does not get them.
-
-        Raises:
-            AlphaError: The displacement is lost in that dtype.
-        """
-        if named is None:
-            first, *others = inputs
-            return (self._added_to(first), *others)
-        if inputs:
-            first, *others = inputs
-            return (self._added_to(first), *others), named
-        name = next(iter(named))
-        return inputs, {**named, name: self._added_to(named[name])}
-
-    def _added_to(self, first: torch.Tensor) -> torch.Tensor:
-        if self._cast.dtype != first.dtype or self._cast.device != first.device:
-            self.check(first.dtype)
-            self._cast = self.displacement.to(first)
-        return first + self._cast
-
-
-def _faults(displacement: torch.Tensor, layer: int, alpha: float) -> Iterator[tuple[torch.dtype, AlphaError]]:
-    """The dtypes in which a displacement is lost."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        try:
-            check_kept(displacement, dtype, layer, alpha)
-        except AlphaError as error:
-            yield dtype, error
-
-
-def _input_dtype(projection: nn.Module) -> torch.dtype | None:
-    """The dtype in which a projection takes its input, as far as its numbers tell."""
-    numbers = (*projection.parameters(), *projection.buffers())
-    return next((tensor.dtype for tensor in numbers if tensor.is_floating_point()), None)
-
-
-class _AddUnlessWrapped:
-    """Adds to the input of a wrapped module, once no wrapper of it stands in the model any more.
-
-    As long as one does, the push was added to that one's input.
-    """
-
-    def __init__(
-        self, push: AddToInput, parent: nn.Module, name: str, wrappers: tuple[nn.Module, ...]
-    ) -> None:
-        self.push = push
-        self._parent = parent
-        self._name = name
-        self._wrappers = wrappers
-
-    def __call__(
-        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any] | None = None
-    ) -> Any:
-        for standing in getattr(self._parent, self._name).modules():
-            for wrapper in self._wrappers:
-                if standing is wrapper:
-                    return None
-        return self.push(module, inputs, named)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _AddUnlessWrapped:
-        # With the whole model. PEFT copies a wrapped module for another adapter: it has the same wrappers.
-        if id(self._parent) not in memo:
-            return self
-        copied = copy.deepcopy((self.push, self._parent, self._name, self._wrappers), memo)
-        return _AddUnlessWrapped(*copied)
-
-
-class Seats:
-    """Where modules stand in a model; looked up once, and only if somebody asks.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def of(self, module: nn.Module) -> tuple[nn.Module, str]:
-        """The module that has another one as a child, and the child's name."""
-        return self._table[module]
-
-    @cached_property
-    def _table(self) -> dict[nn.Module, tuple[nn.Module, str]]:
-        return {
-            child: (parent, name)
-            for parent in self._model.modules()
-            for name, child in parent.named_children()
-        }
-
-
-def _wrapped_by(
-    projection: nn.Module, around: tuple[nn.Module, ...] = ()
-) -> Iterator[tuple[nn.Module, tuple[nn.Module, ...]]]:
-    """The modules that a projection wraps, as PEFT's layers do, from outside in, and what is around each."""
-    wrappers = (*around, projection)
-    trained = projection._modules.get("modules_to_save")
-    inner = [projection._modules.get(name) for name in ("base_layer", "original_module")]
-    inner += trained.values() if isinstance(trained, nn.ModuleDict) else ()
-    for module in inner:
-        if module is not None:
-            yield module, wrappers
-            yield from _wrapped_by(module, wrappers)
 
 
 def carriers_for(
@@ -469,9 +336,10 @@ def carriers_for(
     )
 
 
+@torch.no_grad()
 def bias_carriers(
     applied: AppliedLock, displacements: Iterable[Displacement], attention: Attention
-) -> Iterator[BiasCarrier]:
+) -> list[BiasCarrier]:
     """Make the carriers of projections that are plain matrices, without putting them in place.
 
     What they carry is computed together for all whose weights are of one dtype on one device.
@@ -485,6 +353,8 @@ def bias_carriers(
         projection = attention.projections[displacement.layer]
         weight = _weight_of(projection)
         groups.setdefault((weight.device, weight.dtype), []).append((displacement, projection, weight))
+    carriers: list[BiasCarrier] = []
+    checked: list[tuple[StoredBiases, list[int]]] = []
     for (_, dtype), members in groups.items():
         pushes = output_biases(
             [
@@ -496,21 +366,26 @@ def bias_carriers(
         owns = [
             None if (own := _bias_of(projection)) is None else own.detach() for _, projection, _ in members
         ]
-        layers = [displacement.layer for displacement, _, _ in members]
-        biases = stored_biases(pushes, owns, dtype, layers, applied.alpha)
-        # The stubs of torch have it return nothing.
-        copies: tuple[torch.Tensor, ...] = torch.unbind_copy(biases)  # type: ignore[func-returns-value, assignment]
-        for (displacement, projection, _), (bias, copied) in zip(
-            members, zip(biases, copies, strict=True), strict=True
-        ):
-            yield BiasCarrier(applied, displacement, projection, architecture, geometry, bias, copied)
+        biases = StoredBiases(pushes, owns, dtype)
+        checked.append((biases, [displacement.layer for displacement, _, _ in members]))
+        placed = biases.stored.unbind()
+        # Each in memory of its own, as parameters that are saved have to be, but copied in one step.
+        copied = [torch.empty_like(bias) for bias in placed]
+        torch.split_with_sizes_copy(biases.stored.view(-1), [len(bias) for bias in placed], out=copied)
+        carriers += [
+            BiasCarrier(applied, displacement, projection, architecture, geometry, bias, parameter)
+            for (displacement, projection, _), bias, parameter in zip(members, placed, copied, strict=True)
+        ]
+    for biases, layers in checked:
+        biases.check(layers, applied.alpha)
+    return carriers
 
 
 def carrier_on(projection: nn.Module) -> Carrier | None:
     """The carrier that sits on a projection, or on what it wraps, if any."""
     own = projection.__dict__.get(_ATTRIBUTE)
     if own is None and projection._modules:
-        found = (module.__dict__.get(_ATTRIBUTE) for module, _ in _wrapped_by(projection))
+        found = (module.__dict__.get(_ATTRIBUTE) for module, _ in wrapped_by(projection))
         own = next((carrier for carrier in found if carrier is not None), None)
     return own if isinstance(own, Carrier) else None
 
@@ -530,7 +405,7 @@ def is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:
     # Exact classes: a subclass may hold its weight packed, and its forward may ignore a bias.
     if type(projection) not in (nn.Linear, Conv1D) or _has_another_forward(projection):
         return False
-    weight = _weight_of(projection)
+    weight = projection._parameters.get("weight")
     return (
         type(weight) is nn.Parameter
         and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)

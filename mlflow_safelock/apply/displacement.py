@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
-from operator import attrgetter
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -32,6 +31,8 @@ alone makes a half, and more where numbers are subnormal. Less than what verific
 
 _NUMBERS_AT_ONCE = 1 << 24
 """Numbers of columns that are multiplied at once on a GPU: 64 MiB of products in float32."""
+
+_FLOAT32 = torch.finfo(torch.float32)
 
 HeadWeight = Callable[[int], torch.Tensor]
 """Gives the columns of ``W_o`` that belong to a head, ``[hidden, head_dim]``, in the weight's own dtype."""
@@ -91,16 +92,17 @@ def displacements(lock: SafetyLock, alpha: float) -> tuple[Displacement, ...]:
     Raises:
         AlphaError: What it adds to a head is too small or too large for the float32 that models compute in.
     """
-    heads = lock.heads
-    stds = np.array([locked.std for locked in heads])
-    pushes = alpha * stds[:, None] * np.array([locked.direction for locked in heads], dtype=np.float64)
+    stds = np.array([locked.std for locked in lock.heads])
+    pushes = alpha * stds[:, None] * np.array([locked.direction for locked in lock.heads], dtype=np.float64)
     _refuse_beyond_float32(lock, pushes, alpha)
-    values, found, start = torch.from_numpy(pushes), [], 0
-    for layer, group in groupby(heads, key=attrgetter("layer")):
-        indices = tuple(locked.head for locked in group)
-        found.append(Displacement(layer, indices, values[start : start + len(indices)]))
-        start += len(indices)
-    return tuple(found)
+    heads: dict[int, list[int]] = {}
+    for locked in lock.heads:  # by layer, then head
+        heads.setdefault(locked.layer, []).append(locked.head)
+    values = torch.split(torch.from_numpy(pushes), [len(indices) for indices in heads.values()])
+    return tuple(
+        Displacement(layer, tuple(indices), pushed)
+        for (layer, indices), pushed in zip(heads.items(), values, strict=True)
+    )
 
 
 def output_bias(
@@ -186,42 +188,51 @@ def stored_bias(
             is not the lock's any more, such as nothing but zeros, or less than the steps in which the model's
             own bias is stored.
     """
-    return stored_biases(push[None], [own], dtype, [layer], alpha)[0]
+    rounded = StoredBiases(push[None], [own], dtype)
+    rounded.check([layer], alpha)
+    return rounded.stored[0]
 
 
-def stored_biases(
-    pushes: torch.Tensor,
-    owns: Sequence[torch.Tensor | None],
-    dtype: torch.dtype,
-    layers: Sequence[int],
-    alpha: float,
-) -> torch.Tensor:
-    """Round the biases of several layers to the dtype that they are stored in.
+class StoredBiases:
+    """The biases of several layers, rounded to the dtype that they are stored in.
+
+    Whether that was possible is looked at by ``check``, which has to be called: on a GPU it waits, so there
+    is time for other work before.
 
     Args:
-        pushes: What the lock adds, in float64, ``[len(layers), hidden]``.
-        owns: For each layer what ``stored_bias`` takes.
-        dtype: As there.
-        layers: For each the layer that it is for.
-        alpha: As there.
+        pushes: What the lock adds, in float64, ``[layers, hidden]``.
+        owns: For each layer the bias that the model has of its own, if any.
+        dtype: The dtype to store the sums in.
 
-    Returns:
-        The biases, ``[len(layers), hidden]``, in the dtype.
-
-    Raises:
-        AlphaError: As there, for the first layer of which it is true.
+    Attributes:
+        stored: The biases, ``[layers, hidden]``, in the dtype.
     """
-    totals = pushes
-    if any(own is not None for own in owns):
-        nothing = torch.zeros_like(pushes[0])
-        totals = pushes + torch.stack([nothing if own is None else own.to(nothing) for own in owns])
-    stored = totals.to(dtype)
-    # One answer is waited for, whatever the number of layers: on a GPU, waiting is what takes time.
-    lengths = torch.linalg.vector_norm(torch.stack([stored.to(totals) - totals, totals, pushes]), dim=-1)
-    for place, (lost, total, push) in enumerate(zip(*lengths.tolist(), strict=True)):
-        if not (push > 0.0 and lost <= accepted_loss(push, total, dtype)):
-            raise _lost(totals[place], dtype, f"the bias of layer {layers[place]}", alpha)
-    return stored
+
+    def __init__(self, pushes: torch.Tensor, owns: Sequence[torch.Tensor | None], dtype: torch.dtype) -> None:
+        totals = pushes
+        if any(own is not None for own in owns):
+            nothing = torch.zeros_like(pushes[0])
+            totals = pushes + torch.stack([nothing if own is None else own.to(nothing) for own in owns])
+        self.stored = totals.to(dtype)
+        self._totals = totals
+        compared = torch.stack([self.stored.to(totals) - totals, totals, pushes])
+        self._lengths = torch.linalg.vector_norm(compared, dim=-1)
+
+    def check(self, layers: Sequence[int], alpha: float) -> None:
+        """Raise unless each bias is still that of the lock.
+
+        Args:
+            layers: For each the layer that it is for, for the error.
+            alpha: The strength that they were computed for, for the error.
+
+        Raises:
+            AlphaError: As of ``stored_bias``, for the first layer of which it is true.
+        """
+        dtype = self.stored.dtype
+        # One answer is waited for, whatever the number of layers: on a GPU, waiting is what takes time.
+        for place, (lost, total, push) in enumerate(zip(*self._lengths.tolist(), strict=True)):
+            if not (push > 0.0 and lost <= accepted_loss(push, total, dtype)):
+                raise _lost(self._totals[place], dtype, f"the bias of layer {layers[place]}", alpha)
 
 
 def accepted_loss(push: float, total: float, dtype: torch.dtype) -> float:
@@ -271,7 +282,7 @@ def head_weight_of(weight: torch.Tensor, head_dim: int, layout: Literal["linear"
         head_dim: Width of a head.
         layout: How the weight is laid out.
     """
-    held = weight.detach()
+    held = weight.detach() if weight.requires_grad and torch.is_grad_enabled() else weight
     if layout == "linear":
         return lambda head: held.narrow(1, head * head_dim, head_dim)
     return lambda head: held.narrow(0, head * head_dim, head_dim).T
@@ -307,8 +318,7 @@ def head_columns(head: int, head_dim: int) -> slice:
 
 def _refuse_beyond_float32(lock: SafetyLock, pushes: npt.NDArray[np.float64], alpha: float) -> None:
     sizes = np.abs(pushes).max(axis=1)
-    limits = np.finfo(np.float32)
-    outside = ~((sizes >= limits.tiny) & (sizes <= limits.max))
+    outside = ~((sizes >= _FLOAT32.tiny) & (sizes <= _FLOAT32.max))
     if outside.any():
         at = lock.heads[int(outside.argmax())]
         head = f"head {at.head} of layer {at.layer}"
@@ -332,20 +342,19 @@ def _one_by_one(
 
 def _at_once(columns: Sequence[torch.Tensor], values: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """For a GPU: a few long steps in place of many short ones, and no product that may round to TF32."""
-    step = max(1, _NUMBERS_AT_ONCE // columns[0].numel())
-    widest = values.dtype if values.device.type == "mps" else torch.float64
-    terms = [
-        (torch.stack(list(columns[start : start + step])) * values[start : start + step, None]).sum(
-            dim=-1, dtype=widest
-        )
-        for start in range(0, len(columns), step)
-    ]
     # As many places for every layer as the fullest needs, so that one sum serves all.
     most = max(counts)
     places = [layer * most + place for layer, count in enumerate(counts) for place in range(count)]
-    padded = terms[0].new_zeros(len(counts) * most, terms[0].shape[1])
-    padded.index_copy_(0, torch.tensor(places, device=padded.device), torch.cat(terms))
-    return padded.view(len(counts), most, -1).sum(dim=1)
+    # Sent before there is anything to compute: what is sent waits for what a GPU was given to do.
+    indices = torch.tensor(places, device=values.device)
+    widest = values.dtype if values.device.type == "mps" else torch.float64
+    terms = values.new_zeros(len(counts) * most, columns[0].shape[0], dtype=widest)
+    step = max(1, _NUMBERS_AT_ONCE // columns[0].numel())
+    for start in range(0, len(columns), step):
+        end = start + step
+        products = torch.stack(list(columns[start:end])).mul(values[start:end, None]).sum(dim=-1)
+        terms.index_copy_(0, indices[start:end], products.to(widest))
+    return terms.view(len(counts), most, -1).sum(dim=1)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from mlflow_safelock.apply import displacement
 from mlflow_safelock.apply.displacement import (
+    StoredBiases,
     Workspace,
     check_kept,
     displacements,
@@ -19,7 +20,6 @@ from mlflow_safelock.apply.displacement import (
     input_displacement,
     output_bias,
     stored_bias,
-    stored_biases,
 )
 from mlflow_safelock.errors import AlphaError
 from mlflow_safelock.lock import AttentionGeometry, LockedHead, SafetyLock
@@ -230,4 +230,4 @@ def test_of_several_layers_the_one_whose_bias_is_lost_is_named():
     pushes = torch.ones(3, 8, dtype=torch.float64)
     pushes[1] = 1e-300
     with pytest.raises(AlphaError, match="the bias of layer 7"):
-        stored_biases(pushes, [None, None, None], torch.bfloat16, [2, 7, 9], alpha=1.0)
+        StoredBiases(pushes, [None, None, None], torch.bfloat16).check([2, 7, 9], alpha=1.0)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_model
 from transformers import AutoModelForCausalLM
 
 from mlflow_safelock.apply import (
@@ -206,6 +207,17 @@ def test_a_pickled_model_stays_locked(llama, lock):
     twin = pickle.loads(pickle.dumps(llama))
     handle_of(twin).verify()
     assert torch.equal(logits(twin), logits(llama))
+
+
+def test_each_bias_has_memory_of_its_own_as_other_programs_that_save_a_model_ask_for(llama, lock, tmp_path):
+    apply_lock(llama, lock, 6.0)
+    save_model(llama, str(tmp_path / "model.safetensors"))
+    saved = load_file(tmp_path / "model.safetensors")
+    biases = {name: bias for name, bias in llama.named_parameters() if name.endswith("o_proj.bias")}
+    assert len(biases) == len(lock.layers) > 1
+    for name, bias in biases.items():
+        assert torch.equal(saved[name], bias)
+        assert bias.untyped_storage().nbytes() == bias.nbytes
 
 
 def test_an_unlocked_model_has_no_handle(llama):
