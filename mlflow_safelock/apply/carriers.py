@@ -161,12 +161,28 @@ class BiasCarrier(Carrier):
         """The bias that the model has of its own, ``[hidden]``; ``None`` where it has none."""
         return None if self._original is None else self._original.detach()
 
+    def in_place(self) -> nn.Parameter | None:
+        """The bias in place.
+
+        Raises:
+            VerificationError: It, or the weight, is somewhere else between two uses.
+        """
+        bias, weight = _bias_of(self.projection), _weight_of(self.projection)
+        if weight.is_meta or (bias is not None and bias.is_meta):
+            raise self._fault(
+                "its output projection was offloaded after it was locked, so there is no looking at it, nor "
+                "taking the lock off",
+                "Take accelerate's hooks off first, accelerate.hooks.remove_hook_from_module(model, "
+                "recurse=True); a model that is offloaded before it is locked is looked at as any other",
+            )
+        return bias
+
     def check_untouched(self) -> None:
         """Raise VerificationError unless the bias in place is, to the last bit, the one put there.
 
         But for casts, of which the last ones show in it.
         """
-        bias = self._bias_here()
+        bias = self.in_place()
         if bias is None or self._cast_through(bias) is None:
             raise self._fault(
                 "the bias that carries the lock was changed or taken away, so there is no saying what "
@@ -176,7 +192,7 @@ class BiasCarrier(Carrier):
 
     def verify(self) -> None:
         """Raise VerificationError unless the bias is ``W_o v`` (plus the bias before), but for rounding."""
-        bias = self._bias_here()
+        bias = self.in_place()
         if bias is None:
             raise self._fault("the bias that carries the lock is gone", "Apply the lock again")
         push = self._pushed()
@@ -207,22 +223,6 @@ class BiasCarrier(Carrier):
             # The model may have been moved or cast in the meantime, and this parameter was not in it.
             original.data = original.data.to(current)
         self.projection.register_parameter("bias", original)
-
-    def _bias_here(self) -> nn.Parameter | None:
-        """The bias in place.
-
-        Raises:
-            VerificationError: It, or the weight, is somewhere else between two uses.
-        """
-        bias, weight = _bias_of(self.projection), _weight_of(self.projection)
-        if weight.is_meta or (bias is not None and bias.is_meta):
-            raise self._fault(
-                "its output projection was offloaded after it was locked, so there is no looking at it, nor "
-                "taking the lock off",
-                "Take accelerate's hooks off first, accelerate.hooks.remove_hook_from_module(model, "
-                "recurse=True); a model that is offloaded before it is locked is looked at as any other",
-            )
-        return bias
 
     def _cast_through(self, bias: torch.Tensor) -> tuple[torch.dtype, ...] | None:
         """The dtypes by which the bias that was placed came to be this one; ``None`` where it is another."""

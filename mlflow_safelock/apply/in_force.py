@@ -28,23 +28,27 @@ def pushes_in_force(model: nn.Module) -> dict[int, torch.Tensor]:
         ``[hidden]`` by layer, in the model's dtype or wider, on the CPU.
 
     Raises:
-        VerificationError: A projection cannot be called.
+        VerificationError: A projection cannot be called, or the bias of one is gone or offloaded.
     """
     pushes, attention = {}, attention_of(model)
     for layer, projection in enumerate(attention.projections):
         carrier = carrier_on(projection)
         if isinstance(carrier, BiasCarrier):
-            pushes[layer] = _added(projection, carrier)
+            pushes[layer] = _added(carrier)
         elif carrier is not None:
             push = input_displacement(carrier.displacement, attention.geometry)
             pushes[layer] = _asked(projection, push, layer, model)
     return pushes
 
 
-def _added(projection: nn.Module, carrier: BiasCarrier) -> torch.Tensor:
-    bias, own = projection.bias, carrier.own_bias
-    assert isinstance(bias, torch.Tensor)
-    whole = bias.cpu().double()
+def _added(carrier: BiasCarrier) -> torch.Tensor:
+    bias, own = carrier.in_place(), carrier.own_bias
+    if bias is None:
+        layer = carrier.displacement.layer
+        raise VerificationError(
+            f"Layer {layer}: the bias that carries the lock is gone.", next_step="Load the model again."
+        )
+    whole = bias.detach().cpu().double()
     return whole if own is None else whole - own.cpu().double()
 
 

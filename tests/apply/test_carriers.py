@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from mlflow_safelock.apply import apply_lock, attention_of, handle_of
 from mlflow_safelock.apply.displacement import displacements, input_displacement
+from mlflow_safelock.apply.in_force import pushes_in_force
 from mlflow_safelock.errors import AlphaError, AlreadyLockedError, VerificationError
 from mlflow_safelock.lock import SafetyLock
 from tests.apply.conftest import TOKENS, lock_for, logits
@@ -472,7 +473,7 @@ def test_a_model_that_is_offloaded_after_it_was_locked_says_how_to_get_at_it(fam
     locked = logits(model)
     cpu_offload(model, execution_device="cpu")
     assert torch.allclose(logits(model), locked, atol=1e-5)
-    for attempt in (handle.verify, handle.remove):
+    for attempt in (handle.verify, handle.remove, lambda: pushes_in_force(model)):
         with pytest.raises(
             VerificationError, match=r"offloaded after it was locked.*remove_hook_from_module"
         ):

@@ -210,3 +210,26 @@ def test_the_bias_below_an_adapter_is_known_of_a_projection_without_a_plain_weig
             own.check(lock, 6.0, arriving, "the model")
     else:
         own.check(lock, 6.0, arriving, "the model")
+
+
+@torch.no_grad()
+def test_the_bias_below_an_adapter_of_a_projection_of_unknown_width_is_an_error_with_what_to_do() -> None:
+    model = tiny_model("llama", mlp_bias=True)
+    lock = known(model)
+    for layer in model.model.layers:
+        plain = layer.mlp.down_proj
+        below = Packed(plain.weight, plain.bias)
+        below.bias = plain.bias
+        layer.mlp.down_proj = Scaled(below, 3.0)
+    with pytest.raises(VerificationError, match=r"how wide the input of a Packed") as refused:
+        OwnBiases(model, lock.layers)
+    assert "merge_and_unload" in refused.value.next_step
+
+
+def test_a_bias_that_was_taken_away_is_an_error_of_ours() -> None:
+    model = tiny_model("llama")
+    lock = known(model)
+    apply_lock(model, lock)
+    attention_of(model).projections[lock.layers[-1]].bias = None
+    with pytest.raises(VerificationError, match=f"Layer {lock.layers[-1]}: the bias .* is gone"):
+        pushes_in_force(model)
