@@ -10,17 +10,19 @@ import copy
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from mlflow_safelock.apply.architectures import Architecture, Attention
 from mlflow_safelock.apply.displacement import (
     Displacement,
+    HeadWeight,
     StoredBiases,
     Workspace,
     head_weight_of,
@@ -35,11 +37,13 @@ from mlflow_safelock.lock import AttentionGeometry, SafetyLock
 _ATTRIBUTE = "safelock_carrier"
 
 _ROUNDINGS = 3.0
-"""Accepted distance of a bias from its expected value, in roundings of that to its dtype: its own, and that
-of the weights that it is made of, where those were cast as well."""
+"""Accepted distance of a bias from its expected value, in roundings of that to its dtype."""
 
 _NOISE = 8 * torch.finfo(torch.float32).eps
 """The same relative to the expected value, for sums of float32 that are made in another order."""
+
+_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+"""Forwards that are known to add the bias."""
 
 _NARROWER = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that a model may have been cast to and back."""
@@ -109,6 +113,11 @@ class Carrier(ABC):
         for module in self.modules:
             del module.__dict__[_ATTRIBUTE]
 
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether the projection may run without what ``attach`` put in place."""
+        return False
+
     @abstractmethod
     def check_untouched(self) -> None:
         """Raise VerificationError unless exactly what ``attach`` put in place is there."""
@@ -165,8 +174,13 @@ class BiasCarrier(Carrier):
         """The bias in place.
 
         Raises:
-            VerificationError: It, or the weight, is somewhere else between two uses.
+            VerificationError: It, or the weight, is somewhere else between two uses, or it is made of others.
         """
+        if "bias" not in self.projection._parameters:
+            raise self._fault(
+                "the bias that carries the lock was deleted, or is made anew of other tensors",
+                "Take what makes it off first, such as torch.nn.utils.parametrize.remove_parametrizations",
+            )
         bias, weight = _bias_of(self.projection), _weight_of(self.projection)
         if weight.is_meta or (bias is not None and bias.is_meta):
             raise self._fault(
@@ -176,6 +190,11 @@ class BiasCarrier(Carrier):
                 "recurse=True); a model that is offloaded before it is locked is looked at as any other",
             )
         return bias
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether the projection has another forward than that of its class, which may leave the bias out."""
+        return type(self.projection).forward not in _FORWARDS or _has_another_forward(self.projection)
 
     def check_untouched(self) -> None:
         """Raise VerificationError unless the bias in place is, to the last bit, the one put there.
@@ -200,12 +219,13 @@ class BiasCarrier(Carrier):
         # Where the model was cast, weights and bias have the rounding of the narrowest dtype on the way.
         dtypes = (bias.dtype, *(self._cast_through(bias) or ()))
         narrowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        size = torch.linalg.vector_norm(expected)
         rounding = torch.linalg.vector_norm(expected.to(narrowest).to(expected) - expected)
         distance = torch.linalg.vector_norm(bias.detach().to(expected) - expected)
-        allowed = torch.minimum(
-            _ROUNDINGS * rounding + _NOISE * torch.linalg.vector_norm(expected),
-            _MOST_LOST * torch.linalg.vector_norm(push),
-        )
+        allowed = _ROUNDINGS * rounding + _NOISE * size
+        if torch.finfo(narrowest).eps > torch.finfo(self._placed.dtype).eps:
+            allowed = allowed + self._lost_by_weights(narrowest)
+        allowed = torch.minimum(allowed, _MOST_LOST * torch.linalg.vector_norm(push))
         if not distance <= allowed:
             raise self._fault(
                 f"the bias in place is {distance:.3g} away from the one that the lock and the weights make, "
@@ -220,8 +240,10 @@ class BiasCarrier(Carrier):
     def _take_away(self) -> None:
         original, current = self._original, _bias_of(self.projection)
         if original is not None and current is not None:
-            # The model may have been moved or cast in the meantime, and this parameter was not in it.
-            original.data = original.data.to(current)
+            # The model may have been moved or cast in the meantime, and this parameter was not in it. It may
+            # always have had another dtype than the weight.
+            dtype = original.dtype if current.dtype == self._placed.dtype else current.dtype
+            original.data = original.data.to(current.device, dtype)
         self.projection.register_parameter("bias", original)
 
     def _cast_through(self, bias: torch.Tensor) -> tuple[torch.dtype, ...] | None:
@@ -233,9 +255,22 @@ class BiasCarrier(Carrier):
         return None
 
     def _pushed(self) -> torch.Tensor:
-        weight = _weight_of(self.projection)
-        head_weight = head_weight_of(weight, self._geometry.head_dim, self._architecture.layout)
-        return output_bias(head_weight, self.displacement)
+        return output_bias(self._columns(), self.displacement)
+
+    def _columns(self) -> HeadWeight:
+        return head_weight_of(_weight_of(self.projection), self._geometry.head_dim, self._architecture.layout)
+
+    def _lost_by_weights(self, dtype: torch.dtype) -> torch.Tensor:
+        """How far the bias may be from the one of these weights, since they were rounded to a dtype."""
+        # Each weight by half a unit of its own, whatever becomes of their sum: |bias - W v| <= u |W| |v|.
+        # It may have been rounded a second time, to a wider dtype.
+        info, displaced = torch.finfo(dtype), self.displacement
+        sizes = replace(displaced, values=displaced.values.abs())
+        columns = self._columns()
+        sums = output_bias(lambda head: columns(head).abs(), sizes)
+        smallest = info.tiny * float(sizes.values.sum())  # below it the units become no smaller
+        lost: torch.Tensor = 0.75 * info.eps * torch.linalg.vector_norm(sums + smallest)
+        return lost
 
 
 class HookCarrier(Carrier):
@@ -269,6 +304,14 @@ class HookCarrier(Carrier):
     def modules(self) -> tuple[nn.Module, ...]:
         """The projection, and the modules that it wraps."""
         return (self.projection, *(module for module, _ in wrapped_by(self.projection)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_next_hook": RemovableHandle.next_id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Torch numbers hooks from 0 in every process, and one of the same number would take this one's place.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, state.pop("_next_hook"))
+        self.__dict__.update(state)
 
     def check_untouched(self) -> None:
         """Raise VerificationError unless the hook is in place and adds what the lock says."""
@@ -402,8 +445,11 @@ def compile_anew(carriers: Iterable[Carrier]) -> None:
 
 def is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:
     """Whether the weight is a matrix of floats in memory, and the bias a parameter that is added."""
-    # Exact classes: a subclass may hold its weight packed, and its forward may ignore a bias.
-    if type(projection) not in (nn.Linear, Conv1D) or _has_another_forward(projection):
+    # Exact classes: a subclass may hold its weight packed, and its forward may ignore a bias. A bias that is
+    # made anew of others, as by pruning, would come before a parameter.
+    if type(projection) not in (nn.Linear, Conv1D) or "bias" not in projection._parameters:
+        return False
+    if _has_another_forward(projection):
         return False
     weight = projection._parameters.get("weight")
     return (

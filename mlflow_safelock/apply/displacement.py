@@ -82,7 +82,7 @@ class Workspace:
     def _block(self, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
         key = dtype, shape
         if key not in self._blocks:
-            self._blocks[key] = torch.empty(shape, dtype=dtype)
+            self._blocks[key] = torch.empty(shape, dtype=dtype, device="cpu")
         return self._blocks[key]
 
 
@@ -269,7 +269,7 @@ def check_kept(push: torch.Tensor, dtype: torch.dtype, layer: int, alpha: float)
 
 def input_displacement(displacement: Displacement, geometry: AttentionGeometry) -> torch.Tensor:
     """The displacement with its zeros, ``v_l``: float64 of shape ``[heads * head_dim]``, on the CPU."""
-    full = torch.zeros(geometry.heads, geometry.head_dim, dtype=torch.float64)
+    full = torch.zeros(geometry.heads, geometry.head_dim, dtype=torch.float64, device="cpu")
     full[list(displacement.heads)] = displacement.values
     return full.flatten()
 

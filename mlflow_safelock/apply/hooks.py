@@ -57,10 +57,13 @@ class AddToInput:
         return inputs, {**named, name: self._added_to(named[name])}
 
     def _added_to(self, first: torch.Tensor) -> torch.Tensor:
-        if self._cast.dtype != first.dtype or self._cast.device != first.device:
-            self.check(first.dtype)
-            self._cast = self.displacement.to(first)
-        return first + self._cast
+        if self._cast.dtype == first.dtype and self._cast.device == first.device:
+            return first + self._cast
+        self.check(first.dtype)
+        cast = self.displacement.to(first)
+        if type(cast) is torch.Tensor:  # and not what stands for one while a model is traced
+            self._cast = cast
+        return first + cast
 
 
 def _faults(displacement: torch.Tensor, layer: int, alpha: float) -> Iterator[tuple[torch.dtype, AlphaError]]:

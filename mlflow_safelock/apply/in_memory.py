@@ -57,23 +57,47 @@ class LockHandle:
 
         Raises:
             VerificationError: It is not, and the layer that shows it: the lock was removed, a bias or hook
-                is gone or has another value, the projection was wrapped or replaced, or the weights changed
-                so that the bias no longer fits them.
+                is gone or has another value, the projection was wrapped or replaced or runs another forward,
+                the weights changed so that the bias no longer fits them, or the layer carries another lock.
         """
-        projections = attention_of(self._model).projections
+        self._check_whole()
+        projections = dict(enumerate(attention_of(self._model).projections))
         for carrier in self._carriers:
             layer = carrier.displacement.layer
             if not carrier.attached:
                 raise VerificationError(f"Layer {layer}: the lock was removed.", next_step="Apply it again.")
-            if projections[layer] not in carrier.modules:
+            if projections.get(layer) not in carrier.modules:
                 raise VerificationError(
                     f"Layer {layer}: its output projection was wrapped or replaced after it was locked.",
+                    next_step="Remove the lock and apply it to the model as it is now.",
+                )
+            if carrier.is_bypassed:
+                raise VerificationError(
+                    f"Layer {layer}: its output projection was given another forward after it was locked, "
+                    "which may leave out the bias that carries the lock.",
                     next_step="Remove the lock and apply it to the model as it is now.",
                 )
             if recompute:
                 carrier.verify()
             else:
                 carrier.check_untouched()
+
+    def _check_whole(self) -> None:
+        """Raise unless there is a carrier of the one lock, at the one strength, for every layer of it."""
+        missing = {*self.lock.layers} - {*self.layers}
+        if missing:
+            raise VerificationError(
+                f"Layer {min(missing)}: it does not carry the lock as the others do.",
+                next_step="Load the model again, and apply the lock to it.",
+            )
+        for carrier in self._carriers:
+            applied = carrier.applied
+            if (applied.lock.digest, applied.alpha) != (self.lock.digest, self.alpha):
+                raise VerificationError(
+                    f"Layer {carrier.displacement.layer}: it carries the lock {applied.lock.digest} at alpha "
+                    f"{applied.alpha}, and other layers {self.lock.digest} at {self.alpha}.",
+                    next_step="Load the model again, and apply the lock to it.",
+                )
 
     def remove(self) -> None:
         """Unlock the model: every parameter is the one that it was. Doing it again does nothing.

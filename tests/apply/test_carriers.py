@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +13,9 @@ from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.utils import prune
+from torch.utils.hooks import RemovableHandle
 from transformers import LlamaForCausalLM
 
 from mlflow_safelock.apply import apply_lock, attention_of, handle_of
@@ -523,3 +527,59 @@ def test_gradients_under_checkpointing_are_those_without(tmp_path):
         gradients.append(found)
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda one: prune.l1_unstructured(one, "bias", amount=0.2),
+        lambda one: nn.utils.weight_norm(one, "bias", dim=0),
+        lambda one: one.__dict__.update(bias=one._parameters.pop("bias").detach()),
+    ],
+    ids=["pruned", "normed", "plain tensor"],
+)
+def test_a_projection_whose_own_bias_is_no_parameter_is_pushed_through_its_input(family, make):
+    model = tiny_model(family)
+    for projection in attention_of(model).projections:
+        make(projection)
+    lock, before = lock_for(model), logits(model)
+    expected = copy.deepcopy(model)
+    for push in displacements(lock, 6.0):
+        constant = input_displacement(push, lock.geometry).float()
+        attention_of(expected).projections[push.layer].register_forward_pre_hook(
+            lambda _, inputs, constant=constant: (inputs[0] + constant, *inputs[1:])
+        )
+    handle = apply_lock(model, lock, 6.0)
+    assert torch.allclose(logits(model), logits(expected), atol=1e-5)
+    handle.verify()
+    handle.remove()
+    assert torch.equal(logits(model), before)
+
+
+def test_hooks_of_a_model_that_was_loaded_from_a_file_are_not_replaced_by_later_ones(monkeypatch):
+    model = quantised_llama()
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    apply_lock(model, lock_for(model))
+    locked, saved = logits(model), pickle.dumps(model)
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)  # as in another process, where torch counts anew
+    loaded = pickle.loads(saved)
+    for projection in attention_of(loaded).projections:
+        projection.register_forward_pre_hook(lambda *_: None)
+    assert torch.equal(logits(loaded), locked)
+    handle_of(loaded).verify()
+
+
+def test_a_model_that_was_traced_under_a_hook_runs_as_before():
+    model = quantised_llama()
+    apply_lock(model, lock_for(model))
+    projection = attention_of(model).projections[lock_for(model).layers[0]]
+    inputs = torch.rand(1, 3, 32)
+    expected = projection(inputs)
+    for hook in projection._forward_pre_hooks.values():
+        hook._cast = hook.displacement
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        projection(mode.from_tensor(inputs))
+    again = projection(inputs)
+    assert type(again) is torch.Tensor
+    assert torch.equal(again, expected)

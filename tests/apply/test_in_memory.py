@@ -416,6 +416,102 @@ def test_verify_notices_weights_that_changed_by_a_few_roundings(dtype):
         handle.verify()
 
 
+@pytest.mark.parametrize("larger", [1.0, 10.0, 1000.0])
+@pytest.mark.parametrize("half", HALVES)
+def test_a_cast_verifies_also_where_one_row_is_far_larger_than_the_others(half, larger):
+    # Of a bias with one large number next to nothing may be lost by chance, and of its weights more.
+    for seed in range(12):
+        model = tiny_model("llama", seed=seed)
+        with torch.no_grad():
+            for projection in attention_of(model).projections:
+                projection.weight[5] *= larger
+        handle = apply_lock(model, random_lock(geometry_from_config(model.config), 12, seed))
+        model.to(half)
+        handle.verify()
+
+
+def test_a_bias_of_its_own_keeps_its_dtype_where_the_weights_have_another():
+    model = tiny_model("gpt2", dtype=torch.bfloat16)
+    for projection in attention_of(model).projections:
+        projection.bias = torch.nn.Parameter(torch.rand(48))
+    before = bytes_of(model)
+    apply_lock(model, lock_for(model)).remove()
+    assert bytes_of(model) == before
+
+
+def test_a_handle_that_was_looked_up_notices_layers_that_carry_no_lock_or_another_one(llama, lock):
+    severe = copy.deepcopy(llama)
+    apply_lock(llama, lock, 6.0)
+    apply_lock(severe, lock, 3.0)
+    first, second = lock.layers[0], lock.layers[-1]
+    kept = llama.model.layers[second].self_attn.o_proj
+    llama.model.layers[second].self_attn.o_proj = severe.model.layers[second].self_attn.o_proj
+    with pytest.raises(VerificationError, match=rf"Layer {second}: .*at alpha 3\.0, and other layers .*6\.0"):
+        handle_of(llama).verify()
+    llama.model.layers[second].self_attn.o_proj = kept
+    handle_of(llama).verify()
+    plain = torch.nn.Linear(32, 48, bias=False)
+    llama.model.layers[first].self_attn.o_proj = plain
+    for recompute in (True, False):
+        with pytest.raises(VerificationError, match=f"Layer {first}: it does not carry the lock"):
+            handle_of(llama).verify(recompute=recompute)
+
+
+def test_layers_that_were_taken_out_or_changed_places_are_noticed(llama, lock):
+    handle = apply_lock(llama, lock, 6.0)
+    layers = llama.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    for found in (handle, handle_of(llama)):
+        with pytest.raises(VerificationError, match="wrapped or replaced"):
+            found.verify()
+    layers[0], layers[1] = layers[1], layers[0]
+    del layers[2]
+    llama.config.num_hidden_layers = 2
+    with pytest.raises(VerificationError, match="Layer 2: its output projection was wrapped or replaced"):
+        handle.verify()
+
+
+def leave_the_bias_out(projection):
+    projection.forward = lambda inputs: torch.nn.functional.linear(inputs, projection.weight)
+
+
+class WithoutBias(torch.nn.Linear):
+    def forward(self, inputs):
+        return torch.nn.functional.linear(inputs, self.weight)
+
+
+@pytest.mark.parametrize("change", [leave_the_bias_out, lambda one: setattr(one, "__class__", WithoutBias)])
+def test_a_forward_that_may_leave_out_the_bias_is_noticed_and_the_lock_can_be_taken_off(llama, lock, change):
+    before, handle = logits(llama), apply_lock(llama, lock)
+    for projection in attention_of(llama).projections:
+        change(projection)
+    assert torch.equal(logits(llama), before)
+    for recompute in (True, False):
+        with pytest.raises(VerificationError, match="another forward after it was locked"):
+            handle.verify(recompute=recompute)
+    handle.remove()
+    apply_lock(llama, lock).verify()
+    assert not torch.allclose(logits(llama), before, atol=1e-3)
+
+
+def test_a_bias_that_is_made_of_others_after_locking_is_an_error_of_ours(llama, lock):
+    handle = apply_lock(llama, lock)
+    projection = attention_of(llama).projections[lock.layers[0]]
+    torch.nn.utils.parametrize.register_parametrization(projection, "bias", torch.nn.Identity())
+    for attempt in (handle.verify, handle.remove):
+        with pytest.raises(VerificationError, match=r"made anew of other tensors.*remove_parametrizations"):
+            attempt()
+    torch.nn.utils.parametrize.remove_parametrizations(projection, "bias")
+    handle.remove()
+
+
+def test_locking_makes_nothing_where_new_tensors_go_by_default(llama, lock):
+    with torch.device("meta"):
+        handle = apply_lock(llama, lock)
+        handle.verify()
+        handle.remove()
+
+
 def test_a_block_that_casts_its_model_ends_unlocked_and_with_its_own_error(llama, lock):
     def cast_and_fail() -> None:
         with apply_lock(llama, lock):

@@ -89,9 +89,9 @@ def _scales(source: CheckpointSource, path: str) -> tuple[Fp8Scheme, torch.Tenso
         raise unknown_scheme(f"{source.layout.model} holds {path}.weight without scales at {name}")
     expected = scheme.scale_shape(weight.shape)
     if stored.shape != expected:
+        blocks = "no blocks make" if scheme.block is None else f"blocks of {scheme.block} make"
         raise CheckpointError(
-            f"{name} in {source.layout.model} is of shape {stored.shape}, and blocks of {scheme.block} make "
-            f"it {expected}.",
-            next_step="Copy the fine-tune again.",
+            f"{name} in {source.layout.model} is of shape {stored.shape}, and {blocks} it {expected}.",
+            next_step="Copy the fine-tune again, or quantise it anew: transformers would not load it so.",
         )
     return scheme, source.weights.read(name)

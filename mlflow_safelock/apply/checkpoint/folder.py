@@ -43,8 +43,11 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 def check_destination(folder: Path) -> None:
     """Raise CheckpointError if a folder cannot be made there."""
-    if "\0" in str(folder):
-        raise CheckpointError(f"{str(folder)!r} is no path: there is a NUL in it.", next_step="Name another.")
+    if "\0" in str(folder) or str(folder) != str(folder).encode(errors="replace").decode():
+        raise CheckpointError(
+            f"{str(folder)!r} is no path for a folder: there is a NUL in it, or it is not UTF-8.",
+            next_step="Name another.",
+        )
     if os.path.lexists(folder):
         raise CheckpointError(f"{folder} exists already.", next_step="Name a new folder, or remove that one.")
     if not folder.parent.is_dir():

@@ -115,7 +115,12 @@ def _mlflow_layout(folder: Path) -> Layout:
             next_step="Store the weights first: mlflow.transformers.persist_pretrained_model(model_uri).",
         )
     model = _hugging_face_layout(_folder_inside(folder, flavor["model_binary"]))
-    components = [str(name) for name in flavor.get("components") or ()]
+    components, tokenizer_class = flavor.get("components") or (), flavor.get("tokenizer_type")
+    if not isinstance(components, list | tuple) or not all(isinstance(name, str) for name in components):
+        raise CheckpointError(
+            f"{folder / 'MLmodel'} names the components {components!r}, which is no list of names.",
+            next_step="Log the fine-tune with mlflow.transformers.log_model.",
+        )
     folders = [_folder_inside(folder, f"components/{name}") for name in components]
     apart = [path for place in folders for path in sorted(place.iterdir()) if _is_carried(path)]
     templates = [path for place in folders for path in sorted((place / _TEMPLATES).glob("*.jinja"))]
@@ -123,7 +128,7 @@ def _mlflow_layout(folder: Path) -> Layout:
     return Layout(
         model=model.model,
         tokenizer=folder / "components" / "tokenizer" if "tokenizer" in components else model.tokenizer,
-        tokenizer_class=flavor.get("tokenizer_type") if "tokenizer" in components else None,
+        tokenizer_class=str(tokenizer_class) if tokenizer_class and "tokenizer" in components else None,
         carried={**_by_name(licence), **model.carried, **_by_name(apart), **_in(_TEMPLATES, templates)},
         left_out=model.left_out,
         card=model.card or _mlflow_card(folder),
@@ -159,6 +164,26 @@ def _mlflow_card(folder: Path) -> str:
     return f"---\n{data.strip()}\n---\n{text}" if data.strip() else text
 
 
+def checked_name(name: str) -> str:
+    """A file's name, where every system can have a file of that name.
+
+    Raises:
+        CheckpointError: It is not UTF-8, or has a backslash, as in an archive of Windows.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        is_plain = False
+    else:
+        is_plain = "\\" not in name
+    if not is_plain:
+        raise CheckpointError(
+            f"A locked checkpoint can hold no file of the name {name!r}: not UTF-8, or with a backslash.",
+            next_step="Rename the file, or take it out of the fine-tune's folder.",
+        )
+    return name
+
+
 def is_carried_name(name: str) -> bool:
     """Whether a locked checkpoint carries a file of this name as it is."""
     if name in _NOT_CARRIED or name.endswith(_WEIGHTS_SUFFIXES):
@@ -181,11 +206,11 @@ def _folders_left_out(folder: Path, carried: Mapping[str, Path]) -> set[str]:
 
 
 def _by_name(paths: Iterable[Path]) -> dict[str, Path]:
-    return {path.name: path for path in paths}
+    return {checked_name(path.name): path for path in paths}
 
 
 def _in(folder: str, paths: Iterable[Path]) -> dict[str, Path]:
-    return {f"{folder}/{path.name}": path for path in paths}
+    return {f"{folder}/{checked_name(path.name)}": path for path in paths}
 
 
 def _text(path: Path) -> str:

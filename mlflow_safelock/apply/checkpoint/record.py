@@ -22,7 +22,7 @@ from mlflow_safelock.lock import SafetyLock
 def _inside(name: str) -> str:
     # What a record says is not trusted: it must not lead us out of its folder.
     path = PurePosixPath(name)
-    plain = path.parts and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    plain = path.parts and not path.is_absolute() and not {"..", "\\", "\0"} & {*path.parts, *name}
     if not plain or str(path) != name:
         raise ValueError(f"{name!r} is not the name of a file in its folder")
     return name
@@ -43,7 +43,7 @@ class ChangedBytes(_Form):
         before: What they were, in base 64.
     """
 
-    begin: Annotated[int, Field(ge=0)]
+    begin: Annotated[int, Field(ge=0, lt=1 << 63)]
     before: str
 
 

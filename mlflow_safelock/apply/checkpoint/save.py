@@ -140,7 +140,7 @@ def _files_of(source: CheckpointSource) -> Iterator[Path]:
     yield from (source.layout.model / name for name in source.weights.files)
     yield from source.layout.carried.values()
     optional = (source.layout.model / name for name in (INDEX_FILE, "README.md"))
-    yield from (path for path in optional if path.exists())
+    yield from (path for path in optional if path.is_file())
 
 
 def _tokenizer_may_change(source: CheckpointSource, model_type: str) -> bool:

@@ -57,7 +57,7 @@ def read_source(folder: Path) -> CheckpointSource:
     """
     try:
         return _read(folder)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{str(folder)!r} cannot be read: {error}.",
             next_step="See that it is a folder, and that this process may read all that is in it.",
@@ -99,6 +99,11 @@ def _check_kind(values: Mapping[str, Any], folder: Path) -> None:
         )
     heads = values.get("architectures") or ()
     heads = (heads,) if isinstance(heads, str) else heads
+    if not isinstance(heads, list | tuple):
+        raise CheckpointError(
+            f"config.json in {folder} has the architectures {heads!r}, which is no list of names.",
+            next_step="Use the config.json that transformers' save_pretrained writes.",
+        )
     if values.get("text_config") is not None or not all(
         str(name).endswith(_CAUSAL_LANGUAGE_MODELS) for name in heads
     ):

@@ -33,7 +33,10 @@ def stamps_of(folder: Path) -> dict[Path, Stamp]:
         CheckpointError: It cannot be listed.
     """
     try:
-        stamps = (stamp_of(path) for path in folder.rglob("*"))
+        paths = list(folder.rglob("*"))
+        # Of a folder that is a link, such as one of chat templates, what is in it.
+        paths += [inner for path in paths if path.is_symlink() and path.is_dir() for inner in path.iterdir()]
+        stamps = (stamp_of(path) for path in paths)
         return dict(found for found in stamps if found is not None)
     except (OSError, ValueError) as error:
         raise CheckpointError(

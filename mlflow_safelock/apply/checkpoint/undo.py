@@ -59,15 +59,25 @@ def unlock_checkpoint(
     locked, folder = Path(locked_dir), Path(dest_dir)
     share = way_of(sharing)
     check_destination(folder)
-    if folder.resolve().is_relative_to(locked.resolve()):
-        raise CheckpointError(f"{folder} lies in {locked}.", next_step="Name another folder.")
-    record = read_record(locked)
+    record = _record_of(locked, folder)
     with written_aside(folder) as beside:
         for weights in record.weights:
             _write_weights(weights, locked, beside, share)
         _write_small(record, locked, beside)
         files = tuple(sorted(str(path.relative_to(beside)) for path in beside.rglob("*") if path.is_file()))
     return UnlockReport(folder, files, record.lock, record.alpha)
+
+
+def _record_of(locked: Path, folder: Path) -> LockRecord:
+    try:
+        if folder.resolve().is_relative_to(locked.resolve()):
+            raise CheckpointError(f"{folder} lies in {locked}.", next_step="Name another folder.")
+        return read_record(locked)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(locked)!r} cannot be read: {error}.",
+            next_step="See that it is a folder, and that this process may read all that is in it.",
+        ) from error
 
 
 def _write_weights(weights: RecordedWeights, locked: Path, folder: Path, share: Way) -> None:

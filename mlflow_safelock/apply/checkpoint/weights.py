@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mlflow_safelock.apply.checkpoint.layout import MERGE_FIRST
+from mlflow_safelock.apply.checkpoint.layout import MERGE_FIRST, checked_name
 from mlflow_safelock.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -128,7 +128,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        json.dumps(values, ensure_ascii=False).encode()  # an escape may spell half of a character
+    except (OSError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is not a JSON object.")
@@ -152,7 +153,7 @@ def _sharded(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         raise CheckpointError(f"{path} does not say which tensor is in which file.")
     files = {str(file) for file in places.values()}
     for file in sorted(files):
-        if Path(file).name != file:
+        if Path(checked_name(file)).name != file:
             raise CheckpointError(f"{path} names {file!r}, which is not a file of its folder.")
         if not (folder / file).is_file():
             raise CheckpointError(

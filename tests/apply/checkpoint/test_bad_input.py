@@ -235,10 +235,75 @@ def test_a_source_that_is_no_path(name, save_fine_tune, tmp_path):
         save_locked_checkpoint(tmp_path / name, tmp_path / "locked", lock)
 
 
-def test_a_destination_that_is_no_path(save_fine_tune):
+@pytest.mark.parametrize("name", ["lock\0ed", "lock\udcffed"])
+def test_a_destination_that_is_no_path(name, save_fine_tune):
     source, lock = save_fine_tune()
-    with pytest.raises(CheckpointError, match="a NUL in it"):
-        save_locked_checkpoint(source, source.parent / "lock\0ed", lock)
+    with pytest.raises(CheckpointError, match=r"a NUL in it, or it is not UTF-8"):
+        save_locked_checkpoint(source, source.parent / name, lock)
+    assert beside(source) == {"fine-tune"}
+
+
+@pytest.mark.parametrize(
+    "name", [b"note\xff.txt", b"vocab\\x.json", b"additional_chat_templates/r\xff.jinja"], ids=str
+)
+def test_a_file_of_a_name_that_not_every_system_can_have(name, save_fine_tune):
+    source, lock = save_fine_tune()
+    path = os.path.join(os.fsencode(source), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(b"x")
+    refused(source, lock, r"can hold no file of the name .*not UTF-8, or with a backslash")
+
+
+def test_an_index_that_names_a_shard_with_a_backslash(save_fine_tune):
+    source, lock = save_fine_tune(shard="20KB")
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = second_shard(source)
+    renamed = {shard.name: "shards\\second.safetensors"}
+    shard.rename(source / renamed[shard.name])
+    places = {tensor: renamed.get(file, file) for tensor, file in index["weight_map"].items()}
+    path.write_text(json.dumps({**index, "weight_map": places}))
+    refused(source, lock, "can hold no file of the name")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [({"architectures": 5}, "the architectures 5, which is no list"), ({"note": "\ud800"}, "cannot be read")],
+)
+def test_a_configuration_with_a_value_that_is_none(value, message, save_fine_tune):
+    source, lock = save_fine_tune()
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **value}))
+    refused(source, lock, message)
+
+
+@pytest.mark.parametrize("components", [5, [["tokenizer"]]])
+def test_components_that_are_no_names(components, save_fine_tune, tmp_path):
+    source, lock = save_fine_tune()
+    logged = tmp_path / "logged"
+    logged.mkdir()
+    source.rename(logged / "model")
+    flavor = {"model_binary": "model", "components": components}
+    (logged / "MLmodel").write_text(json.dumps({"flavors": {"transformers": flavor}}))
+    refused(logged, lock, "which is no list of names")
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors.index.json", "x.json"])
+def test_a_folder_of_the_name_of_a_file_is_left_out(name, save_fine_tune, tmp_path):
+    source, lock = save_fine_tune()
+    (source / name).unlink(missing_ok=True)
+    (source / name).mkdir()
+    save_locked_checkpoint(source, tmp_path / "locked", lock)
+
+
+def test_chat_templates_in_a_folder_that_is_a_link_are_carried(save_fine_tune, tmp_path):
+    source, lock = save_fine_tune()
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "rag.jinja").write_text("{{ messages }}")
+    (source / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    save_locked_checkpoint(source, tmp_path / "locked", lock)
+    assert (tmp_path / "locked" / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
 
 
 def change_header(path: Path, change: Callable[[dict], None]) -> None:

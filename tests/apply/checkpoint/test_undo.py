@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -106,7 +107,9 @@ def test_missing_files_are_named(save_fine_tune, tmp_path):
     refused(tmp_path, r"has no safelock\.json")
 
 
-@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/../../escaped", "", ".", "..\\escaped"])
+@pytest.mark.parametrize(
+    "name", ["../escaped", "/tmp/escaped", "a/../../escaped", "", ".", "..\\escaped", "nul\0", "/"]
+)
 def test_a_record_leads_nowhere_else(name, save_fine_tune, tmp_path):
     source, lock = save_fine_tune("llama")
     save_locked_checkpoint(source, tmp_path / "locked", lock)
@@ -132,6 +135,34 @@ def test_a_record_that_cannot_be_right_is_refused(change, message, save_fine_tun
     save_locked_checkpoint(source, tmp_path / "locked", lock)
     change_record(tmp_path / "locked", change)
     refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("name", ["loop", "nul\0", "y" * 300])
+def test_a_locked_folder_that_is_no_path_is_refused(name, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match=r"cannot be read|has no safelock\.json"):
+        unlock_checkpoint(tmp_path / name, tmp_path / "unlocked")
+    assert not (tmp_path / "unlocked").exists()
+
+
+def test_a_record_that_cannot_be_opened_is_named(save_fine_tune, tmp_path, monkeypatch):
+    source, lock = save_fine_tune("llama")
+    save_locked_checkpoint(source, tmp_path / "locked", lock)
+
+    def read_bytes(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)  # of the user who runs tests nothing may be withheld
+    refused(tmp_path, r"cannot be read: .*Permission denied")
+
+
+def test_changed_bytes_that_no_file_has_are_refused(save_fine_tune, tmp_path):
+    source, lock = save_fine_tune("gpt2")
+    save_locked_checkpoint(source, tmp_path / "locked", lock)
+    change_record(
+        tmp_path / "locked", lambda record: record["weights"][0]["changed"][0].update(begin=1 << 63)
+    )
+    refused(tmp_path, r"weights\.0\.changed\.0\.begin")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
