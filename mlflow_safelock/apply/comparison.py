@@ -62,7 +62,8 @@ def compare(
     Raises:
         AlphaError: Alpha is not a usable strength.
         AlreadyLockedError: The model carries a lock.
-        ApplyError: A prompt cannot be rendered, ``prompts`` is a single text, or a number is below 1.
+        ApplyError: A prompt cannot be rendered or is longer than the model can read, ``prompts`` is a single
+            text, or a number is below 1.
         LockMismatchError: The lock is for another attention shape.
         UnsupportedArchitectureError: The model's attention heads are not known.
     """

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from mlflow_safelock.apply.placement import execution_device
+from mlflow_safelock.apply.positions import position_limit
 from mlflow_safelock.errors import ApplyError
 
 if TYPE_CHECKING:
@@ -76,12 +77,14 @@ def generate(
         The answers, in the order of the prompts.
 
     Raises:
-        ApplyError: A prompt has no tokens, the chat template takes no system prompt, there is none for a chat
-            of several turns, or the model has no weights.
+        ApplyError: A prompt has no tokens, or with its answer more than the model has positions for, the chat
+            template takes no system prompt, there is none for a chat of several turns, or the model has no
+            weights.
     """
     _refuse_unusable(prompts, max_new_tokens, batch_size)
     with default_tokenization(tokenizer):
         tokens = [_tokens(tokenizer, prompt, system_prompt) for prompt in prompts]
+    _refuse_too_long(prompts, tokens, max_new_tokens, position_limit(model))
     # Prompts of like length together: less padding to compute.
     order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
     answers: dict[int, Answer] = {}
@@ -161,6 +164,22 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Chat, system_promp
     if not tokens:
         raise ApplyError(f"The prompt {prompt!r} has no tokens.", next_step="Leave out empty prompts.")
     return tokens
+
+
+def _refuse_too_long(
+    prompts: Sequence[str | Chat], tokens: Sequence[Sequence[int]], max_new_tokens: int, limit: int | None
+) -> None:
+    for prompt, row in zip(prompts, tokens, strict=True):
+        needed = len(row) + max_new_tokens - 1  # the last token of an answer is never read
+        if limit is not None and needed > limit:
+            text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+            room = limit - len(row) + 1
+            raise ApplyError(
+                f"The prompt {text[:60]!r} has {len(row)} tokens as the model is given it, which with "
+                f"{max_new_tokens} new ones takes {needed} positions, and the model has {limit}.",
+                next_step="Shorten the prompt, or "
+                + (f"ask for at most {room} new tokens." if room > 0 else "leave it out."),
+            )
 
 
 @contextmanager

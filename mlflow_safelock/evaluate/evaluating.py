@@ -44,8 +44,8 @@ from mlflow_safelock.evaluate.figures import (
 )
 from mlflow_safelock.evaluate.fluency import (
     Text,
+    countable,
     divergences,
-    is_countable,
     next_token_divergences,
     surprises,
 )
@@ -126,7 +126,8 @@ def evaluate(
 
     Raises:
         EvaluationError: There is nothing to ask, or a setting cannot be used.
-        ApplyError: A prompt cannot be rendered, or the lock does not go onto the model.
+        ApplyError: A prompt cannot be rendered or is longer than the model can read, or the lock does not go
+            onto the model.
 
     Example:
         ::
@@ -239,11 +240,12 @@ class _Arms:
         """What perplexity is measured by: of the suite's texts, those with a token that can be counted.
 
         Raises:
-            EvaluationError: A text that was given has none.
+            EvaluationError: A text that was given has none, or one is longer than the model can read.
         """
-        tokenizer, system_prompt = self.subject.tokenizer, self.settings.system_prompt
         every = _texts(self.suite, self.settings)
-        texts = [text for text in every if is_countable(tokenizer, text, system_prompt=system_prompt)]
+        texts = countable(
+            self.subject.model, self.subject.tokenizer, every, system_prompt=self.settings.system_prompt
+        )
         if self.settings.texts and len(texts) < len(every):
             short = next(text for _, text in every if ("", text) not in texts)
             raise EvaluationError(

@@ -15,6 +15,7 @@ from torch.nn import functional
 from mlflow_safelock.apply import apply_lock, render_prompt
 from mlflow_safelock.apply.generation import default_tokenization
 from mlflow_safelock.apply.placement import execution_device
+from mlflow_safelock.apply.positions import position_limit
 from mlflow_safelock.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -45,10 +46,10 @@ def surprises(
         batch_size: How many are read at once.
 
     Raises:
-        EvaluationError: A text has no token that could be counted (``is_countable``).
+        EvaluationError: A text has no token that could be counted, or more than the model has positions for
+            (``countable``).
     """
-    with default_tokenization(tokenizer):
-        rows = [_scored_tokens(tokenizer, text, system_prompt) for text in texts]
+    rows = _scored(model, tokenizer, texts, system_prompt)
     for (_, text), (tokens, begin) in zip(texts, rows, strict=True):
         if len(tokens) <= begin:
             raise EvaluationError(
@@ -65,11 +66,20 @@ def surprises(
     return found
 
 
-def is_countable(tokenizer: PreTrainedTokenizerBase, text: Text, *, system_prompt: str | None = None) -> bool:
-    """Whether a text has a token that perplexity could be measured by; one alone comes after nothing."""
-    with default_tokenization(tokenizer):
-        tokens, begin = _scored_tokens(tokenizer, text, system_prompt)
-    return len(tokens) > begin
+def countable(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    *,
+    system_prompt: str | None = None,
+) -> list[Text]:
+    """The texts that have a token to measure perplexity by; the first of a text alone comes after nothing.
+
+    Raises:
+        EvaluationError: A text has more tokens than the model has positions for.
+    """
+    rows = _scored(model, tokenizer, texts, system_prompt)
+    return [text for text, (tokens, begin) in zip(texts, rows, strict=True) if len(tokens) > begin]
 
 
 def next_token_divergences(
@@ -95,9 +105,13 @@ def next_token_divergences(
 
     Returns:
         For each prompt, in nats, the sum over tokens of ``p log(p / q)``, ``p`` unlocked and ``q`` locked.
+
+    Raises:
+        EvaluationError: A prompt has more tokens than the model has positions for.
     """
     with default_tokenization(tokenizer):
         rows = [_prompt_tokens(tokenizer, prompt, system_prompt) for prompt in prompts]
+    _refuse_too_long(model, [("", prompt) for prompt in prompts], rows)
     last = {index: len(tokens) - 1 for index, tokens in enumerate(rows)}
     found = [0.0] * len(rows)
     unlocked = _read(model, rows, batch_size)
@@ -163,10 +177,34 @@ def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, system_promp
     return tokens
 
 
+def _scored(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    system_prompt: str | None,
+) -> list[tuple[list[int], int]]:
+    """The tokens of each text with what comes before it, and from which one on they are counted."""
+    with default_tokenization(tokenizer):
+        rows = [_scored_tokens(tokenizer, text, system_prompt) for text in texts]
+    _refuse_too_long(model, texts, [tokens for tokens, _ in rows])
+    return rows
+
+
+def _refuse_too_long(model: PreTrainedModel, texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> None:
+    limit = position_limit(model)
+    for (prompt, text), tokens in zip(texts, rows, strict=True):
+        if limit is not None and len(tokens) > limit:
+            after = f" after the prompt {prompt[:60]!r}" if prompt else ""
+            raise EvaluationError(
+                f"The text {text[:60]!r}{after} has {len(tokens)} tokens as the model reads it, which has "
+                f"positions for {limit}.",
+                next_step="Shorten it, or leave it out.",
+            )
+
+
 def _scored_tokens(
     tokenizer: PreTrainedTokenizerBase, text: Text, system_prompt: str | None
 ) -> tuple[list[int], int]:
-    """The tokens of a text with what comes before it, and from which one on they are counted."""
     prompt, answer = text
     if not prompt:
         tokens: list[int] = tokenizer(answer)["input_ids"]

@@ -557,3 +557,27 @@ def test_how_a_model_is_quantised_is_told_as_in_its_file(toy: Toy) -> None:
     for config, name in ((BitsAndBytesConfig(), "bitsandbytes"), (GPTQConfig(bits=4), "gptq")):
         model.config.quantization_config = config
         assert Subject("toy", model, toy.tokenizer).dtype == f"float32, quantised by {name}"
+
+
+@pytest.mark.parametrize(
+    ("suite", "settings", "why"),
+    [
+        (Suite("s", (SuitePrompt("1", "how " * 150),)), SHORT, "prompt 'how how .* has 256"),
+        (Suite("s", (SuitePrompt("1", "how", twin="bake " * 150),)), SHORT, "text 'bake bake .* for 256"),
+        (Suite("s", (SuitePrompt("1", "how", expected="warm " * 150),)), SHORT, "text 'warm warm .* for 256"),
+        (
+            Suite("s", (SuitePrompt("1", "how"),)),
+            replace(SHORT, texts=["bake " * 150]),
+            "text 'bake bake .* for 256",
+        ),
+    ],
+    ids=["prompt", "twin", "expected", "text"],
+)
+def test_what_a_model_has_no_positions_for_is_refused_before_anything_is_generated(
+    suite: Suite, settings: Settings, why: str
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    measured = Subject("tiny", tiny_model("gpt2"), tiny_tokenizer())
+    with pytest.raises((ApplyError, EvaluationError), match=why):
+        evaluate(measured, suite, settings, progress=lambda *told_of: told.append(told_of))
+    assert not any(done for _, done, _ in told)

@@ -83,3 +83,18 @@ def test_a_divergence_that_is_no_number_is_an_error_and_not_0():
 def test_distinctness_is_the_share_of_distinct_sequences(answer, one, two):
     assert distinct(answer, 1) == one
     assert math.isclose(distinct(answer, 2), two)
+
+
+def test_a_text_that_the_model_has_no_positions_for_is_an_error() -> None:
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer(CHATML)
+    long = "bake " * 300
+    for text, named in (
+        (("", long), "text 'bake bake"),
+        (("mix", long), "after the prompt 'mix'"),
+        ((long, "mix"), "'mix' after the prompt 'bake bake"),
+    ):
+        with pytest.raises(EvaluationError, match=rf"{named}.* has \d+ tokens .* positions for 256"):
+            surprises(model, tokenizer, [text])
+    with pytest.raises(EvaluationError, match="positions for 256"):
+        next_token_divergences(model, tokenizer, [long], lock_for(model), 1.0)
+    assert surprises(tiny_model("llama"), tokenizer, [("", long)])[0] > 0

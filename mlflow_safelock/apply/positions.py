@@ -1,0 +1,37 @@
+"""How many tokens a model can read at all: one with a table of positions ends where the table does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TABLES = ("wpe", "embed_positions", "position_embedding", "position_embeddings", "positions_embed")
+"""What modules call a table of positions, learned (GPT-2, OPT, BERT) or worked out beforehand (GPT-J)."""
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Most tokens that a model can read at once, or ``None``.
+
+    Rotary positions are worked out for as many tokens as come, so such a model has no limit of this kind,
+    whatever length it was trained for.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type == "mpt":
+        return int(config.max_seq_len)  # it has no table, and adds distances of so many tokens
+    # The decoder alone: a tower of images beside it has a table of its own.
+    modules = model.get_decoder().modules()
+    found = [getattr(module, name, None) for module in modules for name in TABLES]
+    tables = [table for table in found if isinstance(table, nn.Embedding | torch.Tensor)]
+    limit = getattr(config, "max_position_embeddings", None)
+    return None if limit is None or not tables else limit - max(map(_rows_of_padding, tables))
+
+
+def _rows_of_padding(table: nn.Embedding | torch.Tensor) -> int:
+    """How many rows no token ever has: RoBERTa's line gives padding one, and counts from the row after it."""
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else 1 + int(padding)
