@@ -24,6 +24,7 @@ from mlflow_safelock.documents import read_document
 from mlflow_safelock.errors import EvaluationError, PreferenceDataError
 from mlflow_safelock.forging.pair_files import Row, read_rows
 from mlflow_safelock.forging.preferences import PreferencePair
+from mlflow_safelock.unicode import HALF_A_CHARACTER, is_unicode
 
 MANIFEST = "suite.yaml"
 """Name of the manifest in a suite's folder."""
@@ -124,6 +125,9 @@ class Suite:
         version: The manifest's version; empty without a manifest.
         license: The manifest's license; empty without a manifest.
         description: The manifest's description; empty without a manifest.
+
+    Raises:
+        EvaluationError: Two prompts have one id, or something of a prompt is no text.
     """
 
     name: str
@@ -131,6 +135,22 @@ class Suite:
     version: str = ""
     license: str = ""
     description: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse prompts that could not be told apart, or not be asked."""
+        seen: set[str] = set()
+        for number, prompt in enumerate(self.prompts, start=1):
+            where = f"The suite {self.name!r}, prompt {number}"
+            for part, text in vars(prompt).items():
+                if text is not None:
+                    _check_text(where, part, text)
+            if prompt.id in seen:
+                raise EvaluationError(
+                    f"{where}: the id {prompt.id[:80]!r} is there twice.",
+                    next_step="Give every prompt an id of its own, such as by a prefix for each suite that "
+                    "was put in.",
+                )
+            seen.add(prompt.id)
 
     @property
     def digest(self) -> str:
@@ -410,17 +430,21 @@ def _bytes(path: Path) -> bytes:
 
 
 def _text(where: str, key: str, text: Any) -> str:
+    _check_text(where, key, text)
+    if not text.strip():
+        raise EvaluationError(f"{where}: {key!r} is empty.", next_step="Fill it in, or take the row out.")
+    return str(text)
+
+
+def _check_text(where: str, key: str, text: Any) -> None:
     if not isinstance(text, str):
         raise EvaluationError(
             f"{where}: {key!r} must be text, not {type(text).__name__}.", next_step="Put it in quotes."
         )
-    if not text.strip():
-        raise EvaluationError(f"{where}: {key!r} is empty.", next_step="Fill it in, or take the row out.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise EvaluationError(f"{where}: {key!r} holds half of a character (a lone surrogate).") from error
-    return text
+    if not is_unicode(text):
+        raise EvaluationError(
+            f"{where}: {key!r} {HALF_A_CHARACTER}: {text[:60]!r}.", next_step="Write the text anew."
+        )
 
 
 def _alike(prompts: Sequence[SuitePrompt]) -> list[int]:

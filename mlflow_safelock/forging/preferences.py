@@ -12,6 +12,7 @@ import rfc8785
 
 from mlflow_safelock.errors import PreferenceDataError
 from mlflow_safelock.forging.pair_files import Row, read_rows
+from mlflow_safelock.unicode import HALF_A_CHARACTER, is_unicode
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,7 @@ def _fault(text: Any) -> str | None:
         return "is empty"
     if "\0" in text:
         return "holds a NUL character"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "holds half of a character (a lone surrogate)"
-    return None
+    return None if is_unicode(text) else HALF_A_CHARACTER
 
 
 def _listed(names: Any) -> str:

@@ -255,3 +255,26 @@ def test_a_header_in_a_folder_of_lines_is_never_asked(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"b\.csv, line 2: a header") as info:
         load_suite(tmp_path / "parts")
     assert info.value.next_step
+
+
+def test_suites_that_were_put_together_share_no_id() -> None:
+    """Answers are kept by the prompts' ids: one of two would be counted for both."""
+    first, second = ((SuitePrompt(str(number), f"{what} {number}") for number in (1, 2)) for what in "ab")
+    with pytest.raises(EvaluationError, match=r"suite 'both', prompt 3: the id '1' is there twice") as info:
+        Suite("both", (*first, *second))
+    assert "a prefix" in info.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fault"),
+    [
+        (SuitePrompt("a", "how \ud83d"), "'prompt' holds half of a character"),
+        (SuitePrompt("a", "how", twin="\udcff"), "'twin' holds half of a character"),
+        (SuitePrompt(1, "how"), "'id' must be text, not int"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_no_model_can_be_asked_is_refused_in_a_suite_made_in_python(
+    prompt: SuitePrompt, fault: str
+) -> None:
+    with pytest.raises(EvaluationError, match=f"'mine', prompt 2: {fault}"):
+        Suite("mine", (SuitePrompt("0", "how"), prompt))
