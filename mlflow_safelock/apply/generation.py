@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from mlflow_safelock.apply.placement import execution_device
 from mlflow_safelock.apply.positions import position_limit
 from mlflow_safelock.errors import ApplyError
+from mlflow_safelock.unicode import HALF_A_CHARACTER, is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,8 +117,18 @@ def render_prompt(
 
     Raises:
         ApplyError: The chat template refuses, such as one that takes no system prompt, or there is none and
-            the chat has several turns.
+            the chat has several turns, or the text is not valid Unicode.
     """
+    text = _rendered(tokenizer, prompt, system_prompt)
+    if not is_unicode(text):
+        raise ApplyError(
+            f"A prompt, or the system prompt before it, {HALF_A_CHARACTER}: {text[:200]!r}.",
+            next_step="Write the text anew; on the command line it must be UTF-8.",
+        )
+    return text
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str | Chat, system_prompt: str | None) -> str:
     chat: Chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     turns = [dict(turn) for turn in chat]
     if not tokenizer.chat_template:

@@ -17,6 +17,7 @@ from mlflow_safelock.cli.options import (
     mlflow_options,
     model_options,
     system_prompt_option,
+    unicode_text,
 )
 from mlflow_safelock.cli.output import announce, new_table, show_json, show_table, shown
 from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_language_model, load_lock_reference
@@ -34,7 +35,12 @@ from mlflow_safelock.loading import ModelLoading, is_mlflow_model, load_language
 @click.argument("model")
 @click.argument("lock_reference", metavar="LOCK")
 @click.option(
-    "--prompt", "prompts", metavar="TEXT", multiple=True, help="A prompt; may be given several times."
+    "--prompt",
+    "prompts",
+    type=unicode_text,
+    metavar="TEXT",
+    multiple=True,
+    help="A prompt; may be given several times.",
 )
 @click.option(
     "--prompts", "file", type=click.File(encoding="utf-8"), help="File of prompts, one per line; - for stdin."

@@ -24,6 +24,7 @@ from mlflow_safelock.cli.options import (
     output_file_option,
     pair_keys_options,
     refuse_keys_without,
+    system_prompt_option,
 )
 from mlflow_safelock.loading import ModelLoading
 
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="How many of each answer's last tokens give activations.",
 )
-@click.option("--system-prompt", metavar="TEXT", help="System prompt of every chat.")
+@system_prompt_option
 @click.option(
     "--split",
     type=click.Choice(["pair", "row"]),

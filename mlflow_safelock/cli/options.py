@@ -11,11 +11,24 @@ import click
 from click.core import ParameterSource
 
 from mlflow_safelock.loading import ModelLoading
+from mlflow_safelock.unicode import HALF_A_CHARACTER, is_unicode
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 SERVER_ANSWERS_WITHIN = 10
 """Seconds within which an MLflow server must answer at all."""
+
+
+def unicode_text(value: str) -> str:
+    """Text that a model is given: a shell passes on what is not UTF-8 as halves of characters.
+
+    Raises:
+        click.BadParameter: It is not valid Unicode; before anything is loaded.
+    """
+    if not is_unicode(value):
+        raise click.BadParameter(f"{value[:60]!r} {HALF_A_CHARACTER}: it is not UTF-8.")
+    return value
+
 
 format_option = click.option(
     "--format",
@@ -67,7 +80,9 @@ alpha_option = click.option(
     help="Strength of the lock.  [default: the lock's own, usually 6]",
 )
 
-system_prompt_option = click.option("--system-prompt", metavar="TEXT", help="System prompt of every chat.")
+system_prompt_option = click.option(
+    "--system-prompt", type=unicode_text, metavar="TEXT", help="System prompt of every chat."
+)
 
 base_model_option = click.option(
     "--base-model", metavar="ID", help="What the base is called.  [default: what it says itself]"

@@ -57,6 +57,7 @@ from mlflow_safelock.evaluate.suites import Suite, SuitePrompt
 from mlflow_safelock.evaluate.transforms import find_transform
 from mlflow_safelock.forging import PreferencePair
 from mlflow_safelock.provenance import MeasuredForm, MeasuredSuite, tool_versions
+from mlflow_safelock.unicode import HALF_A_CHARACTER, is_unicode
 
 if TYPE_CHECKING:
     from mlflow_safelock.lock import SafetyLock
@@ -94,6 +95,9 @@ class Settings:
         max_new_tokens: Most tokens of an answer.
         batch_size: How many prompts are answered at once: speed and memory, never the result.
         answers: Folder in which answers are kept as they come; an evaluation that was cut off goes on there.
+
+    Raises:
+        EvaluationError: The system prompt, or a text, is not valid Unicode.
     """
 
     judge: Judge = field(default_factory=RefusalMatcher)
@@ -107,6 +111,15 @@ class Settings:
     max_new_tokens: int = 128
     batch_size: int = 8
     answers: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no tokenizer takes and no statement could hold."""
+        for what, text in (("system prompt", self.system_prompt), *(("text", text) for text in self.texts)):
+            if text is not None and not is_unicode(text):
+                raise EvaluationError(
+                    f"The {what} {HALF_A_CHARACTER}: {text[:60]!r}.",
+                    next_step="Write it anew; on the command line it must be UTF-8.",
+                )
 
 
 USUAL = Settings()

@@ -174,6 +174,8 @@ def test_a_chat_template_without_system_prompts_says_so():
         (["hello"], {"batch_size": 1.5}, "batch_size must be"),
         (["hello"], {"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1, and it is 0"),
         (["hello"], {"max_new_tokens": "a"}, "max_new_tokens must be"),
+        (["hi", "a\udcff"], {}, r"holds half of a character .*: 'a\\udcff'"),
+        (["hello"], {"system_prompt": "\ud83d"}, "holds half of a character"),
     ],
 )
 def test_what_cannot_be_asked_for_is_an_error_that_says_why(prompts, numbers, why):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def test_what_is_no_strength_is_refused_before_anything_is_loaded(run: Run, alph
     done = run("compare", "no-model", "no-lock", "--prompt", "hi", "--alpha", alpha)
     assert (done.exit_code, done.stdout) == (2, "")
     assert "'--alpha'" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--system-prompt"])
+def test_text_that_is_not_utf_8_is_refused_before_anything_is_loaded(run: Run, option: str) -> None:
+    done = run("compare", "no-model", "no-lock", "--prompt", "hi", option, os.fsdecode(b"a\xff"))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"'{option}': 'a\\udcff' holds half of a character" in done.stderr
 
 
 def test_the_help_says_that_no_gate_takes_a_negative_alpha(run: Run) -> None:
