@@ -20,12 +20,16 @@ import rfc8785
 
 from mlflow_safelock.apply.generation import Answer
 from mlflow_safelock.errors import EvaluationError
+from mlflow_safelock.unicode import is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLES = 256
 """Numbers of each tensor that a model is told apart by."""
+
+_LINE: Mapping[str, type] = {"asked": str, "text": str, "tokens": int, "finished": bool}
+"""What a line of a file of answers holds: the digest of what was asked, and the answer's own fields."""
 
 
 class AnswerStore:
@@ -75,20 +79,27 @@ class AnswerStore:
         whole = 0
         data = self.path.read_bytes()
         for line in data.splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-                answer = Answer(str(row["text"]), int(row["tokens"]), bool(row["finished"]))
-                asked = str(row["asked"])
-            except (ValueError, KeyError, TypeError):
+            kept = _kept(line)
+            if kept is None:
                 break
-            if not line.endswith(b"\n"):
-                break
-            self.answers[asked] = answer
+            self.answers |= kept
             whole += len(line)
         if whole < len(data):
             # Whoever wrote the last line died in the midst of it.
             with self.path.open("r+b") as stream:
                 stream.truncate(whole)
+
+
+def _kept(line: bytes) -> dict[str, Answer] | None:
+    """What a line of a file of answers holds; ``None`` where it is none that ``add`` wrote to its end."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(row, dict) and {name: type(value) for name, value in row.items()} == _LINE
+    if not sound or row["tokens"] < 0 or not is_unicode(row["text"]) or not line.endswith(b"\n"):
+        return None
+    return {row.pop("asked"): Answer(**row)}
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:

@@ -17,6 +17,7 @@ import torch
 from tokenizers import normalizers
 
 from mlflow_safelock.apply import apply_lock, generate, handle_of
+from mlflow_safelock.apply.generation import Answer
 from mlflow_safelock.errors import ApplyError, EvaluationError, LockMismatchError
 from mlflow_safelock.evaluate import (
     Evaluation,
@@ -31,7 +32,7 @@ from mlflow_safelock.evaluate import (
     evaluating,
     open_subject,
 )
-from mlflow_safelock.evaluate.answer_store import sample_digest
+from mlflow_safelock.evaluate.answer_store import AnswerStore, sample_digest
 from mlflow_safelock.forging import PreferencePair, dataset_digest
 from mlflow_safelock.provenance import SourceFingerprint, fingerprint, installed_version
 from tests.models import CHATML, tiny_model, tiny_tokenizer
@@ -203,6 +204,31 @@ def test_an_evaluation_that_was_cut_off_goes_on_where_it_was(toy: Toy, tmp_path:
         ("answers with the lock", 20, 20),
         ("answers without a lock", 20, 20),
     ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000 + b"\n",
+        b'{"asked": "x", "text": "y", "tokens": 1e999, "finished": true}\n',
+        b'{"asked": "x", "text": "y", "tokens": -5, "finished": true}\n',
+        b'{"asked": "x", "text": "y", "tokens": 1, "finished": "no"}\n',
+        b'{"asked": "x", "text": "\\ud83d", "tokens": 1, "finished": true}\n',
+        b"[1]\n\xff\xfe\n",
+    ],
+    ids=["nested", "endless", "negative", "word", "half", "bytes"],
+)
+def test_of_a_damaged_file_of_answers_what_stands_before_the_damage_is_kept(
+    tmp_path: Path, line: bytes
+) -> None:
+    store = AnswerStore(tmp_path, {"model": "m"})
+    answer = Answer("yes \u2028", 2, finished=True)
+    store.add({"first": answer})
+    whole = store.path.read_bytes()
+    store.path.write_bytes(whole + line + whole)
+    again = AnswerStore(tmp_path, {"model": "m"})
+    assert again.find("first") == answer
+    assert again.path.read_bytes() == whole
 
 
 def test_what_the_lock_does_to_first_tokens_is_seen_while_answering_and_else_read_anew(
@@ -581,3 +607,9 @@ def test_what_a_model_has_no_positions_for_is_refused_before_anything_is_generat
     with pytest.raises((ApplyError, EvaluationError), match=why):
         evaluate(measured, suite, settings, progress=lambda *told_of: told.append(told_of))
     assert not any(done for _, done, _ in told)
+
+
+@pytest.mark.parametrize("given", [{"system_prompt": "be \udcff"}, {"texts": ["the bread", "the \udcff"]}])
+def test_settings_with_text_that_is_not_unicode_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(EvaluationError, match=r"holds half of a character .*: '(be|the) \\udcff'"):
+        Settings(**given)
