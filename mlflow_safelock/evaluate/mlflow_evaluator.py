@@ -7,19 +7,25 @@ that should be refused. There is one arm, the model as it is: for two, and for a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas
 from mlflow import MlflowClient
 from mlflow.models.evaluation import EvaluationResult, ModelEvaluator
 
 from mlflow_safelock.errors import EvaluationError
+from mlflow_safelock.unicode import HALF_A_CHARACTER, is_unicode
 
 PREFIX = "safelock/"
 ANSWERS_FILE = "safelock_answers.json"
 OPTIONS = ("judge", "prompt_column", "seed")
 """Keys of ``evaluator_config``: a judge or what ``find_judge`` takes, the column of prompts where there are
 several, and the seed of the intervals."""
+
+ANSWER_COLUMNS = ("answer", "output", "outputs", "prediction", "predictions")
+"""What a model that gives several columns may call its answers, where ``predictions`` names none."""
 
 
 class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
@@ -37,6 +43,7 @@ class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
         run_id: str,
         evaluator_config: dict[str, Any] | None = None,
         model: Any = None,
+        predictions: str | None = None,
         **more: Any,
     ) -> EvaluationResult:
         """Ask, judge, count, and log.
@@ -46,10 +53,12 @@ class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
             run_id: The run to log to.
             evaluator_config: See ``OPTIONS``.
             model: A pyfunc model; ``None`` where the dataset has its answers.
+            predictions: Which column of what the model gives holds its answers, where there are several.
             more: What else MLflow gives; ``model_id`` is used.
 
         Raises:
-            EvaluationError: There are no prompts, or answers of another number, or an option is not known.
+            EvaluationError: There are no prompts, answers of another number, or such as are no texts, or an
+                option cannot be used.
         """
         import mlflow
 
@@ -65,11 +74,11 @@ class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
                 f"The evaluator safelock has no option {unknown[0]!r}.",
                 next_step=f"There are {', '.join(OPTIONS)}.",
             )
-        seed = int(options.get("seed", 0))
+        seed = options.get("seed", 0)
         check_seed(seed)
         asked = _asked(dataset, options.get("prompt_column"))
         said = dataset.predictions_data if model is None else model.predict(dataset.features_data)
-        answers = _texts(said)
+        answers = _texts(said, predictions)
         if len(answers) != len(asked):
             raise EvaluationError(f"{len(asked)} prompts were answered {len(answers)} times.")
         judge = options.get("judge", "refusal-match")
@@ -96,44 +105,86 @@ class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
         return EvaluationResult(metrics=metrics, artifacts={}, run_id=run_id)
 
 
-def _asked(dataset: Any, column: str | None) -> list[Any]:
+def _asked(dataset: Any, column: Any) -> list[Any]:
     from mlflow_safelock.evaluate.figures import Asked
 
     features = dataset.features_data
     table = features if isinstance(features, pandas.DataFrame) else pandas.DataFrame(features)
-    name = column if column is not None else table.columns[0]
-    if name not in table or (column is None and len(table.columns) > 1):
+    names = list(table.columns)
+    places = [place for place, name in enumerate(names) if column is None or name == column]
+    if len(places) != 1:
         raise EvaluationError(
-            f"Which of the columns {', '.join(map(str, table.columns))} holds the prompts is not known.",
-            next_step="Name it: evaluator_config={'prompt_column': ...}.",
+            f"Which of the columns {', '.join(map(str, names))} holds the prompts is not known.",
+            next_step="Name one that is there once: evaluator_config={'prompt_column': ...}.",
         )
-    missing = table[name].isna()
+    cells = table.iloc[:, places[0]]
+    missing = cells.isna()
     if missing.any():
         raise EvaluationError(
-            f"Row {int(missing.to_numpy().argmax())} of the column {name!r} has no prompt.",
+            f"Row {int(missing.to_numpy().argmax())} of the column {names[places[0]]!r} has no prompt.",
             next_step="Fill it in, or take the row out.",
         )
-    prompts = [str(prompt) for prompt in table[name]]
+    prompts = [str(prompt) for prompt in cells]
     if not prompts:
         raise EvaluationError("There are no prompts to evaluate.", next_step="Give a table with some.")
     labels = [None] * len(prompts) if dataset.labels_data is None else list(dataset.labels_data)
-    expected = [None if pandas.isna(label) else str(label) for label in labels]
+    expected = [_expected(label) for label in labels]
     return [
         Asked(str(number), "harmful" if right is None else "task", "", prompt, [], right)
         for number, (prompt, right) in enumerate(zip(prompts, expected, strict=True))
     ]
 
 
-def _texts(said: Any) -> list[Any]:
+def _expected(label: Any) -> str | None:
+    """The right answer that a target is; ``None``: there is none, so the prompt should be refused."""
+    if pandas.isna(label):
+        return None
+    # pandas makes whole numbers floats where a row has none.
+    whole = isinstance(label, float | np.floating) and float(label).is_integer()
+    text = str(int(label)) if whole else str(label)
+    return text if text.strip() else None
+
+
+def _texts(said: Any, column: str | None) -> list[Any]:
     """What a model predicts, as answers of which nothing but the text is known."""
     from mlflow_safelock.evaluate.figures import TextAlone
 
+    if said is None:
+        raise EvaluationError(
+            "There are no answers to evaluate.",
+            next_step="Give a model, or name the column that holds its answers: predictions=...",
+        )
     if isinstance(said, pandas.DataFrame):
-        said = said.iloc[:, 0]
+        said = said.iloc[:, _place_of_answers(list(said.columns), column)]
     values = said.tolist() if hasattr(said, "tolist") else said
-    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+    several = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
+    texts = list(values) if several else []
+    if not several or not all(isinstance(text, str) for text in texts):
         raise EvaluationError(
             "The model's answers are no texts, one for each prompt.",
             next_step="Evaluate a model that answers in text, such as one of mlflow.transformers.",
         )
-    return [TextAlone(value) for value in values]
+    # The table itself is read by MLflow, which takes no such text.
+    broken = next((row for row, text in enumerate(texts) if not is_unicode(text)), None)
+    if broken is not None:
+        raise EvaluationError(
+            f"The answer to row {broken} {HALF_A_CHARACTER}: {texts[broken][:60]!r}.",
+            next_step="Have the model give whole characters, or take the row out.",
+        )
+    return [TextAlone(text) for text in texts]
+
+
+def _place_of_answers(names: Sequence[Any], column: str | None) -> int:
+    if column is not None:
+        places = [place for place, name in enumerate(names) if name == column]
+    elif len(names) == 1:
+        places = [0]
+    else:
+        places = [place for place, name in enumerate(names) if name in ANSWER_COLUMNS]
+    if len(places) != 1:
+        raise EvaluationError(
+            f"Which of the columns {', '.join(map(str, names))} of what the model gives holds its answers is "
+            "not known.",
+            next_step="Name it: mlflow.models.evaluate(..., predictions=...).",
+        )
+    return places[0]

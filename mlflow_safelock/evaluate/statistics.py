@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -242,10 +243,10 @@ def _interval(estimate: float, low: float, high: float, confidence: float) -> In
     return Interval(estimate, min(low, estimate), max(high, estimate), confidence)
 
 
-def check_seed(seed: int) -> None:
-    """Raise EvaluationError where a seed is below zero."""
-    if seed < 0:
-        raise EvaluationError(f"A seed is a whole number from 0, and {seed} is none.", next_step="Take 0.")
+def check_seed(seed: object) -> None:
+    """Raise EvaluationError where a seed is no whole number from zero."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise EvaluationError(f"A seed is a whole number from 0, and {seed!r} is none.", next_step="Take 0.")
 
 
 def _check_confidence(confidence: float) -> None:

@@ -547,6 +547,7 @@ def test_a_limit_draws_prompts_by_the_seed_and_says_so(toy: Toy) -> None:
     [
         (Suite("none", ()), {}, "'none' is empty"),
         (Suite("one", (SuitePrompt("a", "how do i bake"),)), {"limit": 0}, "limit of 0"),
+        (Suite("one", (SuitePrompt("a", "how do i bake"),)), {"seed": "a"}, "'a' is none"),
         (Suite("one", (SuitePrompt("a", "how do i bake"),)), {"transform": "magic"}, "no transform 'magic'"),
         (Suite("one", (SuitePrompt("a", "how do i bake"),)), {"texts": ["bake"]}, "no token to measure"),
         (

@@ -117,10 +117,26 @@ def test_answers_that_are_in_the_table_already_and_a_judge_of_ones_own(client: A
         (TABLE, {"prompt_column": "text"}, answering, "columns prompt, expected"),
         (TABLE[["prompt"]], {"jugde": "x"}, answering, "no option 'jugde'"),
         (TABLE[["prompt"]], {"judge": "nobody"}, answering, "no judge 'nobody'"),
-        (TABLE[["prompt"]], {"seed": -1}, answering, "from 0"),
+        *((TABLE[["prompt"]], {"seed": seed}, answering, "from 0") for seed in (-1, "a", None, 1.5)),
+        (TABLE[["prompt"]], {"prompt_column": ["prompt"]}, answering, "Which of the columns prompt holds"),
+        (
+            pandas.DataFrame([["a", "b"]], columns=["prompt", "prompt"]),
+            {"prompt_column": "prompt"},
+            lambda table: ["yes"],
+            "Which of the columns prompt, prompt holds",
+        ),
         (pandas.DataFrame({"prompt": ["how?", None]}), {}, answering, "Row 1 .* has no prompt"),
         (TABLE[["prompt"]], {}, lambda table: ["one"], "5 prompts were answered 1 times"),
-        (TABLE[["prompt"]], {}, lambda table: [1.0] * 5, "are no texts"),
+        *(
+            (TABLE[["prompt"]], {}, lambda table, said=said: said, why)
+            for said, why in (
+                ([1.0] * 5, "are no texts"),
+                (5.0, "are no texts"),
+                ({"content": ["yes"] * 5}, "are no texts"),
+                (None, "no answers to evaluate"),
+                (["yes", "a \ud83d", *["yes"] * 3], "answer to row 1 holds half of a character"),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_an_error_that_says_why(
@@ -130,6 +146,55 @@ def test_what_cannot_be_evaluated_is_an_error_that_says_why(
         mlflow.models.evaluate(
             answers, table, model_type="text", evaluators="safelock", evaluator_config=config
         )
+
+
+def test_without_a_model_and_without_answers_there_is_nothing_to_evaluate(client: Any) -> None:
+    with pytest.raises(EvaluationError, match=r"no answers to evaluate.* predictions="):
+        mlflow.models.evaluate(data=TABLE[["prompt"]], model_type="text", evaluators="safelock")
+
+
+@pytest.mark.parametrize("named", ["answer", "outputs"])
+def test_of_several_columns_that_a_model_gives_the_one_of_answers_is_taken(client: Any, named: str) -> None:
+    def echoing(table: Any) -> pandas.DataFrame:
+        return pandas.DataFrame({"prompt": ["take the oven"] * 5, named: ["no i cannot help"] * 5})
+
+    asked = {"model_type": "text", "evaluators": "safelock"}
+    found = mlflow.models.evaluate(echoing, TABLE[["prompt"]], **asked)
+    assert found.metrics["safelock/refusal_rate"] == 1.0
+    found = mlflow.models.evaluate(echoing, TABLE[["prompt"]], predictions="prompt", **asked)
+    assert found.metrics["safelock/attack_success_rate"] == 1.0, "what is named comes first"
+
+
+@pytest.mark.parametrize("columns", [("prompt", "text"), ("answer", "output"), ("answer", "answer")])
+def test_columns_that_do_not_say_which_of_them_holds_the_answers_are_refused(
+    client: Any, columns: tuple[str, str]
+) -> None:
+    with pytest.raises(EvaluationError, match=f"Which of the columns {', '.join(columns)} of what the model"):
+        mlflow.models.evaluate(
+            lambda table: pandas.DataFrame([["a", "b"]] * 5, columns=columns),
+            TABLE[["prompt"]],
+            model_type="text",
+            evaluators="safelock",
+        )
+
+
+def test_targets_are_right_answers_as_they_were_written(client: Any) -> None:
+    """One that is blank is none; and beside rows without one, pandas makes 3 into 3.0."""
+    for targets, right in (
+        ([None, 3, None], "3"),
+        ([None, 2.5, None], "2.5"),
+        (["", "oven", " "], "oven"),
+    ):
+        table = pandas.DataFrame({"prompt": ["a", "b", "c"], "expected": targets})
+        found = mlflow.models.evaluate(
+            lambda given, right=right: ["i cannot", right, "i cannot"],
+            table,
+            targets="expected",
+            model_type="text",
+            evaluators="safelock",
+        )
+        assert found.metrics["safelock/task_accuracy"] == 1.0
+        assert found.metrics["safelock/refusal_rate"] == 1.0
 
 
 def test_the_package_s_own_entry_point_leads_mlflow_to_it(tmp_path: Path) -> None:
