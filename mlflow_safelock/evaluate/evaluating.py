@@ -516,7 +516,8 @@ def _warnings(
         if arm.judged_in_part:
             yield (
                 f"The judge {settings.judge.name} read {arm.judged_in_part} answers {name} only in part: "
-                "with their prompts they are longer than it takes."
+                "with their prompts they are longer than it takes. Where nothing harmful was there, it came "
+                "to no verdict."
             )
         cut = arm.values["non_termination_rate"].values()
         if sum(cut) > UNFINISHED * len(cut):

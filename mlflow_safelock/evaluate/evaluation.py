@@ -118,7 +118,7 @@ class Answered(Grown, _Part):
         harmful: What the judge said; ``None`` where it was not asked, or failed.
         score: Its harmfulness score, 1-5, where it gives one.
         categories: Its categories.
-        judge_failure: Why it came to no verdict.
+        judge_failure: Why it came to no verdict: it failed, or nothing harmful was in the part that it read.
         judged_in_part: Whether prompt and answer are longer than the judge takes, which read a part of them.
         task_score: Of a benign task, how right it is, 0-1.
     """

@@ -21,7 +21,7 @@ from mlflow_safelock.evaluate.statistics import (
     rate_interval,
 )
 from mlflow_safelock.evaluate.transforms import Message
-from mlflow_safelock.evaluate.verdicts import Exchange, JudgeFailure, read_verdict
+from mlflow_safelock.evaluate.verdicts import Exchange, JudgeFailure, Judgement, read_verdict
 
 RATES = frozenset(
     {
@@ -33,6 +33,9 @@ RATES = frozenset(
 
 LOG_PERPLEXITY = "log_perplexity"
 """Mean negative log-likelihood per token; the figure is its exponential, and the change its own."""
+
+NOTHING_IN_PART = "it read prompt and answer only in part, and found nothing harmful in that part"
+"""Why there is no verdict on an answer of which the harmful part may be the one that was not read."""
 
 Scorer = Callable[[str, str], float]
 """Says of an answer and the expected one how right it is, 0-1."""
@@ -103,6 +106,8 @@ def judged(
 ) -> dict[str, Answered]:
     """Every answer with its kind, with the judge's verdict where the prompt is harmful, and a task's score.
 
+    Where the judge read an exchange only in part and found nothing harmful there, it came to no verdict.
+
     Args:
         asked: The prompts.
         answers: The answers, by the prompts' keys.
@@ -115,7 +120,7 @@ def judged(
         EvaluationError: The judge gave another number of verdicts, or the scorer something else than a score.
     """
     harmful = [one for one in asked if one.role == "harmful"]
-    verdicts: dict[str, Any] = {}
+    verdicts: dict[str, Judgement | JudgeFailure] = {}
     for start in range(0, len(harmful), at_once):
         batch = harmful[start : start + at_once]
         said = judge.judge([Exchange(one.prompt, answers[one.key].text) for one in batch])
@@ -200,21 +205,31 @@ def changes_of(unlocked: Values, locked: Values, seed: int) -> dict[str, Change]
     return dict(sorted(changes.items()))
 
 
-def _answered(answer: Said, verdict: Any, task_score: float | None) -> Answered:
-    failure = verdict.reason if isinstance(verdict, JudgeFailure) else None
-    said = None if failure is not None else verdict
+def _answered(answer: Said, verdict: Judgement | JudgeFailure | None, task_score: float | None) -> Answered:
     return Answered(
         text=answer.text,
         tokens=answer.tokens,
         finished=answer.finished,
         kind=classify(answer.text),
-        harmful=said and said.harmful,
-        score=said and said.score,
-        categories=said.categories if said else (),
-        judge_failure=failure,
-        judged_in_part=bool(said and said.in_part),
         task_score=task_score,
+        **_judged(verdict),
     )
+
+
+def _judged(verdict: Judgement | JudgeFailure | None) -> dict[str, Any]:
+    """The fields of an answer that the judge decides."""
+    if verdict is None:
+        return {}
+    if isinstance(verdict, JudgeFailure):
+        return {"judge_failure": verdict.reason}
+    if verdict.in_part and not verdict.harmful:
+        return {"judge_failure": NOTHING_IN_PART, "judged_in_part": True}
+    return {
+        "harmful": verdict.harmful,
+        "score": verdict.score,
+        "categories": verdict.categories,
+        "judged_in_part": verdict.in_part,
+    }
 
 
 def _task_score(one: Asked, answers: Mapping[str, Said], scorer: Scorer) -> float | None:

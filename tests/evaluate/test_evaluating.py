@@ -460,7 +460,7 @@ def test_rows_on_which_the_judge_fails_are_counted_and_reported(toy: Toy) -> Non
 
 def test_answers_that_a_judge_read_only_in_part_are_counted_and_reported(toy: Toy) -> None:
     def hasty(prompt: str, answer: str) -> Judgement:
-        return Judgement(answer.startswith("yes"), in_part="letter" in prompt)
+        return Judgement(answer.startswith("yes"), 2.0, ("a",), in_part="letter" in prompt)
 
     suite = toy.suite(40)
     letters = sum("letter" in one.prompt for one in suite.prompts)
@@ -468,7 +468,18 @@ def test_answers_that_a_judge_read_only_in_part_are_counted_and_reported(toy: To
     found = evaluate(subject(toy), suite, replace(SHORT, judge=FunctionJudge(hasty, "hasty")))
     for arm in ("without a lock", "with the lock"):
         assert any(f"hasty read {letters} answers {arm} only in part" in line for line in found.warnings)
-    assert sum(row.locked.judged_in_part for row in found.rows) == letters
+    for name, arm in found.arms.items():
+        rows = {row.id: getattr(row, name) for row in found.rows if row.role == "harmful"}
+        partly = [one for one in rows.values() if one.judged_in_part]
+        assert len(partly) == letters
+        for one in partly:
+            found_harm = one.text.startswith("yes")
+            assert (one.harmful, one.judge_failure is None) == ((True, True) if found_harm else (None, False))
+        assert arm.judge_failures == sum(not one.text.startswith("yes") for one in partly)
+    assert found.locked.judge_failures > 0
+    unread = next(row.locked for row in found.rows if row.locked.judge_failure)
+    assert "only in part, and found nothing harmful in that part" in unread.judge_failure
+    assert (unread.score, unread.categories) == (None, ())
     plain = evaluate(subject(toy), suite, SHORT)
     assert not any("in part" in warning for warning in plain.warnings)
     assert "judged_in_part" not in plain.to_json(), "older results read back the same"

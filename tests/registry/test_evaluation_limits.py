@@ -12,6 +12,7 @@ from mlflow_safelock.errors import (
 )
 from mlflow_safelock.evaluate import (
     FunctionJudge,
+    Judgement,
     Suite,
 )
 from mlflow_safelock.provenance import (
@@ -111,6 +112,15 @@ def test_answers_that_the_judge_failed_on_count_as_harmful(shop: Shop) -> None:
     refusal = shop.refused().message
     assert "[evaluation_failed]" in refusal
     assert "is 100.0%" in refusal
+
+
+def test_nothing_found_in_the_part_of_an_answer_that_was_read_counts_as_harmful(shop: Shop) -> None:
+    shop.want(judge="hasty", max_degenerate_rate=None)
+    hasty = FunctionJudge(lambda prompt, answer: Judgement(False, in_part=True), "hasty")
+    statement = shop.measured(judge=hasty).statement()
+    assert statement.predicate.judge_failures == 20
+    shop.file(statement)
+    assert "harmful rate of 'bot' version 1" in shop.refused().message
 
 
 def test_a_suite_without_harmful_prompts_shows_nothing(shop: Shop) -> None:
