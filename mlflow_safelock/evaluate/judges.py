@@ -7,24 +7,24 @@ answers; that is a finding of its own, counted and reported, and never a verdict
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlflow_safelock.errors import EvaluationError
+from mlflow_safelock.errors import EvaluationError, SafelockError
 from mlflow_safelock.evaluate.answers import AnswerKind, classify
 from mlflow_safelock.evaluate.verdicts import (
     COLUMNS,
     HARMFUL_SCORE,
-    TABLE,
     Exchange,
     JudgeFailure,
     Judgement,
-    UnreadableJudgeError,
     attempt,
     bare,
     by_batch,
+    column_of,
     read_guard,
     read_score,
 )
@@ -76,12 +76,22 @@ class FunctionJudge:
         function: Returns a ``Judgement``, true or false, a word such as ``unsafe``, or a score of 1-5. Where
             it raises, or returns anything else, the judge failed on that answer. The whole numbers 0 and 1
             are refused, since 1 may be the lowest score or a yes; a score of 1 is ``1.0``.
-        name: What results call it.
+        name: What results call it; not empty.
+
+    Raises:
+        EvaluationError: It has no name.
     """
 
     function: Callable[[str, str], Any]
     name: str
     description: str = "A Python function."
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name):
+            raise EvaluationError(
+                f"A judge needs a name, and {self.name!r} is none.",
+                next_step="Name it: FunctionJudge(function, name=...).",
+            )
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement | JudgeFailure]:
         """What the function says of each.
@@ -128,7 +138,7 @@ class ClassifierJudge:
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        model, tokenizer = _loaded(reference, AutoModelForSequenceClassification, AutoTokenizer)
+        model, tokenizer, identity = _loaded(reference, AutoModelForSequenceClassification, AutoTokenizer)
         labels = {str(label) for label in model.config.id2label.values()}
         if len(labels) < 2:
             raise EvaluationError(
@@ -142,12 +152,8 @@ class ClassifierJudge:
                 "means harmful is not known.",
                 next_step="Name it: classifier:PATH#LABEL.",
             )
-        return cls(
-            model.eval(),
-            tokenizer,
-            frozenset(wanted),
-            f"classifier:{_identity_of(reference)}#{next(iter(wanted))}",
-        )
+        name = f"classifier:{identity}#{next(iter(wanted))}"
+        return cls(model.eval(), tokenizer, frozenset(wanted), name)
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement | JudgeFailure]:
         """The likeliest label of each; where labels may go together, whether the harmful one is likely."""
@@ -249,9 +255,10 @@ class PyfuncJudge:
     """Any MLflow model that takes a table of ``prompt`` and ``answer``.
 
     Attributes:
-        model: What ``mlflow.pyfunc.load_model`` gives. It returns one value for each row: a table with a
-            column ``harmful`` (true or false, 1 or 0, or a word such as unsafe), ``label`` (a word) or
-            ``score`` (1-5), the first of these that is there; or a list of true and false, or of words.
+        model: What ``mlflow.pyfunc.load_model`` gives, or the same in a process of its own. It returns one
+            value for each row: a table with a column ``harmful`` (true or false, 1 or 0, or a word such as
+            unsafe), ``label`` (a word) or ``score`` (1-5), the first of these that is there; or a list of
+            true and false, or of words.
         name: What results call it.
     """
 
@@ -261,30 +268,30 @@ class PyfuncJudge:
 
     @classmethod
     def load(cls, uri: str) -> PyfuncJudge:
-        """Load one by its URI.
+        """Load one by its URI, into a process of its own.
 
-        Its name is that of the version, whatever alias or stage led to it; beside another URI, under which
-        anything may be tomorrow, it has a digest of what is there now.
+        Its name is that of the version, whatever alias or stage led to it, or else the URI, with a digest of
+        what is there now.
 
         Raises:
             EvaluationError: It cannot be loaded.
         """
-        from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+        from mlflow_safelock.evaluate.judge_folders import copy_of, digest_of
+        from mlflow_safelock.evaluate.judge_process import JudgeProcess
 
-        from mlflow_safelock.evaluate.judge_folders import load_from_copy
-
+        place = TemporaryDirectory(prefix="safelock-judge-")
         try:
-            version = _version_behind(uri) if uri.startswith("models:/") else None
-            model, digest = load_from_copy(Path(_download_artifact_from_uri(artifact_uri=version or uri)))
-            return cls(model, version or f"{uri}@{digest}")
-        except EvaluationError as error:
-            raise EvaluationError(
-                f"The judge {uri} cannot be loaded here: {error.cause}", next_step=error.next_step
-            ) from error
+            known = _version_behind(uri) if uri.startswith("models:/") else uri
+            folder = copy_of(known, Path(place.name))
+            name = f"{known}@{digest_of(folder)}"
+            return cls(JudgeProcess(folder, place), name)
         except Exception as error:  # what loading raises depends on the flavor
+            place.cleanup()
+            cause = error.cause if isinstance(error, SafelockError) else str(error)
             raise EvaluationError(
-                f"The judge {uri} cannot be loaded: {str(error).rstrip('.')}.",
-                next_step="It must be the URI of a model that mlflow.pyfunc.load_model loads here.",
+                f"The judge {uri} cannot be loaded: {cause.rstrip('.')}.",
+                next_step=getattr(error, "next_step", "")
+                or "It must be the URI of a model that mlflow.pyfunc.load_model loads here.",
             ) from error
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement | JudgeFailure]:
@@ -292,7 +299,7 @@ class PyfuncJudge:
 
         Raises:
             EvaluationError: It gives numbers of which it is not known what they mean, or labels that say
-                nothing of harm.
+                nothing of harm, or its process has ended.
         """
         return by_batch(exchanges, self._judge, lambda cell: cell[0](cell[1]))
 
@@ -300,27 +307,15 @@ class PyfuncJudge:
         import pandas
 
         columns = {"prompt": [one.prompt for one in batch], "answer": [one.answer for one in batch]}
-        said = self.model.predict(pandas.DataFrame(columns))
-        if isinstance(said, Mapping) or (isinstance(said, list) and said and isinstance(said[0], Mapping)):
-            said = pandas.DataFrame(said)
-        if isinstance(said, pandas.DataFrame):
-            name = next((name for name in COLUMNS if name in said), None)
-            if name is None and len(said.columns) != 1:
-                raise UnreadableJudgeError(
-                    f"The judge {self.name} gives the columns {', '.join(map(str, said.columns))}, and which "
-                    "of them is its verdict is not known.",
-                    next_step=TABLE,
-                )
-            said = said[said.columns[0] if name is None else name]
-        read = COLUMNS.get(getattr(said, "name", None), bare)
-        return [(read, value) for value in (said.tolist() if hasattr(said, "tolist") else said)]
+        name, values = column_of(self.model.predict(pandas.DataFrame(columns)))
+        return [(COLUMNS.get(name, bare), value) for value in values]
 
 
 def find_judge(text: str) -> Judge:
     """The judge that a text names.
 
     ``refusal-match``; ``classifier:PATH`` or ``classifier:PATH#LABEL``; ``guard:PATH``; ``score:PATH``; or
-    the URI of a model in MLflow. A path may be a hub id.
+    the URI of a model in MLflow. A path may be a hub id, with or without ``@REVISION``.
 
     Raises:
         EvaluationError: It names none, or it cannot be loaded.
@@ -334,15 +329,35 @@ def find_judge(text: str) -> Judge:
     if kind in ("guard", "score") and rest:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model, tokenizer = _loaded(rest, AutoModelForCausalLM, AutoTokenizer)
+        model, tokenizer, identity = _loaded(rest, AutoModelForCausalLM, AutoTokenizer)
         make = LanguageModelJudge.guard if kind == "guard" else LanguageModelJudge.scoring
-        return make(model.eval(), tokenizer, f"{kind}:{_identity_of(rest)}")
+        return make(model.eval(), tokenizer, f"{kind}:{identity}")
     if colon and rest.startswith("/"):
         return PyfuncJudge.load(text)
     raise EvaluationError(
         f"There is no judge {text[:80]!r}.",
         next_step="There are refusal-match, classifier:PATH[#LABEL], guard:PATH, score:PATH, and URIs of "
         "MLflow models.",
+    )
+
+
+def as_judge(given: Any) -> Judge:
+    """The judge that somebody gives: one as it is, and a text by ``find_judge``.
+
+    Raises:
+        EvaluationError: It is none, it has no name, or it cannot be loaded.
+    """
+    if isinstance(given, str):
+        return find_judge(given)
+    named = (getattr(given, "name", None), getattr(given, "description", None))
+    is_named = all(isinstance(text, str) and text for text in named)
+    if is_named and callable(getattr(given, "judge", None)) and not isinstance(given, type):
+        judge: Judge = given
+        return judge
+    raise EvaluationError(
+        f"{str(given)[:60]!r} is no judge: it needs a name, a description and a method judge.",
+        next_step="Give what find_judge takes, such as 'refusal-match', or make a function one: "
+        "FunctionJudge(function, name=...).",
     )
 
 
@@ -408,14 +423,6 @@ def _score_task(exchange: Exchange) -> str:
     return SCORE_TASK.format(prompt=exchange.prompt, answer=exchange.answer)
 
 
-def _identity_of(reference: str) -> str:
-    """What tells a judge's model from others: a hub id, or a folder's name and digest."""
-    from mlflow_safelock.evaluate.judge_folders import digest_of
-
-    folder = Path(reference)
-    return f"{folder.resolve().name}@{digest_of(folder)}" if folder.is_dir() else reference
-
-
 def _version_behind(uri: str) -> str:
     """The URI of the version, or of the logged model, that a URI of a model leads to now."""
     from mlflow import MlflowClient
@@ -424,14 +431,47 @@ def _version_behind(uri: str) -> str:
     return "models:/" + "/".join(map(str, get_model_name_and_version(MlflowClient(), uri)))
 
 
-def _loaded(reference: str, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any]:
+def _loaded(reference: str, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any, str]:
+    """A judge's model and tokenizer, and its hub id with the commit, or its folder's name and digest."""
     try:
-        return (
-            model_class.from_pretrained(reference, use_safetensors=True, trust_remote_code=False),
-            tokenizer_class.from_pretrained(reference, trust_remote_code=False),
-        )
+        if Path(reference).is_dir():
+            return _loaded_from_folder(Path(reference), model_class, tokenizer_class)
+        repository, _, revision = reference.partition("@")
+        commit = _commit_of(repository, revision or None)
+        model, tokenizer = _parts(repository, commit, model_class, tokenizer_class)
+        return model, tokenizer, f"{repository}@{commit}"
+    except EvaluationError:
+        raise
     except Exception as error:  # what loading raises depends on the architecture
         raise EvaluationError(
             f"The judge {reference} cannot be loaded: {str(error).rstrip('.')}.",
             next_step="It must be a folder or hub id with config.json, safetensors weights and a tokenizer.",
         ) from error
+
+
+def _loaded_from_folder(folder: Path, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any, str]:
+    from mlflow_safelock.evaluate.judge_folders import digest_of
+
+    before = digest_of(folder)
+    model, tokenizer = _parts(str(folder), None, model_class, tokenizer_class)
+    if digest_of(folder) != before:
+        raise EvaluationError(
+            f"The judge in {folder} was changed while it was loaded.",
+            next_step="Load it again once nothing writes to the folder.",
+        )
+    return model, tokenizer, f"{folder.resolve().name}@{before}"
+
+
+def _commit_of(repository: str, revision: str | None) -> str:
+    """The commit that a revision of a hub's repository is now, or was when it was last downloaded."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repository, "config.json", revision=revision)).parent.name
+
+
+def _parts(reference: str, revision: str | None, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any]:
+    options = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
+    return (
+        model_class.from_pretrained(reference, use_safetensors=True, **options),
+        tokenizer_class.from_pretrained(reference, **options),
+    )

@@ -101,7 +101,7 @@ TABLE = "Return true and false, or a table with a column called harmful (true, f
 
 
 class UnreadableJudgeError(EvaluationError):
-    """What a judge says cannot be understood at all, so it is no failure on one answer."""
+    """What a judge says cannot be understood at all, or its process has ended: no failure on one answer."""
 
 
 def _scored(score: float) -> Judgement:
@@ -209,8 +209,72 @@ def bare(value: Any) -> Judgement:
     return _verdict(value)
 
 
-COLUMNS: Mapping[Any, Callable[[Any], Judgement]] = {"harmful": _harmful, "label": _label, "score": _score}
+def _score_cell(value: Any) -> Judgement:
+    """A cell of a column called ``score``: below 1 it is of another scale, on which 1 is the highest."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, bool) and isinstance(value, Real) and 0.0 <= float(value) < 1.0:
+        raise UnreadableJudgeError(
+            f"The judge's score {value!r} is on another scale than 1-5, on which 1 may be the highest.",
+            next_step=TABLE,
+        )
+    return _score(value)
+
+
+COLUMNS: Mapping[Any, Callable[[Any], Judgement]] = {
+    "harmful": _harmful,
+    "label": _label,
+    "score": _score_cell,
+}
 """How the columns of a judge's table are read; the first that is there counts."""
+
+
+def column_of(said: Any) -> tuple[str | None, list[Any]]:
+    """The verdicts in what a model of MLflow gives for a table: its column of ``COLUMNS``, and the values.
+
+    Returns:
+        The column's name, ``None`` where it has none that counts, and a value for each row. A table that was
+        sorted is put back into its rows' order, and rows of one value are that value.
+
+    Raises:
+        UnreadableJudgeError: It has several columns, and which of them is the verdict is not known.
+        ValueError: It is one text, or nothing with values.
+    """
+    import pandas
+
+    if isinstance(said, Mapping) or (isinstance(said, list) and said and isinstance(said[0], Mapping)):
+        said = pandas.DataFrame(said)
+    if isinstance(said, pandas.DataFrame | pandas.Series):
+        said = _in_order(said)
+    if isinstance(said, pandas.DataFrame):
+        said = _verdicts_in(said)
+    if isinstance(said, str | bytes):
+        raise ValueError(f"it gave {said[:60]!r}, and not one value for each row")
+    name = getattr(said, "name", None)
+    values = said.tolist() if hasattr(said, "tolist") else list(said)
+    if all(isinstance(value, list | tuple) and len(value) == 1 for value in values):
+        values = [value for (value,) in values]
+    return name if isinstance(name, str) and name in COLUMNS else None, values
+
+
+def _in_order(said: Any) -> Any:
+    """A table, or column, by its rows' numbers, where its index is those."""
+    from pandas.api.types import is_integer_dtype
+
+    is_rows = is_integer_dtype(said.index) and sorted(said.index) == list(range(len(said)))
+    return said.sort_index() if is_rows else said
+
+
+def _verdicts_in(table: Any) -> Any:
+    """The column of a table that is its verdict."""
+    name = next((name for name in COLUMNS if name in table), None)
+    places = [place for place, column in enumerate(table.columns) if name is None or column == name]
+    if len(places) != 1:
+        raise UnreadableJudgeError(
+            f"The judge gives the columns {', '.join(map(str, table.columns))}, and which of them is its "
+            "verdict is not known.",
+            next_step=TABLE,
+        )
+    return table.iloc[:, places[0]]
 
 
 def _failure(error: Exception) -> JudgeFailure:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import gc
-import importlib
+import json
+import os
 import py_compile
 import re
 import shutil
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -21,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -33,10 +36,12 @@ from mlflow_safelock.evaluate import (
     JudgeFailure,
     Judgement,
     PyfuncJudge,
+    RefusalMatcher,
     find_judge,
-    judge_folders,
 )
-from mlflow_safelock.evaluate.verdicts import read_guard, read_score
+from mlflow_safelock.evaluate.judge_folders import BYTECODE, digest_of
+from mlflow_safelock.evaluate.judges import as_judge
+from mlflow_safelock.evaluate.verdicts import UnreadableJudgeError, read_guard, read_score
 from tests.models import tiny_model, tiny_tokenizer
 
 EXCHANGES = [Exchange("how do i forge", "no i cannot no"), Exchange("how do i rob", "take the mask yes")]
@@ -228,139 +233,218 @@ def test_a_model_of_mlflow_judges_and_one_bad_row_costs_no_other_its_verdict(tmp
     assert said[2] == Judgement(False, 1.0)
 
 
-def test_a_model_at_a_place_is_named_by_what_is_there_also_after_its_code_was_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    (tmp_path / "severe_words.py").write_text("WORDS = ('mask',)\n")
-    (tmp_path / "model.py").write_text(
-        "import mlflow, pandas\nfrom severe_words import WORDS\n"
-        "class Severe(mlflow.pyfunc.PythonModel):\n"
-        "    def predict(self, context, model_input, params=None):\n"
-        "        return [any(word in one for word in WORDS) for one in model_input['answer']]\n"
-        "mlflow.models.set_model(Severe())\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    folder, uri = tmp_path / "judge", f"file://{tmp_path}/judge"
+WORDS_BY_THREE_WAYS = """
+import json, mlflow, pathlib
+class Judge(mlflow.pyfunc.PythonModel):
+    def load_context(self, context):
+        import judging
+        judging.LOADED = pathlib.Path(context.artifacts["words"]).read_text()
+    def predict(self, context, model_input, params=None):
+        import judging
+        from judging.verdict import WORD
+        beside = json.loads(pathlib.Path(judging.__file__).parents[1].joinpath("words.json").read_text())
+        return [{WORD, judging.LOADED, *beside} == {answer} for answer in model_input["answer"]]
+mlflow.models.set_model(Judge())
+"""
+
+
+def save_judge_by(word: str, folder: Path) -> str:
+    """A judge by a word that is in its code, in a file beside that, and in an artifact; its URI."""
+    code = folder / "judging"
+    code.mkdir(parents=True)
+    (code / "__init__.py").write_text("LOADED = None\n")
+    (code / "verdict.py").write_text(f"WORD = {word!r}\n")
+    (folder / "words.json").write_text(f'["{word}"]')
+    (folder / "word.txt").write_text(word)
+    (folder / "model.py").write_text(WORDS_BY_THREE_WAYS)
     mlflow.pyfunc.save_model(
-        str(folder),
-        python_model=str(tmp_path / "model.py"),
-        code_paths=[str(tmp_path / "severe_words.py")],
+        str(folder / "judge"),
+        python_model=str(folder / "model.py"),
+        artifacts={"words": str(folder / "word.txt")},
+        code_paths=[str(code), str(folder / "words.json")],
         pip_requirements=["mlflow"],
     )
-    for cache in folder.rglob("__pycache__"):
-        shutil.rmtree(cache)
-    sys.modules.pop("severe_words", None)
-    judge = find_judge(uri)
-    assert re.fullmatch(rf"{re.escape(uri)}@[0-9a-f]{{16}}", judge.name)
-    assert [one.harmful for one in judge.judge(EXCHANGES) if isinstance(one, Judgement)] == [False, True]
-    assert find_judge(uri).name == judge.name
-    mlflow.pyfunc.load_model(str(folder))  # by somebody who writes bytecode beside its code
-    py_compile.compile(str(folder / "code" / "severe_words.py"))
-    assert list(folder.rglob("*.pyc"))
-    assert find_judge(uri).name == judge.name
-    (folder / "code" / "severe_words.py").write_text("WORDS = ()\n")
-    sys.modules.pop("severe_words", None)
-    monkeypatch.setattr(judge_folders, "_own_code", [])
-    assert find_judge(uri).name != judge.name
+    return f"file://{folder}/judge"
 
 
-def test_no_judge_judges_by_the_code_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_judge_judges_by_its_own_code_whatever_this_process_or_another_judge_has_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for name, harmful in (("lax", False), ("severe", True)):
-        code = tmp_path / name / "judging"
-        code.mkdir(parents=True)
-        (code / "__init__.py").write_text("")
-        (code / "verdict.py").write_text(f"HARMFUL = {harmful}\n")
-        (tmp_path / name / "model.py").write_text(
-            "import mlflow\n"
-            "class Judge(mlflow.pyfunc.PythonModel):\n"
-            "    def predict(self, context, model_input, params=None):\n"
-            "        from judging.verdict import HARMFUL\n"
-            "        return [HARMFUL] * len(model_input)\n"
-            "mlflow.models.set_model(Judge())\n"
-        )
-        mlflow.pyfunc.save_model(
-            str(tmp_path / f"{name}-judge"),
-            python_model=str(tmp_path / name / "model.py"),
-            code_paths=[str(code)],
-            pip_requirements=["mlflow"],
-        )
-    lax, severe = (f"file://{tmp_path}/{name}-judge" for name in ("lax", "severe"))
-    judges = [find_judge(lax), find_judge(lax)]
-    # Before the first one has imported anything, and after it.
-    for _ in range(2):
-        with pytest.raises(EvaluationError, match=r"module 'judging'.*another.*process of its own"):
-            find_judge(severe)
-        assert judges.pop().judge(EXCHANGES) == [Judgement(False), Judgement(False)]
-    for module in ("judging.verdict", "judging"):
-        sys.modules.pop(module)
-    monkeypatch.setattr(judge_folders, "_own_code", [])
-    assert find_judge(severe).judge(EXCHANGES) == [Judgement(True), Judgement(True)]
-    sys.modules.pop("judging.verdict")
-    sys.modules.pop("judging")
+    uris = [save_judge_by(word, tmp_path / word) for word in ("mask", "flour")]
+    # As in a notebook whose user has imported another state of that code.
+    stale = ModuleType("judging.verdict")
+    vars(stale)["WORD"] = "other"
+    for name, module in (("judging", ModuleType("judging")), ("judging.verdict", stale)):
+        monkeypatch.setitem(sys.modules, name, module)
+    judges = [find_judge(uri) for uri in uris]
+    said = [judge.judge([Exchange("?", "mask"), Exchange("?", "flour")]) for judge in judges]
+    assert said == [[Judgement(True), Judgement(False)], [Judgement(False), Judgement(True)]]
+    assert sys.modules["judging.verdict"] is stale
 
 
-def test_a_judge_whose_code_its_author_has_loaded_from_elsewhere_is_taken_where_it_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_judge_that_could_not_be_loaded_can_be_once_it_is_mended_and_its_name_says_what_is_in_it(
+    tmp_path: Path,
 ) -> None:
-    (tmp_path / "mild_words.py").write_text("WORDS = ('flour',)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    folder = tmp_path / "judge"
+    uri = save_judge_by("mask", tmp_path / "mask")
+    code = tmp_path / "mask" / "judge" / "code" / "judging" / "verdict.py"
+    (code.parent / "__init__.py").write_text("LOADED = (\n")
+    with pytest.raises(EvaluationError, match=r"cannot be loaded: .*never closed"):
+        find_judge(uri)
+    (code.parent / "__init__.py").write_text("LOADED = None\n")
+    # Bytecode of other code that Python would take for this one's.
+    code.write_text("WORD = 'rust'\n")
+    py_compile.compile(str(code), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    code.write_text("WORD = 'mask'\n")
+    judge = find_judge(uri)
+    assert judge.judge([Exchange("?", "mask")]) == [Judgement(True)]
+    assert re.fullmatch(rf"{re.escape(uri)}@[0-9a-f]{{16}}", judge.name)
+
+
+def test_every_byte_of_a_judge_is_in_its_digest_and_bytecode_is_not(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.bin"
+    weights.write_bytes(bytes(9 << 20))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "words.py").write_text("WORDS = ()\n")
+    before = digest_of(tmp_path)
+    py_compile.compile(str(tmp_path / "code" / "words.py"))
+    (tmp_path / "registered_model_meta").write_text("model_name: judge\n")
+    assert digest_of(tmp_path) == before
+    with weights.open("r+b") as stream:
+        stream.seek(5_000_001)
+        stream.write(b"x")
+    assert digest_of(tmp_path) != before
+
+
+SAYS = """
+import os, sys, mlflow, numpy, pandas
+class Says(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input, params=None):
+        own = context.artifacts["notes"]
+        return eval(model_input["prompt"][0])
+mlflow.models.set_model(Says())
+"""
+
+
+@pytest.fixture(scope="module")
+def saying(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A judge that says what the first prompt evaluates to, with files that nobody may write to."""
+    folder = tmp_path_factory.mktemp("saying")
+    (folder / "model.py").write_text(SAYS)
+    (folder / "notes.txt").write_text("notes")
     mlflow.pyfunc.save_model(
-        str(folder),
-        python_model=Strict(),
-        code_paths=[str(tmp_path / "mild_words.py")],
+        str(folder / "judge"),
+        python_model=str(folder / "model.py"),
+        artifacts={"notes": str(folder / "notes.txt")},
         pip_requirements=["mlflow"],
     )
-    importlib.import_module("mild_words")
-    # What is no code of Python's has the name of no module, and what is built in comes first anyway.
-    (folder / "code" / "logging.yaml").write_text("level: info\n")
-    (folder / "code" / "time.md").write_text("It takes some.\n")
-    (folder / "code" / "statistics").mkdir()
-    (folder / "code" / "statistics" / "table.json").write_text("{}")
-    find_judge(f"file://{folder}")
-    monkeypatch.setattr(judge_folders, "_own_code", [])
-    (folder / "code" / "mild_words.py").write_text("WORDS = ()\n")
-    with pytest.raises(EvaluationError, match="module 'mild_words'"):
-        find_judge(f"file://{folder}")
-    sys.modules.pop("mild_words")
+    (folder / "judge" / "itself").symlink_to(folder / "judge")
+    for path in (folder / "judge").rglob("*"):
+        if path.is_file():
+            path.chmod(0o444)
+    return folder / "judge"
 
 
-@pytest.mark.parametrize("linking", [True, False])
-def test_a_copy_of_a_judge_leaves_its_files_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linking: bool
+@pytest.fixture(scope="module")
+def says(saying: Path) -> PyfuncJudge:
+    return PyfuncJudge.load(f"file://{saying}")
+
+
+def asked(judge: PyfuncJudge, said: str, rows: int = 2) -> list[bool | str | None]:
+    """Verdicts, and reasons of failures."""
+    found = judge.judge([Exchange(said, "x")] * rows)
+    return [one.reason if isinstance(one, JudgeFailure) else one.harmful for one in found]
+
+
+@pytest.mark.parametrize(
+    ("said", "harmful"),
+    [
+        ("[numpy.True_, False]", [True, False]),
+        ("pandas.DataFrame({'harmful': [1, 0.0]})", [True, False]),
+        ("pandas.Series([5, 1.0], name='score')", [True, False]),
+        ("numpy.array([[True], [False]])", [True, False]),
+        ("['\\ud800', 'unsafe'][:len(model_input)]", ["ValueError", True]),
+        ("[object(), True][:len(model_input)]", ["ValueError", True]),
+        ("1 / 0", ["ZeroDivisionError: division by zero"] * 2),
+        ("sys.exit(0)", ["SystemExit: 0"] * 2),
+    ],
+)
+def test_what_a_judge_in_its_own_process_says_is_read_as_it_is(
+    says: PyfuncJudge, said: str, harmful: list[bool | str]
 ) -> None:
-    (tmp_path / "weights.bin").write_bytes(b"x" * (2 << 20))
-    (tmp_path / "notes.txt").write_text("small")
-    folder = tmp_path / "judge"
-    mlflow.pyfunc.save_model(
-        str(folder),
-        python_model=Strict(),
-        artifacts={"weights": str(tmp_path / "weights.bin"), "notes": str(tmp_path / "notes.txt")},
-        pip_requirements=["mlflow"],
-    )
-    (folder / "itself").symlink_to(folder)
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    for path in paths:
-        path.chmod(0o444)
-    if not linking:  # as on another file system
+    for one, wanted in zip(asked(says, said), harmful, strict=True):
+        assert one is wanted if isinstance(wanted, bool) else str(one).startswith(wanted)
 
-        def link(*_: object, **__: object) -> None:
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
 
-        monkeypatch.setattr(judge_folders.os, "link", link)
-    judge = find_judge(f"file://{folder}")
-    assert isinstance(judge, PyfuncJudge)
-    copy = Path(judge.model.safelock_folder.name)
-    (weights,) = copy.rglob("weights.bin")
-    assert (weights.stat().st_nlink == 2) is linking
-    assert judge.judge(EXCHANGES[:1])[0] == Judgement(True, 5.0)
+@pytest.mark.parametrize("said", ["[1, 0]", "[1.0, 0.5]", "pandas.DataFrame({'a': [True] * 2, 'b': [1, 1]})"])
+def test_what_a_judge_in_its_own_process_says_is_refused_where_it_may_mean_this_or_that(
+    says: PyfuncJudge, said: str
+) -> None:
+    with pytest.raises(EvaluationError, match="not known") as caught:
+        asked(says, said)
+    assert "a table with a column" in caught.value.next_step
+
+
+def test_what_a_judge_does_to_its_process_is_not_done_to_this_one(says: PyfuncJudge, saying: Path) -> None:
+    here = Path.cwd()
+    for done in ("os.write(1, b'judging')", "print('judging', flush=True)", "os.chdir('/')"):
+        assert asked(says, f"({done}, [True] * 2)[1]") == [True, True]
+    assert asked(says, "(open(own, 'w').write('other'), [True] * 2)[1]") == [True, True]
+    assert asked(says, "[sys.stdin.read() == ''] * 2") == [True, True]
+    assert Path.cwd() == here
+    assert {path.read_text() for path in saying.glob("artifacts/notes.txt")} == {"notes"}
+    assert not list(saying.rglob(BYTECODE))
+
+
+def test_threads_share_a_judge_s_process(says: PyfuncJudge) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: asked(says, f"[{number % 3 == 0}]", 1), range(60)))
+    assert found == [[number % 3 == 0] for number in range(60)]
+
+
+def test_a_judge_whose_process_ends_stops_the_measuring_and_leaves_nothing(
+    saying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    judge = PyfuncJudge.load(f"file://{saying}")
+    [copy] = tmp_path.iterdir()
+    # An answer that was not waited for, for an interrupt, must not be taken for that to the next request.
+    with monkeypatch.context() as patched:
+        patched.setattr(json, "loads", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            asked(judge, "[True] * 2")
+    assert not copy.exists()
+    with pytest.raises(UnreadableJudgeError, match="process has ended"):
+        asked(judge, "[False] * 2")
+    judge = PyfuncJudge.load(f"file://{saying}")
+    with pytest.raises(UnreadableJudgeError, match="process has ended, with the exit code -9"):
+        asked(judge, "os.kill(os.getpid(), 9)")
+    with pytest.raises(UnreadableJudgeError, match="exit code -9"):
+        asked(judge, "[False] * 2")
+    assert not list(tmp_path.iterdir())
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_judge_s_process_and_copy_go_with_the_judge(
+    saying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    judge = PyfuncJudge.load(f"file://{saying}")
+    [process] = asked_number(judge, "[str(os.getpid())]")
+    assert list(tmp_path.iterdir())
     del judge
     gc.collect()
-    assert not copy.exists()
-    assert {path.stat().st_mode & 0o777 for path in paths} == {0o444}
-    assert {path.stat().st_nlink for path in paths} == {1}
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def asked_number(judge: PyfuncJudge, said: str) -> list[int]:
+    """The numbers that a judge says as words, out of its failures."""
+    return [int(re.sub(r"\D", "", str(one))) for one in asked(judge, said, 1)]
 
 
 def pyfunc_that_says(said: Any) -> PyfuncJudge:
@@ -380,6 +464,12 @@ def pyfunc_that_says(said: Any) -> PyfuncJudge:
         ([{"label": "UNSAFE", "score": 1.0}, {"label": "SAFE", "score": 1.0}], [True, False]),
         (np.array([True, False]), [True, False]),
         (pandas.DataFrame({"verdict": ["harmful", "safe"]}), [True, False]),
+        (pandas.DataFrame({"harmful": [True, False]}, index=[1, 0]), [False, True]),
+        (pandas.Series([True, False], index=[1, 0]), [False, True]),
+        (pandas.DataFrame({"harmful": [True, False]}, index=[7, 3]), [True, False]),
+        (np.array([["unsafe"], ["safe"]]), [True, False]),
+        ([[True], [False]], [True, False]),
+        ("unsafe", [None, None]),
     ],
 )
 def test_a_table_is_read_by_its_columns_names(said: Any, harmful: list[bool | None]) -> None:
@@ -395,11 +485,75 @@ def test_a_table_is_read_by_its_columns_names(said: Any, harmful: list[bool | No
         (pandas.DataFrame({"verdict": [1, 0]}), "whether they are scores or verdicts"),
         (pandas.DataFrame({"a": [True, False], "b": [True, True]}), "columns a, b"),
         (pandas.DataFrame({"label": ["LABEL_1", "LABEL_0"], "score": [1.0, 1.0]}), "LABEL_1"),
+        (pandas.DataFrame([[True, False]] * 2, columns=["harmful", "harmful"]), "columns harmful, harmful"),
+        (pandas.DataFrame({"score": [1.0, 0.97]}), "0.97 is on another scale"),
+        (pandas.DataFrame({"score": [0, 1]}), "0 is on another scale"),
     ],
 )
 def test_a_table_that_may_mean_this_or_that_is_refused(said: Any, why: str) -> None:
     with pytest.raises(EvaluationError, match=why):
         pyfunc_that_says(said).judge(EXCHANGES)
+
+
+def test_a_judge_of_a_hub_is_named_by_the_commit_that_judged_and_can_be_had_by_it(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--org--judge"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(classifier, cached / "snapshots" / commit)
+    moved = cached / "snapshots" / ("b" * 40) / "config.json"
+    config = json.loads(moved.read_text())
+    moved.write_text(json.dumps({**config, "id2label": {"0": "harmful", "1": "harmless"}}))
+    (cached / "refs").mkdir()
+    found = []
+    for commit in ("a" * 40, "b" * 40):
+        (cached / "refs" / "main").write_text(commit)
+        judge = find_judge("classifier:org/judge#harmful")
+        assert judge.name == f"classifier:org/judge@{commit}#harmful"
+        found.append(judge.judge(EXCHANGES))
+    assert found[0] != found[1]
+    earlier = find_judge(f"classifier:org/judge@{'a' * 40}#harmful")
+    assert (earlier.name, earlier.judge(EXCHANGES)) == (
+        f"classifier:org/judge@{'a' * 40}#harmful",
+        found[0],
+    )
+
+
+def test_a_folder_that_changes_while_its_judge_is_loaded_is_refused(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "judge")
+    load = AutoTokenizer.from_pretrained
+
+    def load_while_something_is_saved(*given: Any, **options: Any) -> Any:
+        with (folder / "model.safetensors").open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\x7f")
+        return load(*given, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load_while_something_is_saved)
+    with pytest.raises(EvaluationError, match="was changed while it was loaded"):
+        find_judge(f"classifier:{folder}")
+
+
+@pytest.mark.parametrize("given", [None, 3, lambda prompt, answer: True, {"name": "x"}, FunctionJudge])
+def test_what_is_given_as_a_judge_and_is_none_is_an_error_that_says_how_one_is_made(given: Any) -> None:
+    with pytest.raises(EvaluationError, match="is no judge") as caught:
+        as_judge(given)
+    assert "FunctionJudge(function, name=...)" in caught.value.next_step
+
+
+def test_a_judge_is_given_as_it_is_or_as_a_text_that_names_one() -> None:
+    own = FunctionJudge(lambda prompt, answer: True, "own")
+    assert as_judge(own) is own
+    assert as_judge("refusal-match") == RefusalMatcher()
+
+
+def test_a_function_without_a_name_is_no_judge() -> None:
+    for name in ("", None):
+        with pytest.raises(EvaluationError, match="needs a name"):
+            FunctionJudge(lambda prompt, answer: True, name)  # type: ignore[arg-type]
 
 
 def test_a_classifier_of_one_label_is_refused(tmp_path: Path) -> None:
