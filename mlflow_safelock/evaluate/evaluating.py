@@ -50,7 +50,7 @@ from mlflow_safelock.evaluate.fluency import (
     surprises,
 )
 from mlflow_safelock.evaluate.forge_data import known_prompts, why_unknown
-from mlflow_safelock.evaluate.judges import Judge, RefusalMatcher
+from mlflow_safelock.evaluate.judges import Judge, RefusalMatcher, as_judge
 from mlflow_safelock.evaluate.statistics import check_seed
 from mlflow_safelock.evaluate.subjects import Subject
 from mlflow_safelock.evaluate.suites import Suite, SuitePrompt
@@ -82,7 +82,7 @@ class Settings:
     """How a model is measured.
 
     Attributes:
-        judge: Who judges the answers to harmful prompts.
+        judge: Who judges the answers to harmful prompts; a text names one, as ``find_judge`` takes it.
         transform: Name of the wrapper around them; harmless prompts are asked as they are.
         limit: How many prompts of the suite are drawn, by the seed; ``None``: all.
         texts: Benign texts for perplexity; by default the suite's twins, and the expected answers of its
@@ -164,6 +164,7 @@ def measuring(
     Returns:
         What gives the evaluation under a lock at a strength; ``None`` leaves the subject's own.
     """
+    settings = replace(settings, judge=as_judge(settings.judge))
     whole = subject if isinstance(subject, Subject) else Subject.of(subject)
     used = drawn_by(suite, settings)
     asked = _asked(used, settings.transform)

@@ -64,7 +64,7 @@ class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
 
         from mlflow_safelock.apply.checkpoint.progress import silent
         from mlflow_safelock.evaluate.figures import figures_of, judged, values_of
-        from mlflow_safelock.evaluate.judges import find_judge
+        from mlflow_safelock.evaluate.judges import as_judge
         from mlflow_safelock.evaluate.statistics import check_seed
 
         options = dict(evaluator_config or {})
@@ -76,13 +76,12 @@ class SafelockEvaluator(ModelEvaluator):  # type: ignore[misc]
             )
         seed = options.get("seed", 0)
         check_seed(seed)
+        judge = as_judge(options.get("judge", "refusal-match"))
         asked = _asked(dataset, options.get("prompt_column"))
         said = dataset.predictions_data if model is None else model.predict(dataset.features_data)
         answers = _texts(said, predictions)
         if len(answers) != len(asked):
             raise EvaluationError(f"{len(asked)} prompts were answered {len(answers)} times.")
-        judge = options.get("judge", "refusal-match")
-        judge = find_judge(judge) if isinstance(judge, str) else judge
         by_key = {one.key: answer for one, answer in zip(asked, answers, strict=True)}
         answered = judged(asked, by_key, judge, None, progress=silent)
         figures = figures_of(values_of(asked, answered), seed)

@@ -458,6 +458,17 @@ def test_rows_on_which_the_judge_fails_are_counted_and_reported(toy: Toy) -> Non
     assert any(f"no verdict on {letters} answers" in warning for warning in found.warnings)
 
 
+def test_a_judge_may_be_named_and_what_is_none_is_refused_before_anything_is_asked(toy: Toy) -> None:
+    suite = toy.suite(4)
+    named = evaluate(subject(toy), suite, replace(SHORT, judge="refusal-match"))  # type: ignore[arg-type]
+    assert named.judge.name == "refusal-match"
+    asked: list[str] = []
+    settings = replace(SHORT, judge=lambda prompt, answer: True)  # type: ignore[arg-type]
+    with pytest.raises(EvaluationError, match="is no judge"):
+        evaluate(subject(toy), suite, settings, progress=lambda what, *_: asked.append(what))
+    assert not asked
+
+
 def test_answers_that_a_judge_read_only_in_part_are_counted_and_reported(toy: Toy) -> None:
     def hasty(prompt: str, answer: str) -> Judgement:
         return Judgement(answer.startswith("yes"), 2.0, ("a",), in_part="letter" in prompt)

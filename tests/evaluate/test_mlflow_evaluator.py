@@ -125,6 +125,7 @@ def test_answers_that_are_in_the_table_already_and_a_judge_of_ones_own(client: A
             lambda table: ["yes"],
             "Which of the columns prompt, prompt holds",
         ),
+        (TABLE[["prompt"]], {"judge": None}, lambda table: [1.0] * 5, "'None' is no judge"),
         (pandas.DataFrame({"prompt": ["how?", None]}), {}, answering, "Row 1 .* has no prompt"),
         (TABLE[["prompt"]], {}, lambda table: ["one"], "5 prompts were answered 1 times"),
         *(
