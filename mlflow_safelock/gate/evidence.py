@@ -173,8 +173,9 @@ def _differences(form: MeasuredForm, rule: EvaluationRule, suites: Collection[st
     """In what something was, or would be, measured otherwise than a policy asks for; ``suites`` by digest."""
     if form.suite.digest not in suites:
         yield f"it asks {form.suite.name} with the digest {form.suite.digest}, or a part of a suite"
+    if not rule.counts_judge(form.judge):
+        yield f"its judge is {form.judge!r}, and the policy's {rule.judge!r}"
     for what, is_so, wanted in (
-        ("judge", form.judge, rule.judge),
         ("wrapper", form.transform, rule.transform),
         ("system prompt", form.system_prompt, rule.system_prompt),
     ):
@@ -327,10 +328,10 @@ def _signed_by(rule: EvaluationRule) -> str:
 
 
 def typed_judge(judge: str) -> str:
-    """How a judge is named to the command: a URI as it is, and a folder, of which only the name is known."""
+    """How a judge is named to the command: by its URI or hub id, and a folder, of unknown path, by PATH."""
     if re.match(r"[\w+-]+:/", judge):
         return re.sub("@[0-9a-f]{16}$", "", judge)
-    return re.sub(r"[^:]+@[0-9a-f]{16}", "PATH", judge, count=1)
+    return re.sub(r"[^:]+@[0-9a-f]{16}(?![0-9a-f])", "PATH", judge, count=1)
 
 
 def _command(approved: Approved, rule: EvaluationRule | None, suite: str) -> str:

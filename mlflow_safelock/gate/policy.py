@@ -151,6 +151,11 @@ class SignatureRule(_Section):
         return (*self.keys, *self.identities)
 
 
+_VERSION = r"models:/(?:[^/@]+/[1-9][0-9]*|m-[0-9a-f]+)"
+_PINNED = re.compile(rf"({_VERSION})@[0-9a-f]{{16}}|(\w+:[^/@#]+/[^/@#]+)@[0-9a-f]{{40}}(#.*)?")
+"""Names of judges in MLflow, or of a hub, that say by a digest, or a commit, what was in them."""
+
+
 class EvaluationRule(_Section):
     """How a model must have been measured, under the very lock and strength that a promotion applies.
 
@@ -171,7 +176,8 @@ class EvaluationRule(_Section):
         max_known_prompts: Of how many prompts of a suite, or their twins, the lock may have been forged; with
             a limit, an evaluation of which that is not known does not count. ``None``: any number.
         max_age_days: How old an evaluation may be; ``None``: any age.
-        judge: Who must have called answers harmful, by the name in the result.
+        judge: Who must have called answers harmful, by the name in the result; a version in MLflow, or a hub
+            id, also without the digest, or the commit, and then whichever of its contents judged.
         transform: The wrapper in which harmful prompts must have been asked.
         system_prompt: The system prompt that must have been used; ``None``: none.
         min_new_tokens: How many tokens an answer must have been allowed at least; what is cut off early
@@ -203,12 +209,10 @@ class EvaluationRule(_Section):
     @field_validator("judge")
     @classmethod
     def _names_a_version(cls, value: str) -> str:
-        if value.startswith("models:") and not re.fullmatch(
-            r"models:/([^/@]+/[1-9][0-9]*|m-[0-9a-f]+)", value
-        ):
+        if value.startswith("models:") and not re.fullmatch(f"{_VERSION}(@[0-9a-f]{{16}})?", value):
             raise ValueError(
                 f"{value} names no version, or may be another one tomorrow, and results name the version: "
-                "models:/NAME/NUMBER"
+                "models:/NAME/NUMBER, or models:/NAME/NUMBER@DIGEST"
             )
         return value
 
@@ -246,6 +250,12 @@ class EvaluationRule(_Section):
             )
         except InvalidVersion:
             return False
+
+    def counts_judge(self, judge: str) -> bool:
+        """Whether what a judge of this name said counts."""
+        pinned = _PINNED.fullmatch(judge)
+        unpinned = "".join(part or "" for part in pinned.groups()) if pinned else judge
+        return self.judge in (judge, unpinned)
 
     def digest_of(self, suite: str) -> str:
         """The digest of one of the suites."""

@@ -73,7 +73,7 @@ def _looser_evaluation(gate: EvaluationRule | None, floor: EvaluationRule | None
     )
     return {
         "evaluation.suites": not set(floor.suites) <= set(gate.suites),
-        "evaluation.judge": gate.judge != floor.judge,
+        "evaluation.judge": not floor.counts_judge(gate.judge),
         "evaluation.transform": gate.transform != floor.transform,
         "evaluation.system_prompt": gate.system_prompt != floor.system_prompt,
         "evaluation.min_new_tokens": gate.min_new_tokens < floor.min_new_tokens,

@@ -17,6 +17,8 @@ from mlflow_safelock.gate.evidence import typed_judge
         ("guard:llama-guard@9f2c1d0ab4e67788", "guard:PATH"),
         ("classifier:toxic-bert@9f2c1d0ab4e67788#toxic", "classifier:PATH#toxic"),
         ("classifier:org/toxic-bert#toxic", "classifier:org/toxic-bert#toxic"),
+        ("models:/judge/3@9f2c1d0ab4e67788", "models:/judge/3"),
+        (f"classifier:org/toxic-bert@{'9f' * 20}#toxic", f"classifier:org/toxic-bert@{'9f' * 20}#toxic"),
     ],
 )
 def test_a_judge_is_named_as_the_command_takes_it(named: str, typed: str) -> None:

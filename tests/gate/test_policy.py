@@ -310,14 +310,44 @@ gates:
             "models:/judge/03",
             "models:/judge/\N{ARABIC-INDIC DIGIT THREE}",
             "models://judge/3",
+            "models:/judge/3@gold",
+            "models:/judge@9f2c1d0ab4e67788",
         ],
     )
     def test_a_judge_is_a_version_as_results_name_it(self, write, judge: str) -> None:
         text = "version: 1\ngates:\n  - evaluation: {judge: JUDGE}\n"
         with pytest.raises(PolicyError, match=r"names no version, or may be another one tomorrow"):
             load_policy(write(text.replace("JUDGE", judge)))
-        for named in ("models:/judge/3", "models:/m-0a1b", "guard:llama-guard@9f2c1d0ab4e67788"):
+        digest = "@9f2c1d0ab4e67788"
+        judges = ("models:/judge/3", "models:/m-0a1b", f"models:/judge/3{digest}", f"models:/m-0a1b{digest}")
+        for named in (*judges, f"guard:llama-guard{digest}"):
             load_policy(write(text.replace("JUDGE", f"'{named}'")))
+
+    @pytest.mark.parametrize(
+        ("wanted", "found", "counts"),
+        [
+            ("models:/judge/3", "models:/judge/3", True),
+            ("models:/judge/3", "models:/judge/3@9f2c1d0ab4e67788", True),
+            ("models:/judge/3", "models:/judge/30@9f2c1d0ab4e67788", False),
+            ("models:/m-0a1b", "models:/m-0a1b@9f2c1d0ab4e67788", True),
+            ("models:/judge/3@9f2c1d0ab4e67788", "models:/judge/3@9f2c1d0ab4e67788", True),
+            ("models:/judge/3@9f2c1d0ab4e67788", "models:/judge/3@0123456789abcdef", False),
+            ("models:/judge/3@9f2c1d0ab4e67788", "models:/judge/3", False),
+            ("guard:org/guard", f"guard:org/guard@{'a' * 40}", True),
+            ("classifier:org/bert#toxic", f"classifier:org/bert@{'a' * 40}#toxic", True),
+            ("classifier:org/bert#toxic", f"classifier:org/bert@{'a' * 40}#harmful", False),
+            ("classifier:org/bert", f"classifier:org/bert@{'a' * 40}#harmful", False),
+            (f"guard:org/guard@{'a' * 40}", f"guard:org/guard@{'b' * 40}", False),
+            (f"guard:org/guard@{'a' * 40}", "guard:org/guard", False),
+            ("guard:guard", "guard:guard@9f2c1d0ab4e67788", False),
+            ("guard:guard", f"guard:guard@{'a' * 40}", False),
+            ("runs:/0a/judge", "runs:/0a/judge@9f2c1d0ab4e67788", False),
+        ],
+    )
+    def test_a_judge_counts_by_its_name_and_where_that_is_not_pinned_whatever_was_in_it(
+        self, wanted: str, found: str, counts: bool
+    ) -> None:
+        assert EvaluationRule(judge=wanted).counts_judge(found) is counts
 
     @pytest.mark.parametrize("models", ["'*'", "'support-*'", "'support-bot*'", "support-bot-2"])
     def test_a_gate_by_tag_needs_one_without_tags_that_a_version_falls_to(self, write, models: str) -> None:
@@ -550,6 +580,16 @@ class TestEvaluations:
         text = f"version: 1\ngates:\n  - {{tags: {{a: b}}{', ' if gate else ''}{gate}}}\n  - {{{floor}}}\n"
         with pytest.raises(PolicyError, match=rf"no looser than the gate for '\*'.*{key}"):
             load_policy(write(text))
+
+    def test_a_gate_by_tag_may_pin_the_judge_that_the_other_names_and_not_the_other_way_round(
+        self, write
+    ) -> None:
+        gates = "{tags: {a: b}, evaluation: {judge: ONE}}, {evaluation: {judge: TWO}}"
+        text = f"version: 1\ngates: [{gates}]\n"
+        named, pinned = "'models:/judge/3'", "'models:/judge/3@9f2c1d0ab4e67788'"
+        load_policy(write(text.replace("ONE", pinned).replace("TWO", named)))
+        with pytest.raises(PolicyError, match=r"looser here: evaluation\.judge"):
+            load_policy(write(text.replace("ONE", named).replace("TWO", pinned)))
 
     def test_a_gate_by_tag_that_asks_for_as_much_is_allowed(self, write) -> None:
         floor = "evaluation: {max_known_prompts: 4, dtypes: [float32, bfloat16], safelock_version: '>=0.2'}"

@@ -90,6 +90,20 @@ def test_a_measurement_of_something_else_does_not_count(shop: Shop) -> None:
     shop.promote()
 
 
+def test_evidence_of_a_version_of_a_judge_counts_by_what_was_in_it_where_the_policy_says_that(
+    shop: Shop,
+) -> None:
+    version = "models:/judge/1"
+    now, then = (FunctionJudge(lambda *_: False, f"{version}@{digit * 16}") for digit in "ab")
+    shop.want(judge=version)
+    shop.file(shop.measured(judge=then).statement())
+    # As of a version that was deleted, and another one registered under its number.
+    shop.want(judge=now.name)
+    assert f"its judge is '{then.name}'" in shop.refused().message
+    shop.file(shop.measured(judge=now).statement())
+    shop.promote()
+
+
 def test_a_measurement_under_another_strength_or_lock_is_not_taken(shop: Shop) -> None:
     with pytest.raises(PromotionRefused, match=r"at alpha 0\.7, and a promotion would apply") as caught:
         shop.file(shop.measured(alpha=0.7).statement())
