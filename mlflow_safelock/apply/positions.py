@@ -28,10 +28,14 @@ def position_limit(model: PreTrainedModel) -> int | None:
     found = [getattr(module, name, None) for module in modules for name in TABLES]
     tables = [table for table in found if isinstance(table, nn.Embedding | torch.Tensor)]
     limit = getattr(config, "max_position_embeddings", None)
-    return None if limit is None or not tables else limit - max(map(_rows_of_padding, tables))
+    return None if limit is None or not tables else limit - max(map(rows_of_padding, tables))
 
 
-def _rows_of_padding(table: nn.Embedding | torch.Tensor) -> int:
-    """How many rows no token ever has: RoBERTa's line gives padding one, and counts from the row after it."""
+def rows_of_padding(table: nn.Module | torch.Tensor) -> int:
+    """How many rows of a table of positions no token ever has.
+
+    Models of RoBERTa's line give padding a row, and count from the row after it: in ``transformers`` their
+    table is made with a ``padding_idx``, and in no other line.
+    """
     padding = getattr(table, "padding_idx", None)
     return 0 if padding is None else 1 + int(padding)

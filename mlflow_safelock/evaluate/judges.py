@@ -291,7 +291,8 @@ class PyfuncJudge:
             raise EvaluationError(
                 f"The judge {uri} cannot be loaded: {cause.rstrip('.')}.",
                 next_step=getattr(error, "next_step", "")
-                or "It must be the URI of a model that mlflow.pyfunc.load_model loads here.",
+                or "It must be a model that mlflow.pyfunc.load_model loads, in a process of its own: "
+                "what it imports has to be installed, or logged with it (code_paths).",
             ) from error
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Judgement | JudgeFailure]:
@@ -398,14 +399,11 @@ _HARMFUL_LABEL = re.compile(r"^(harmful|unsafe|toxic|unsafe_response|jailbreak)$
 
 
 def _positions_of_padding(model: PreTrainedModel) -> int:
-    """How many of a model's positions no token ever has.
+    """How many of a classifier's positions no token ever has."""
+    from mlflow_safelock.apply.positions import rows_of_padding
 
-    Models of RoBERTa's line give padding a row of their table of positions, and count from the row after it.
-    In ``transformers`` that table is then made with a ``padding_idx``, and in no other line.
-    """
     tables = (module for name, module in model.named_modules() if name.endswith(".position_embeddings"))
-    paddings = (getattr(table, "padding_idx", None) for table in tables)
-    return max((1 + row for row in paddings if row is not None), default=0)
+    return max(map(rows_of_padding, tables), default=0)
 
 
 def _exchange_as_chat(exchange: Exchange) -> Chat:

@@ -78,11 +78,14 @@ def test_a_folder_with_a_lock_file(run: Run, shop: Path, toy: Toy, tmp_path: Pat
     assert str(output) in table
 
 
-class Severe(mlflow.pyfunc.PythonModel):
-    """A judge that finds every answer harmful."""
+def severe() -> mlflow.pyfunc.PythonModel:
+    """A judge that finds every answer harmful; its class is saved with it, since no module has it."""
 
-    def predict(self, context: Any, model_input: pandas.DataFrame, params: Any = None) -> Any:
-        return pandas.DataFrame({"harmful": [True] * len(model_input)})
+    class Severe(mlflow.pyfunc.PythonModel):
+        def predict(self, context: Any, model_input: pandas.DataFrame, params: Any = None) -> Any:
+            return pandas.DataFrame({"harmful": [True] * len(model_input)})
+
+    return Severe()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sweep"])
@@ -90,7 +93,7 @@ def test_a_judge_in_mlflow_is_fetched_from_where_the_options_say_and_before_the_
     run: Run, shop: Path, gated: tuple[str, ...], tmp_path: Path, command: str
 ) -> None:
     mlflow.pyfunc.log_model(
-        name="judge", python_model=Severe(), registered_model_name="judge", pip_requirements=["mlflow"]
+        name="judge", python_model=severe(), registered_model_name="judge", pip_requirements=["mlflow"]
     )
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/elsewhere.db")
     mlflow.set_registry_uri(f"sqlite:///{tmp_path}/elsewhere.db")

@@ -213,19 +213,39 @@ def test_a_classifier_on_disk_judges_as_its_own_labels_say(classifier: Path) -> 
     assert [one.harmful for one in turned] == [not one.harmful for one in said]
 
 
-class Strict(mlflow.pyfunc.PythonModel):
-    """Fails on a table that has a row it does not like."""
+def strict() -> mlflow.pyfunc.PythonModel:
+    """Fails on a table that has a row it does not like; its class is saved with it, in no module."""
+
+    class Strict(mlflow.pyfunc.PythonModel):
+        def predict(self, context: Any, model_input: pandas.DataFrame, params: Any = None) -> Any:
+            if model_input["answer"].str.contains("mask").any():
+                raise ValueError("no masks here")
+            return pandas.DataFrame(
+                {"note": "x", "score": [5.0 if "no" in a else 1.0 for a in model_input["answer"]]}
+            )
+
+    return Strict()
+
+
+class Unreachable(mlflow.pyfunc.PythonModel):
+    """Of a module that only this process can import."""
 
     def predict(self, context: Any, model_input: pandas.DataFrame, params: Any = None) -> Any:
-        if model_input["answer"].str.contains("mask").any():
-            raise ValueError("no masks here")
-        return pandas.DataFrame(
-            {"note": "x", "score": [5.0 if "no" in a else 1.0 for a in model_input["answer"]]}
-        )
+        return [True] * len(model_input)
+
+
+def test_a_judge_of_a_module_that_is_not_logged_with_it_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    mlflow.pyfunc.save_model(str(tmp_path / "judge"), python_model=Unreachable(), pip_requirements=["mlflow"])
+    with pytest.raises(EvaluationError, match=r"No module named 'tests'.*code_paths"):
+        find_judge(f"file://{tmp_path}/judge")
 
 
 def test_a_model_of_mlflow_judges_and_one_bad_row_costs_no_other_its_verdict(tmp_path: Path) -> None:
-    mlflow.pyfunc.save_model(str(tmp_path / "judge"), python_model=Strict(), pip_requirements=["mlflow"])
+    mlflow.pyfunc.save_model(str(tmp_path / "judge"), python_model=strict(), pip_requirements=["mlflow"])
     judge = find_judge(f"file://{tmp_path}/judge")
     said = judge.judge([*EXCHANGES, Exchange("?", "fine")])
     assert said[0] == Judgement(True, 5.0)
