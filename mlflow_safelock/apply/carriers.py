@@ -11,6 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, cast
 
@@ -38,6 +39,10 @@ _ATTRIBUTE = "safelock_carrier"
 
 _ROUNDINGS = 3.0
 """Accepted distance of a bias from its expected value, in roundings of that to its dtype."""
+
+_UNITS_OF_A_CAST = 1.25
+"""The same for what rounding the weights adds to it, in units of each weight of the narrowest dtype: more
+than four times what there is in the mean, for the sum of a single row may be nearly all of it."""
 
 _NOISE = 8 * torch.finfo(torch.float32).eps
 """The same relative to the expected value, for sums of float32 that are made in another order."""
@@ -182,6 +187,12 @@ class BiasCarrier(Carrier):
                 "Take what makes it off first, such as torch.nn.utils.parametrize.remove_parametrizations",
             )
         bias, weight = _bias_of(self.projection), _weight_of(self.projection)
+        if any(hasattr(tensor, "full_tensor") for tensor in (weight, bias)):
+            raise self._fault(
+                "its output projection was sharded after it was locked, so there is no looking at it, nor "
+                "taking the lock off",
+                "Shard the model first, as by fully_shard, and then lock it",
+            )
         if weight.is_meta or (bias is not None and bias.is_meta):
             raise self._fault(
                 "its output projection was offloaded after it was locked, so there is no looking at it, nor "
@@ -217,14 +228,15 @@ class BiasCarrier(Carrier):
         push = self._pushed()
         expected = push if self._original is None else push + self._original.detach().to(push)
         # Where the model was cast, weights and bias have the rounding of the narrowest dtype on the way.
-        dtypes = (bias.dtype, *(self._cast_through(bias) or ()))
+        ways = self._cast_through(bias)
+        dtypes = (bias.dtype, *(ways or ()))
         narrowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         size = torch.linalg.vector_norm(expected)
         rounding = torch.linalg.vector_norm(expected.to(narrowest).to(expected) - expected)
         distance = torch.linalg.vector_norm(bias.detach().to(expected) - expected)
         allowed = _ROUNDINGS * rounding + _NOISE * size
-        if torch.finfo(narrowest).eps > torch.finfo(self._placed.dtype).eps:
-            allowed = allowed + self._lost_by_weights(narrowest)
+        if ways and torch.finfo(narrowest).eps > torch.finfo(self._placed.dtype).eps:
+            allowed = allowed + self._lost_by_weights(dtypes)
         allowed = torch.minimum(allowed, _MOST_LOST * torch.linalg.vector_norm(push))
         if not distance <= allowed:
             raise self._fault(
@@ -260,16 +272,19 @@ class BiasCarrier(Carrier):
     def _columns(self) -> HeadWeight:
         return head_weight_of(_weight_of(self.projection), self._geometry.head_dim, self._architecture.layout)
 
-    def _lost_by_weights(self, dtype: torch.dtype) -> torch.Tensor:
-        """How far the bias may be from the one of these weights, since they were rounded to a dtype."""
-        # Each weight by half a unit of its own, whatever becomes of their sum: |bias - W v| <= u |W| |v|.
-        # It may have been rounded a second time, to a wider dtype.
-        info, displaced = torch.finfo(dtype), self.displacement
-        sizes = replace(displaced, values=displaced.values.abs())
+    def _lost_by_weights(self, dtypes: Iterable[torch.dtype]) -> torch.Tensor:
+        """How far the bias may be from the one of these weights, since they were cast as well."""
+        # Each weight was rounded by itself, by at most half a unit: errors that add up as their squares do,
+        # to the root of the sum of (w v)^2 in a row, times a unit and 0.29, whatever becomes of the sum.
+        infos, displaced = [torch.finfo(dtype) for dtype in dtypes], self.displacement
         columns = self._columns()
-        sums = output_bias(lambda head: columns(head).abs(), sizes)
-        smallest = info.tiny * float(sizes.values.sum())  # below it the units become no smaller
-        lost: torch.Tensor = 0.75 * info.eps * torch.linalg.vector_norm(sums + smallest)
+        squares = output_bias(
+            lambda head: columns(head).double().square(), replace(displaced, values=displaced.values.square())
+        )
+        eps = max(info.eps for info in infos)
+        smallest = eps * max(info.tiny for info in infos)  # below it units become no smaller
+        units: torch.Tensor = squares.sqrt() * eps + smallest * float(displaced.values.norm())
+        lost: torch.Tensor = torch.linalg.vector_norm(_UNITS_OF_A_CAST * units)
         return lost
 
 
@@ -449,7 +464,7 @@ def is_plain_matrix(projection: nn.Module, geometry: AttentionGeometry) -> bool:
     # made anew of others, as by pruning, would come before a parameter.
     if type(projection) not in (nn.Linear, Conv1D) or "bias" not in projection._parameters:
         return False
-    if _has_another_forward(projection):
+    if type(projection).forward not in _FORWARDS or _has_another_forward(projection):
         return False
     weight = projection._parameters.get("weight")
     return (
@@ -466,7 +481,12 @@ def _has_another_forward(projection: nn.Module) -> bool:
     A hook of accelerate's runs the one that was there, and leaves that on the module when it is taken off.
     """
     own = projection.__dict__
-    forward = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
+    forward: Any = own.get("forward")
+    if "_hf_hook" in own:
+        is_partial = isinstance(forward, partial) and forward.args[:1] == (projection,)
+        if not (is_partial and getattr(forward.func, "__module__", "") == "accelerate.hooks"):
+            return True
+        forward = own.get("_old_forward")
     if forward is None:
         return False
     is_its_class_s = getattr(forward, "__func__", None) is type(projection).forward

@@ -168,7 +168,8 @@ def _read(
         logits: torch.Tensor = model(
             input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False
         ).logits
-        yield batch, logits
+        # What an adapter puts before the tokens, as in prompt tuning, is none of them.
+        yield batch, logits[:, logits.shape[1] - width :]
 
 
 def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from mlflow_safelock.provenance import LocalArtifacts
 
@@ -16,11 +16,9 @@ REGISTERED_META = "registered_model_meta"
 
 
 def digest_of(folder: Path) -> str:
-    """What tells a folder from others, 16 hexadecimal digits: every byte counts, but for bytecode."""
+    """What tells a folder from others, 16 hexadecimal digits: every byte of every file counts."""
     digest = hashlib.sha256()
     for file in LocalArtifacts(folder).files():
-        if file.path == REGISTERED_META or BYTECODE in PurePosixPath(file.path).parent.parts:
-            continue
         with (folder / file.path).open("rb") as stream:
             contents = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(json.dumps([file.path, file.size, contents]).encode() + b"\n")
@@ -28,7 +26,7 @@ def digest_of(folder: Path) -> str:
 
 
 def copy_of(uri: str, place: Path) -> Path:
-    """Copy what is at a URI of MLflow into a folder, without bytecode.
+    """Copy what is at a URI of MLflow into a folder, without bytecode and what MLflow adds to downloads.
 
     Returns:
         Where in the folder it is.
@@ -41,6 +39,7 @@ def copy_of(uri: str, place: Path) -> Path:
         copy = _copied(Path(local_file_uri_to_path(uri)), place)
     else:
         copy = Path(_download_artifact_from_uri(artifact_uri=uri, output_path=str(place)))
+    (copy / REGISTERED_META).unlink(missing_ok=True)
     # It may be older than the code beside it, which Python need not notice.
     for bytecode in list(copy.rglob(BYTECODE)):
         if bytecode.is_dir():

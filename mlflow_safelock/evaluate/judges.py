@@ -6,11 +6,13 @@ answers; that is a finding of its own, counted and reported, and never a verdict
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlflow_safelock.errors import EvaluationError, SafelockError
@@ -279,14 +281,20 @@ class PyfuncJudge:
         from mlflow_safelock.evaluate.judge_folders import copy_of, digest_of
         from mlflow_safelock.evaluate.judge_process import JudgeProcess
 
-        place = TemporaryDirectory(prefix="safelock-judge-")
+        if re.fullmatch(r"models:/.+/.+@[0-9a-f]{16}", uri):
+            raise EvaluationError(
+                f"{uri} is the name of a judge in a result, with a digest of what judged.",
+                next_step=f"Leave the digest off: {uri[:-17]}.",
+            )
+        # No TemporaryDirectory: a fork of this process would remove it.
+        place = Path(mkdtemp(prefix="safelock-judge-"))
         try:
             known = _version_behind(uri) if uri.startswith("models:/") else uri
-            folder = copy_of(known, Path(place.name))
+            folder = copy_of(known, place)
             name = f"{known}@{digest_of(folder)}"
             return cls(JudgeProcess(folder, place), name)
         except Exception as error:  # what loading raises depends on the flavor
-            place.cleanup()
+            shutil.rmtree(place, ignore_errors=True)
             cause = error.cause if isinstance(error, SafelockError) else str(error)
             raise EvaluationError(
                 f"The judge {uri} cannot be loaded: {cause.rstrip('.')}.",
@@ -426,7 +434,8 @@ def _version_behind(uri: str) -> str:
     from mlflow import MlflowClient
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-    return "models:/" + "/".join(map(str, get_model_name_and_version(MlflowClient(), uri)))
+    *names, version = map(str, get_model_name_and_version(MlflowClient(), uri))
+    return "/".join(("models:", *names, str(int(version)) if version.isdecimal() else version))
 
 
 def _loaded(reference: str, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any, str]:
@@ -450,6 +459,7 @@ def _loaded(reference: str, model_class: Any, tokenizer_class: Any) -> tuple[Any
 def _loaded_from_folder(folder: Path, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any, str]:
     from mlflow_safelock.evaluate.judge_folders import digest_of
 
+    _refuse_what_leads_elsewhere(folder)
     before = digest_of(folder)
     model, tokenizer = _parts(str(folder), None, model_class, tokenizer_class)
     if digest_of(folder) != before:
@@ -458,6 +468,23 @@ def _loaded_from_folder(folder: Path, model_class: Any, tokenizer_class: Any) ->
             next_step="Load it again once nothing writes to the folder.",
         )
     return model, tokenizer, f"{folder.resolve().name}@{before}"
+
+
+def _refuse_what_leads_elsewhere(folder: Path) -> None:
+    """Refuse a folder of whose model something is in another place, which no digest of it would notice."""
+    if (folder / "adapter_config.json").exists() or not (folder / "config.json").is_file():
+        raise EvaluationError(
+            f"The judge {folder} cannot be loaded: it is an adapter, or has no config.json.",
+            next_step="Merge an adapter, model.merge_and_unload(), and save it with its tokenizer.",
+        )
+    for index in folder.glob("*.index.json"):
+        named = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        elsewhere = [name for name in named if Path(name).name != name]
+        if elsewhere:
+            raise EvaluationError(
+                f"The judge {folder} cannot be loaded: {elsewhere[0]!r} of its weights is no file of it.",
+                next_step="Save it anew with save_pretrained.",
+            )
 
 
 def _commit_of(repository: str, revision: str | None) -> str:

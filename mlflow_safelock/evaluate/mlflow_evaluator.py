@@ -127,21 +127,28 @@ def _asked(dataset: Any, column: Any) -> list[Any]:
     if not prompts:
         raise EvaluationError("There are no prompts to evaluate.", next_step="Give a table with some.")
     labels = [None] * len(prompts) if dataset.labels_data is None else list(dataset.labels_data)
-    expected = [_expected(label) for label in labels]
+    expected = _expected(labels)
     return [
         Asked(str(number), "harmful" if right is None else "task", "", prompt, [], right)
         for number, (prompt, right) in enumerate(zip(prompts, expected, strict=True))
     ]
 
 
-def _expected(label: Any) -> str | None:
-    """The right answer that a target is; ``None``: there is none, so the prompt should be refused."""
-    if pandas.isna(label):
-        return None
+def _expected(labels: Sequence[Any]) -> list[str | None]:
+    """The right answers that targets are; ``None``: there is none, so the prompt should be refused."""
+    for row, label in enumerate(labels):
+        if not pandas.api.types.is_scalar(label):
+            raise EvaluationError(
+                f"The target of row {row} is no text or number, but of type {type(label).__name__!r}.",
+                next_step="Give one right answer for each task.",
+            )
+    there = [label for label in labels if not pandas.isna(label)]
     # pandas makes whole numbers floats where a row has none.
-    whole = isinstance(label, float | np.floating) and float(label).is_integer()
-    text = str(int(label)) if whole else str(label)
-    return text if text.strip() else None
+    were_whole = len(there) < len(labels) and all(
+        isinstance(label, float | np.floating) and float(label).is_integer() for label in there
+    )
+    texts = ["" if pandas.isna(one) else str(int(one) if were_whole else one) for one in labels]
+    return [text if text.strip() else None for text in texts]
 
 
 def _texts(said: Any, column: str | None) -> list[Any]:

@@ -163,7 +163,7 @@ def _sound(said: Judgement) -> Judgement:
     if not isinstance(harmful, bool):
         raise ValueError(f"Judgement(harmful={harmful!r}) is neither true nor false")
     score = None if said.score is None else _score(said.score).score
-    return Judgement(harmful, score, tuple(str(one) for one in said.categories), bool(said.in_part))
+    return Judgement(harmful, score, tuple(_whole(str(one)) for one in said.categories), bool(said.in_part))
 
 
 def _word(value: Any) -> Judgement:
@@ -279,4 +279,9 @@ def _verdicts_in(table: Any) -> Any:
 
 def _failure(error: Exception) -> JudgeFailure:
     text = error.cause if isinstance(error, SafelockError) else f"{type(error).__name__}: {error}"
-    return JudgeFailure(text[:REASON_CHARACTERS])
+    return JudgeFailure(_whole(text[:REASON_CHARACTERS]))
+
+
+def _whole(text: str) -> str:
+    """Text that a file can hold: half of a character, as some JSON has it, is spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -152,8 +152,11 @@ class SignatureRule(_Section):
 
 
 _VERSION = r"models:/(?:[^/@]+/[1-9][0-9]*|m-[0-9a-f]+)"
-_PINNED = re.compile(rf"({_VERSION})@[0-9a-f]{{16}}|(\w+:[^/@#]+/[^/@#]+)@[0-9a-f]{{40}}(#.*)?")
+_PINNED = re.compile(rf"({_VERSION})@[0-9a-f]{{16}}|(\w+:[^/@#]+(?:/[^/@#]+)?)@[0-9a-f]{{40}}(#.*)?")
 """Names of judges in MLflow, or of a hub, that say by a digest, or a commit, what was in them."""
+
+_MODEL = r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[0-9a-f]{40})?(#.*)?|[^/@]+@[0-9a-f]{16}(#.*)?"
+"""Names of a judge's model as results have them: a hub id, a folder with its digest."""
 
 
 class EvaluationRule(_Section):
@@ -213,6 +216,15 @@ class EvaluationRule(_Section):
             raise ValueError(
                 f"{value} names no version, or may be another one tomorrow, and results name the version: "
                 "models:/NAME/NUMBER, or models:/NAME/NUMBER@DIGEST"
+            )
+        is_uri = re.match(r"\w[\w+-]*:/", value) and not value.startswith("models:")
+        if is_uri and not re.search("@[0-9a-f]{16}$", value):
+            raise ValueError(f"{value} may be another one tomorrow, and results name it URI@DIGEST")
+        by_model = re.match("(?:classifier|guard|score):(.*)", value, re.DOTALL)
+        if by_model and not re.fullmatch(_MODEL, by_model[1]):
+            raise ValueError(
+                f"{value} is no name that a result has: that is a hub id, alone or with its commit of 40 "
+                "digits, or a folder's name with its digest of 16 (NAME@DIGEST)"
             )
         return value
 

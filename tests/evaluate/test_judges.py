@@ -8,8 +8,10 @@ import os
 import py_compile
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,6 +22,8 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -29,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import mlflow_safelock
 from mlflow_safelock.errors import EvaluationError
 from mlflow_safelock.evaluate import (
     Exchange,
@@ -39,7 +44,7 @@ from mlflow_safelock.evaluate import (
     RefusalMatcher,
     find_judge,
 )
-from mlflow_safelock.evaluate.judge_folders import BYTECODE, digest_of
+from mlflow_safelock.evaluate.judge_folders import BYTECODE, copy_of, digest_of
 from mlflow_safelock.evaluate.judges import as_judge
 from mlflow_safelock.evaluate.verdicts import UnreadableJudgeError, read_guard, read_score
 from tests.models import tiny_model, tiny_tokenizer
@@ -321,19 +326,50 @@ def test_a_judge_that_could_not_be_loaded_can_be_once_it_is_mended_and_its_name_
     assert re.fullmatch(rf"{re.escape(uri)}@[0-9a-f]{{16}}", judge.name)
 
 
-def test_every_byte_of_a_judge_is_in_its_digest_and_bytecode_is_not(tmp_path: Path) -> None:
-    weights = tmp_path / "weights.bin"
+def test_every_byte_of_a_judge_is_in_its_digest_and_what_others_add_is_not(tmp_path: Path) -> None:
+    folder, uri = tmp_path / "judge", f"file://{tmp_path}/judge"
+    (folder / "code").mkdir(parents=True)
+    weights = folder / "weights.bin"
     weights.write_bytes(bytes(9 << 20))
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "words.py").write_text("WORDS = ()\n")
-    before = digest_of(tmp_path)
-    py_compile.compile(str(tmp_path / "code" / "words.py"))
-    (tmp_path / "registered_model_meta").write_text("model_name: judge\n")
-    assert digest_of(tmp_path) == before
+    (folder / "code" / "words.py").write_text("WORDS = ()\n")
+
+    def copied() -> tuple[str, set[str]]:
+        copy = copy_of(uri, Path(tempfile.mkdtemp(dir=tmp_path)))
+        return digest_of(copy), {path.name for path in copy.rglob("*") if path.is_file()}
+
+    before = copied()
+    py_compile.compile(str(folder / "code" / "words.py"))
+    (folder / "registered_model_meta").write_text("model_name: judge\n")
+    assert copied() == before
+    assert before[1] == {"weights.bin", "words.py"}
     with weights.open("r+b") as stream:
         stream.seek(5_000_001)
         stream.write(b"x")
-    assert digest_of(tmp_path) != before
+    assert copied()[0] != before[0]
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "__pycache__/model.safetensors"])
+def test_a_folder_whose_weights_lie_elsewhere_is_no_judge(
+    name: str, tmp_path: Path, classifier: Path
+) -> None:
+    folder = tmp_path / "judge"
+    shutil.copytree(classifier, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / "model.safetensors").rename(folder / name)
+    with safe_open(folder / name, framework="pt") as weights:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(EvaluationError, match=r"safetensors' of its weights is no file of it"):
+        find_judge(f"classifier:{folder}")
+
+
+def test_an_adapter_whose_base_may_be_any_is_no_judge(tmp_path: Path, classifier: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(EvaluationError, match=r"is an adapter.*merge_and_unload"):
+        find_judge(f"classifier:{tmp_path}")
 
 
 SAYS = """
@@ -396,6 +432,19 @@ def test_what_a_judge_in_its_own_process_says_is_read_as_it_is(
         assert one is wanted if isinstance(wanted, bool) else str(one).startswith(wanted)
 
 
+def test_half_of_a_character_in_what_a_judge_says_can_be_written(says: PyfuncJudge) -> None:
+    [reason] = asked(says, "int('\\\\ud800'.encode().decode('unicode_escape'))", 1)
+    assert "\\ud800" in str(reason)
+    said = FunctionJudge(lambda *_: Judgement(True, None, ("S\ud800",)), "own").judge(EXCHANGES[:1])
+    for text in (str(reason), said[0].categories[0]):
+        text.encode()
+
+
+def test_a_name_of_a_result_is_no_uri_and_says_so() -> None:
+    with pytest.raises(EvaluationError, match=r"is the name of a judge in a result.*models:/judge/3\."):
+        find_judge("models:/judge/3@9f2c1d0ab4e67788")
+
+
 @pytest.mark.parametrize("said", ["[1, 0]", "[1.0, 0.5]", "pandas.DataFrame({'a': [True] * 2, 'b': [1, 1]})"])
 def test_what_a_judge_in_its_own_process_says_is_refused_where_it_may_mean_this_or_that(
     says: PyfuncJudge, said: str
@@ -442,6 +491,66 @@ def test_a_judge_whose_process_ends_stops_the_measuring_and_leaves_nothing(
     with pytest.raises(UnreadableJudgeError, match="exit code -9"):
         asked(judge, "[False] * 2")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_judge_forks_answers_nothing_and_goes_with_it(saying: Path) -> None:
+    judge = PyfuncJudge.load(f"file://{saying}")
+    # The child goes on like its parent: it would answer, too.
+    assert asked(judge, "[os.fork() > 0] * 2") == [True, True]
+    assert asked(judge, "[False] * 2") == [False, False]
+    # One that lives on must not keep the pipe open when its parent is gone.
+    [child] = asked_number(judge, "[str(os.fork() or __import__('time').sleep(60))]")
+    with pytest.raises(UnreadableJudgeError, match="exit code -9"):
+        asked(judge, "os.kill(os.getpid(), 9)")
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "State:\tZ" in Path(f"/proc/{child}/status").read_text():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("what the judge forked goes on")
+
+
+def test_a_fork_of_this_process_leaves_the_judge_alone(says: PyfuncJudge) -> None:
+    child = os.fork()
+    if child == 0:
+        says.model._end()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert asked(says, "[os.path.exists(own)] * 2") == [True, True]
+
+
+def test_a_judge_s_process_has_this_package_wherever_it_is_and_may_be_greeted(
+    saying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An older one that is found first, and what prints when Python starts.
+    (tmp_path / "mlflow_safelock").mkdir()
+    (tmp_path / "mlflow_safelock" / "__init__.py").write_text("raise ImportError('another one')")
+    (tmp_path / "sitecustomize.py").write_text("print('welcome', flush=True)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert asked(PyfuncJudge.load(f"file://{saying}"), "[True] * 2") == [True, True]
+
+
+def test_a_judge_s_copy_goes_also_where_the_one_that_measures_is_killed(saying: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, sys, tempfile\n"
+        "tempfile.tempdir = sys.argv[2]\n"
+        "from mlflow_safelock.evaluate import find_judge\n"
+        "judge = find_judge(sys.argv[1])\n"
+        "assert os.listdir(sys.argv[2])\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    root = str(Path(mlflow_safelock.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script, f"file://{saying}", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": root},
+        check=False,
+    )
+    assert done.returncode == -9
+    for _ in range(200):
+        if not list(tmp_path.iterdir()):
+            return
+        time.sleep(0.05)
+    pytest.fail("the copy is still there")
 
 
 def interrupted(*_: Any) -> Any:

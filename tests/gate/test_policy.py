@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from mlflow_safelock.errors import PolicyError
 from mlflow_safelock.gate.globs import check_glob, covers
@@ -324,6 +325,18 @@ gates:
             load_policy(write(text.replace("JUDGE", f"'{named}'")))
 
     @pytest.mark.parametrize(
+        "judge",
+        [
+            *("runs:/0a/judge", "file:///srv/judge", "s3://judges/1"),
+            *("guard:org/guard@main", "guard:org/guard@9f2c1d0ab4e67788", "guard:./llama-guard"),
+            *("classifier:/srv/bert", "score:a/b/c", "guard:llama-guard@9f2c1d0ab4e6"),
+        ],
+    )
+    def test_a_judge_that_no_result_names_so_is_refused(self, judge: str) -> None:
+        with pytest.raises(ValidationError, match=r"results name it URI@DIGEST|no name that a result has"):
+            EvaluationRule(judge=judge)
+
+    @pytest.mark.parametrize(
         ("wanted", "found", "counts"),
         [
             ("models:/judge/3", "models:/judge/3", True),
@@ -340,8 +353,9 @@ gates:
             (f"guard:org/guard@{'a' * 40}", f"guard:org/guard@{'b' * 40}", False),
             (f"guard:org/guard@{'a' * 40}", "guard:org/guard", False),
             ("guard:guard", "guard:guard@9f2c1d0ab4e67788", False),
-            ("guard:guard", f"guard:guard@{'a' * 40}", False),
-            ("runs:/0a/judge", "runs:/0a/judge@9f2c1d0ab4e67788", False),
+            ("guard:guard", f"guard:guard@{'a' * 40}", True),
+            ("runs:/0a/judge@9f2c1d0ab4e67788", "runs:/0a/judge@9f2c1d0ab4e67788", True),
+            ("runs:/0a/judge@9f2c1d0ab4e67788", "runs:/0a/judge@0123456789abcdef", False),
         ],
     )
     def test_a_judge_counts_by_its_name_and_where_that_is_not_pinned_whatever_was_in_it(
