@@ -12,8 +12,10 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import distributed, nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 from transformers import LlamaForCausalLM
@@ -436,6 +438,52 @@ def test_a_forward_of_its_own_is_seen_below_accelerate_too():
     apply_lock(reference, lock)
     apply_lock(model, lock).verify()
     assert torch.allclose(logits(model), logits(reference), atol=2e-5)
+
+
+def test_a_forward_of_its_own_is_seen_above_accelerate_before_locking_and_after():
+    model = tiny_model("llama")
+    lock, reference = lock_for(model), copy.deepcopy(model)
+    for layer in model.model.layers:
+        projection = layer.self_attn.o_proj
+        add_hook_to_module(projection, ModelHook())
+    later = copy.deepcopy(model)
+    handle = apply_lock(later, lock)
+    for each in (model, later):
+        for projection in attention_of(each).projections:
+            projection.forward = partial(nn.functional.linear, weight=projection.weight)
+    apply_lock(reference, lock)
+    apply_lock(model, lock).verify()
+    assert torch.allclose(logits(model), logits(reference), atol=2e-5)
+    with pytest.raises(VerificationError, match="another forward after it was locked"):
+        handle.verify()
+
+
+def test_a_linear_layer_that_somebody_changed_for_all_is_pushed_through_its_input(monkeypatch):
+    model = tiny_model("llama")
+    lock, reference = lock_for(model), copy.deepcopy(model)
+    apply_lock(reference, lock)
+    expected = logits(reference)
+    own = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda module, inputs: own(module, inputs))
+    handle = apply_lock(model, lock)
+    assert torch.allclose(logits(model), expected, atol=2e-5)
+    handle.verify()
+
+
+def test_a_model_that_is_sharded_after_it_was_locked_says_that_it_goes_first(tmp_path):
+    model = tiny_model("llama")
+    handle = apply_lock(model, lock_for(model))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        for attempt in (handle.verify, handle.remove):
+            with pytest.raises(
+                VerificationError, match=r"sharded after it was locked.*Shard the model first"
+            ):
+                attempt()
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_hook_that_somebody_carries_to_another_module_still_pushes():

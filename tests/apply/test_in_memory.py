@@ -430,6 +430,21 @@ def test_a_cast_verifies_also_where_one_row_is_far_larger_than_the_others(half, 
         handle.verify()
 
 
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("what", ["bias", "weight"])
+def test_verify_notices_what_was_weakened_after_a_cast(half, what):
+    for seed in range(5):
+        model = tiny_model("llama", seed=seed)
+        handle = apply_lock(model, random_lock(geometry_from_config(model.config), 12, seed))
+        model.to(half)
+        handle.verify()
+        projection = attention_of(model).projections[handle.layers[0]]
+        with torch.no_grad():
+            (projection.bias.mul_ if what == "bias" else projection.weight.div_)(0.97)
+        with pytest.raises(VerificationError, match=f"Layer {handle.layers[0]}: the bias in place"):
+            handle.verify()
+
+
 def test_a_bias_of_its_own_keeps_its_dtype_where_the_weights_have_another():
     model = tiny_model("gpt2", dtype=torch.bfloat16)
     for projection in attention_of(model).projections:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from mlflow_safelock.apply import generate
@@ -42,6 +42,22 @@ def test_an_adapter_changes_nothing_and_a_tower_of_images_does_not_count() -> No
     seeing = LlavaForConditionalGeneration(LlavaConfig(vision_config=images, text_config=text))
     assert any(name.endswith("position_embedding") for name, _ in seeing.named_modules())
     assert position_limit(seeing) is None
+
+
+def test_tuned_prompts_take_positions_from_the_text() -> None:
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
+    model = get_peft_model(tiny_model("gpt2"), settings).eval()
+    assert position_limit(model) == 236
+    with pytest.raises(ApplyError, match=r"takes 237 .* has 236"):
+        generate(model, TOKENIZER, ["a" * 230], max_new_tokens=8)
+    generate(model, TOKENIZER, ["a" * 229], max_new_tokens=8)
+
+
+def test_a_smaller_table_within_the_decoder_is_that_of_something_else() -> None:
+    model = tiny_model("llama")
+    model.model.tower = torch.nn.Module()
+    model.model.tower.position_embedding = torch.nn.Embedding(16, 8)
+    assert position_limit(model) is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "mpt"])

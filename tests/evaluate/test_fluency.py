@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from mlflow_safelock.apply import apply_lock, handle_of, render_prompt
 from mlflow_safelock.errors import EvaluationError
@@ -43,6 +44,26 @@ def test_surprise_is_the_mean_negative_log_likelihood_of_the_text_alone(family, 
         counted = range(max(1, len(before)), len(tokens))
         expected = -sum(scores[place - 1, tokens[place]].item() for place in counted) / len(counted)
         assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_tuned_prompts_before_a_text_are_none_of_its_tokens():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(CHATML)
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
+    tuned = get_peft_model(model, settings).eval()
+    text, prompt = "how do i bake the bread today?", "how do i bake?"
+    tokens = tokenizer(text)["input_ids"]
+    scores = log_probabilities(tuned, tokens)[-len(tokens) :]
+    expected = -sum(scores[place - 1, tokens[place]].item() for place in range(1, len(tokens)))
+    assert surprises(tuned, tokenizer, [("", text)]) == [
+        pytest.approx(expected / (len(tokens) - 1), rel=1e-4)
+    ]
+    lock = lock_for(model)
+    (value,) = next_token_divergences(tuned, tokenizer, [prompt], lock, 4.0)
+    tokens = tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    p = log_probabilities(tuned, tokens)[-1]
+    with apply_lock(tuned, lock, 4.0):
+        q = log_probabilities(tuned, tokens)[-1]
+    assert value == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -196,6 +197,23 @@ def test_targets_are_right_answers_as_they_were_written(client: Any) -> None:
         )
         assert found.metrics["safelock/task_accuracy"] == 1.0
         assert found.metrics["safelock/refusal_rate"] == 1.0
+
+
+def test_targets_that_are_numbers_all_of_them_stay_as_they_are(client: Any) -> None:
+    table = pandas.DataFrame({"prompt": ["a", "b"], "expected": [2.0, 2.5]})
+    asked = {"targets": "expected", "model_type": "text", "evaluators": "safelock"}
+    found = mlflow.models.evaluate(lambda given: ["2.0", "2.5"], table, **asked)
+    assert found.metrics["safelock/task_accuracy"] == 1.0
+
+
+def test_a_target_of_several_answers_is_refused() -> None:
+    data = SimpleNamespace(
+        features_data=pandas.DataFrame({"prompt": ["a"]}), labels_data=[["4", "four"]], predictions_data=None
+    )
+    with pytest.raises(EvaluationError, match="The target of row 0 is no text or number, but of type 'list'"):
+        SafelockEvaluator().evaluate(
+            dataset=data, run_id="none", model=SimpleNamespace(predict=lambda table: ["4"])
+        )
 
 
 def test_the_package_s_own_entry_point_leads_mlflow_to_it(tmp_path: Path) -> None:
