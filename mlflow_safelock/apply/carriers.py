@@ -279,7 +279,9 @@ class BiasCarrier(Carrier):
         infos, displaced = [torch.finfo(dtype) for dtype in dtypes], self.displacement
         columns = self._columns()
         squares = output_bias(
-            lambda head: columns(head).double().square(), replace(displaced, values=displaced.values.square())
+            # Not in float64, which not every device has.
+            lambda head: columns(head).float().square(),
+            replace(displaced, values=displaced.values.square()),
         )
         eps = max(info.eps for info in infos)
         smallest = eps * max(info.tiny for info in infos)  # below it units become no smaller
